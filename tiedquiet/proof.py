@@ -1,0 +1,344 @@
+"""Load records, fingerprints, verdicts and repair. The only file that touches tensors.
+
+A shared tensor alone proves no tie: a module shared in `__init__` can be re-initialised after it was loaded,
+and then both names hold the same random values. So a fingerprint of every stored member is taken the moment
+the checkpoint has been read, before transformers initialises or ties anything, and compared when the report
+is made.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+from tiedquiet.ties import Declaration, Group, groups
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLES = 64
+
+
+class Verdict(str, Enum):
+    """What is true of one member of a tie group after loading."""
+
+    TIED = "tied"
+    UNTIED = "untied"
+    OVERWRITTEN = "overwritten"
+    ABSENT = "absent"
+    AMBIGUOUS = "ambiguous"
+    UNPROVEN = "unproven"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The verdict on one key.
+
+    Attributes:
+        key: the parameter's name in the model's state dict.
+        source: the stored key that it follows, or should follow; None where nothing is known to be stored.
+        verdict: what was found.
+        declared: whether `_tied_weights_keys` declares the tie; False where it was only seen.
+    """
+
+    key: str
+    source: str | None
+    verdict: Verdict
+    declared: bool
+
+
+class Finding(NamedTuple):
+    """A tie, what is known of its cause in words, and whether that is a config flag that switches it off."""
+
+    tie: Tie
+    why: str = ""
+    off: bool = False
+
+
+class Fingerprint(NamedTuple):
+    """Up to 64 evenly spaced elements of a tensor, as bytes of `width` bytes each."""
+
+    dtype: str
+    width: int
+    data: bytes
+
+
+@dataclass
+class Record:
+    """What one load delivered of the tensors that matter for ties.
+
+    Attributes:
+        missing: keys that the checkpoint did not deliver (mismatched shapes included).
+        stored: fingerprint of each key that it did deliver; None where the tensor cannot be read.
+        groups: the declared tie groups.
+        lost: stored keys whose values are no longer the stored ones, as found when the report was made.
+    """
+
+    missing: set[str]
+    stored: dict[str, Fingerprint | None]
+    groups: list[Group]
+    lost: set[str] = field(default_factory=set)
+
+
+_loading: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
+_settled: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
+
+
+def begin(model: "torch.nn.Module", missing: Collection[str]) -> None:
+    """Record a load whose values have just been copied in; `missing` are the keys it did not deliver."""
+    _loading[model] = _record(model, set(missing))
+
+
+def settle(
+    model: "torch.nn.Module", repairing: bool = False
+) -> tuple[list[Finding], list[Finding]] | None:
+    """Judge the load that `begin` recorded, once; None where there is none.
+
+    Returns the findings and, of them, those that are tied only because they were repaired here.
+    """
+    record = _loading.pop(model, None)
+    if record is None:
+        return None
+    if not (record.groups or (record.stored and record.missing)):
+        return [], []
+    now = dict(_tensors(model))
+    record.lost = _lost(record, now)
+    findings = list(_judge(record, now))
+    repaired: list[Finding] = []
+    if repairing:
+        keys = {f.tie.key for f in findings if f.tie.verdict is Verdict.UNTIED and _repair(model, f.tie, record, now)}
+        if keys:
+            now = dict(_tensors(model))
+            findings = list(_judge(record, now))
+            repaired = [f for f in findings if f.tie.key in keys and f.tie.verdict is Verdict.TIED]
+    _settled[model] = _merged(_settled.get(model), record)
+    return findings, repaired
+
+
+def check(model: "torch.nn.Module") -> list[Finding]:
+    """Judge a loaded model as it is now; what was lost while loading is known from the load itself."""
+    now = dict(_tensors(model))
+    record = _settled.get(model)
+    if record is not None:
+        return list(_judge(record, now))
+    why = "no load record: it was loaded before tiedquiet was enabled, or not from a checkpoint"
+    return [
+        Finding(Tie(key, group.sources[key], Verdict.UNPROVEN, True), why)
+        for group in groups(_declarations(model), now)
+        for key in group.members
+        if key in group.sources
+    ]
+
+
+def _tensors(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Every parameter and persistent buffer, under each of its names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield dot + name, buffer
+
+
+def _declarations(model: "torch.nn.Module") -> Iterator[Declaration]:
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        keys = getattr(module, "_tied_weights_keys", None)
+        if keys:
+            on = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+            flag = f"{type(module.config).__name__}.tie_word_embeddings" if hasattr(module, "config") else "its config"
+            yield Declaration(prefix, keys, None if on else f"{flag} is false")
+
+
+def _record(model: "torch.nn.Module", missing: set[str]) -> Record:
+    tensors = dict(_tensors(model))
+    declared = groups(_declarations(model), tensors)
+    grouped = {key for group in declared for key in group.members}
+    # An override of `tie_weights` may tie what nothing declares: any stored tensor of a missing one's shape.
+    shapes = {tensors[key].shape for key in missing if key in tensors and key not in grouped}
+    wanted = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key not in missing and (key in grouped or (shapes and tensor.shape in shapes))
+    }
+    if wanted:
+        # A module may keep a tensor out of its state dict: nobody asked the checkpoint for that one.
+        asked = model.state_dict(keep_vars=True)
+        wanted = {key: tensor for key, tensor in wanted.items() if key in asked}
+    return Record(missing, _fingerprints(wanted), declared)
+
+
+def _merged(old: Record | None, new: Record) -> Record:
+    """The record that `check` uses: a second load (an adapter, a resume) adds to what the first one stored."""
+    if old is None:
+        return new
+    stored = {**old.stored, **new.stored}
+    lost = {key for key in old.lost if key not in new.stored} | new.lost
+    return Record((old.missing | new.missing) - stored.keys(), stored, new.groups, lost)
+
+
+def _fingerprints(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, Fingerprint | None]:
+    """Sample many tensors with one gather each and one copy to the CPU per device and dtype."""
+    import torch
+
+    prints: dict[str, Fingerprint | None] = dict.fromkeys(tensors)
+    samples: dict[int, torch.Tensor] = {}
+    names: dict[int, list[str]] = defaultdict(list)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    indices: dict[tuple[int, torch.device], torch.Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not _readable(tensor):
+                continue
+            names[id(tensor)].append(name)
+            if id(tensor) in samples:
+                continue
+            size = tensor.numel()
+            if (index := indices.get((size, tensor.device))) is None:
+                count = min(SAMPLES, size)
+                places = [i * (size - 1) // max(count - 1, 1) for i in range(count)]
+                index = indices[size, tensor.device] = torch.tensor(places, device=tensor.device)
+            # Flattening a tensor that is not contiguous would copy it whole.
+            flat = tensor.detach()
+            sample = flat.view(-1)[index] if flat.is_contiguous() else flat[torch.unravel_index(index, flat.shape)]
+            samples[id(tensor)] = sample
+            kinds[tensor.device, tensor.dtype].append(id(tensor))
+        for (_, dtype), keys in kinds.items():
+            data = bytes(torch.cat([samples[key] for key in keys]).cpu().view(torch.uint8).tolist())
+            start = 0
+            for key in keys:
+                stop = start + samples[key].numel() * dtype.itemsize
+                prints.update(dict.fromkeys(names[key], Fingerprint(str(dtype), dtype.itemsize, data[start:stop])))
+                start = stop
+    return prints
+
+
+def _readable(tensor: "torch.Tensor") -> bool:
+    """Whether the tensor's own memory holds its values: not on meta, no shard, no quantised or other subclass."""
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _lost(record: Record, now: Mapping[str, "torch.Tensor"]) -> set[str]:
+    current = _fingerprints({key: now[key] for key, stored in record.stored.items() if stored and key in now})
+    return {key for key, fingerprint in current.items() if _changed(record.stored[key], fingerprint)}
+
+
+def _changed(before: Fingerprint | None, now: Fingerprint | None) -> bool:
+    """Whether stored values are gone. A re-zeroed padding row is no loss: few samples, and all of them zero."""
+    if before == now or before is None:
+        return False
+    if now is None:
+        return False
+    if before.dtype != now.dtype or len(before.data) != len(now.data):
+        return True
+    width, zero = before.width, bytes(before.width)
+    chunks = [(before.data[i : i + width], now.data[i : i + width]) for i in range(0, len(now.data), width)]
+    differing = [new for old, new in chunks if old != new]
+    return any(new != zero for new in differing) or 2 * len(differing) > sum(old != zero for old, _ in chunks)
+
+
+def _judge(record: Record, now: Mapping[str, "torch.Tensor"]) -> Iterator[Finding]:
+    """One finding for every member that was not stored, and for every stored one that was lost."""
+    for group in record.groups:
+        members = [key for key in group.members if key in now]
+        stored = [key for key in members if key in record.stored]
+        for key in members:
+            if key in record.lost:
+                yield Finding(Tie(key, key, Verdict.OVERWRITTEN, True))
+            elif key not in record.stored:
+                yield _judge_one(key, stored, record, now, group)
+    grouped = {key for group in record.groups for key in group.members}
+    holders: dict[int, list[str]] = defaultdict(list)
+    for key in record.stored:
+        if key in now and _readable(now[key]):
+            holders[now[key].data_ptr()].append(key)
+    if holders:
+        for key in record.missing - grouped:
+            if key in now and _readable(now[key]):
+                same = [s for s in holders.get(now[key].data_ptr(), ()) if _same(now[key], now[s])]
+                if same:
+                    yield _judge_one(key, same, record, now, Group())
+
+
+def _judge_one(
+    key: str, stored: list[str], record: Record, now: Mapping[str, "torch.Tensor"], group: Group
+) -> Finding:
+    """The verdict on a member that was not stored, given the members of its group that were."""
+    declared = key in group.members
+    if not stored:
+        return Finding(Tie(key, None, Verdict.ABSENT, declared), "no member of its tie is in the checkpoint")
+    meant = group.sources.get(key)
+    followed = [s for s in stored if _same(now[key], now[s])]
+    source = next(iter(sorted(followed, key=lambda s: s != meant)), meant if meant in stored else stored[0])
+    unreadable = [k for k in (key, source) if not _readable(now[k])]
+    if unreadable or record.stored[source] is None:
+        tensor = now[unreadable[0] if unreadable else source]
+        why = f"values that cannot be read while loading ({type(tensor).__name__} on {tensor.device})"
+        return Finding(Tie(key, source, Verdict.UNPROVEN, declared), why)
+    if not followed:
+        flag = group.off.get(key)
+        return Finding(Tie(key, source, Verdict.UNTIED, declared), flag or "", flag is not None)
+    if any(s in record.lost for s in followed):
+        return Finding(Tie(key, source, Verdict.OVERWRITTEN, declared))
+    # Following its own declared source is what the author asked for, whatever the rest of the group holds
+    # (a T5 with an `lm_head` of its own). Otherwise two different stored values leave the choice open.
+    rivals = [s for s in stored if s not in followed and _differ(s, source, record, now)]
+    if rivals and source != meant:
+        return Finding(Tie(key, source, Verdict.AMBIGUOUS, declared), rivals[0])
+    return Finding(Tie(key, source, Verdict.TIED, declared))
+
+
+def _same(a: "torch.Tensor", b: "torch.Tensor") -> bool:
+    """Whether two names hold one tensor: one object, or two views of the same memory."""
+    if a is b:
+        return True
+    if not (_readable(a) and _readable(b)) or a.data_ptr() != b.data_ptr():
+        return False
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def _differ(a: str, b: str, record: Record, now: Mapping[str, "torch.Tensor"]) -> bool:
+    import torch
+
+    if record.stored[a] != record.stored[b]:
+        return True
+    left, right = now[a], now[b]
+    if left.dim() == 0 or left.shape != right.shape or left.device != right.device:
+        return True
+    # In slices: comparing at once would need a mask as large as the embedding.
+    return not all(map(torch.equal, left.split(4096), right.split(4096)))
+
+
+def _repair(
+    model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str, "torch.Tensor"]
+) -> bool:
+    """Tie `tie.key` to its source where the two tensors agree in form and no stored value is lost by it."""
+    group = next((g for g in record.groups if tie.key in g.members), None)
+    if group is None or tie.source is None or tie.source in record.lost:
+        return False
+    ours, source = now[tie.key], now[tie.source]
+    if (ours.shape, ours.dtype, ours.device) != (source.shape, source.dtype, source.device):
+        return False
+    rivals = [s for s in group.members if s in record.stored and s != tie.source]
+    if tie.source != group.sources.get(tie.key) and any(_differ(s, tie.source, record, now) for s in rivals):
+        return False
+    parent, _, name = tie.key.rpartition(".")
+    module = model.get_submodule(parent)
+    # The module may carry a second, stored name: re-pointing it would lose what was stored under that one.
+    if any(tensor is ours and key not in record.missing for key, tensor in now.items()):
+        return False
+    setattr(module, name, source)
+    mapping = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(mapping, dict):
+        mapping[tie.key] = tie.source
+    return True
+
+

@@ -1,0 +1,5 @@
+"""The ways in that need no line of code: Python's start-up files and autowrapt."""
+
+
+def on_import(_: object) -> None:
+    """Do nothing: autowrapt calls this when transformers is imported, and importing tiedquiet enabled it."""

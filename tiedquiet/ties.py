@@ -1,0 +1,87 @@
+"""What a model declares: parameter names in, tie groups out. No tensors, no torch."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import cast
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The `_tied_weights_keys` of one model or sub-model.
+
+    Attributes:
+        prefix: dotted path of the sub-model inside the loaded model, empty for the model itself.
+        keys: the attribute in whatever form its author chose (dict, list, None, ...).
+        off: the config flag that switches these ties off, in words; None where they are on.
+    """
+
+    prefix: str
+    keys: object
+    off: str | None = None
+
+
+@dataclass
+class Group:
+    """Names that are meant to be one tensor; `sources` holds what each target was declared tied to."""
+
+    members: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    off: dict[str, str | None] = field(default_factory=dict)
+
+
+def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Group]:
+    """Expand declarations over the model's tensor `names` into disjoint tie groups.
+
+    A declaration that names what the model does not have, or whose two sides do not match up, declares
+    nothing. So does a list (the form of transformers 4): it names targets without their sources.
+    """
+    declared = [d for d in declarations if isinstance(d.keys, Mapping) and d.keys]
+    if not declared:
+        return []
+    ordered = sorted(names)
+    known = set(ordered)
+    group_of: dict[str, Group] = {}
+    for declaration in declared:
+        for target, source in _pairs(declaration, ordered, known):
+            left = group_of.setdefault(source, Group([source]))
+            right = group_of.setdefault(target, Group([target]))
+            if left is not right:
+                if len(left.members) < len(right.members):
+                    left, right = right, left
+                left.members += right.members
+                left.sources.update(right.sources)
+                left.off.update(right.off)
+                group_of.update(dict.fromkeys(right.members, left))
+            left.sources.setdefault(target, source)
+            left.off.setdefault(target, declaration.off)
+    return list({id(group): group for group in group_of.values()}.values())
+
+
+def _pairs(declaration: Declaration, ordered: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
+    prefix = f"{declaration.prefix}." if declaration.prefix else ""
+    for target, source in cast(Mapping[object, object], declaration.keys).items():
+        targets = _matches(prefix, target, ordered, known)
+        sources = _matches(prefix, source, ordered, known)
+        if sources and len(targets) % len(sources) == 0:
+            yield from ((t, s) for t, s in zip(targets, cycle(sources), strict=False) if t != s)
+
+
+def _matches(prefix: str, pattern: object, ordered: list[str], known: set[str]) -> list[str]:
+    """Names that a side of a declaration stands for: itself, or all that start with a match, as in transformers."""
+    if not isinstance(pattern, str):
+        return []
+    if prefix + pattern in known:
+        return [prefix + pattern]
+    try:
+        regex = re.compile(f"{re.escape(prefix)}(?:{pattern})")
+    except re.error:
+        return []
+    # Only names that share the pattern's literal start can match: without this, many patterns over many
+    # names would cost their product.
+    literal = re.match(r"\w*(?![?*{])", pattern)
+    start = prefix + (literal[0] if literal and "|" not in pattern else "")
+    low, high = bisect_left(ordered, start), bisect_left(ordered, start + "\U0010ffff")
+    return [name for name in ordered[low:high] if regex.match(name)]
