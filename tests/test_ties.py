@@ -48,7 +48,21 @@ def test_a_sub_model_s_names_get_its_prefix() -> None:
     assert members({"lm_head.weight": "embed.weight"}, "text", names) == [["text.embed.weight", "text.lm_head.weight"]]
 
 
-@pytest.mark.parametrize("keys", [None, {}, [], ["lm_head.weight"], {"lm_head.weight": "gone"}, {"gone": "shared.weight"}, {"(": "shared.weight"}, {"lm_head.weight": 3}, {"shared.weight": "shared.weight"}, {"lm_head": "box.0"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        None,
+        {},
+        [],
+        ["lm_head.weight"],
+        {"lm_head.weight": "gone"},
+        {"gone": "shared.weight"},
+        {"(": "shared.weight"},
+        {"lm_head.weight": 3},
+        {"shared.weight": "shared.weight"},
+        {"lm_head": "box.0"},
+    ],
+)
 def test_what_declares_no_tie_gives_no_group(keys: object) -> None:
     names = [*NAMES, "lm_head.scale"]
     assert members(keys, names=names) == []

@@ -1,14 +1,14 @@
 """How tiedquiet was asked to behave. The only reader of the environment."""
 
 import os
-from typing import Literal, cast
+from typing import Literal
 
 Mode = Literal["off", "on", "repair", "strict"]
 
 VARIABLE = "TIEDQUIET"
 _WORDS: dict[str, Mode] = {
-    **dict.fromkeys(("0", "off", "false", "no"), cast(Mode, "off")),
-    **dict.fromkeys(("", "1", "on", "true", "yes"), cast(Mode, "on")),
+    **dict.fromkeys(("0", "off", "false", "no"), "off"),
+    **dict.fromkeys(("", "1", "on", "true", "yes"), "on"),
     "repair": "repair",
     "strict": "strict",
 }

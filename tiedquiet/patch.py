@@ -15,6 +15,8 @@ from tiedquiet import mode, proof, report
 from tiedquiet.proof import Finding, Verdict
 
 _REPORT = "transformers.utils.loading_report"
+_MODELS = "transformers.modeling_utils"
+_TRAINER = "transformers.trainer"
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ _SEAMS = (
         (frozenset({"model", "loading_info"}), frozenset({"model", "load_config", "missing_keys"})),
         _on_report,
     ),
-    _Seam("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model", (frozenset({"model"}),), _on_load),
+    _Seam(
+        "transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model", (frozenset({"model"}),), _on_load
+    ),
     _Seam("transformers.trainer", "Trainer", "_issue_warnings_after_load", (frozenset({"load_result"}),), _on_resume),
 )

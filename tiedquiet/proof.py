@@ -93,9 +93,7 @@ def begin(model: "torch.nn.Module", missing: Collection[str]) -> None:
     _loading[model] = _record(model, set(missing))
 
 
-def settle(
-    model: "torch.nn.Module", repairing: bool = False
-) -> tuple[list[Finding], list[Finding]] | None:
+def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Finding], list[Finding]] | None:
     """Judge the load that `begin` recorded, once; None where there is none.
 
     Returns the findings and, of them, those that are tied only because they were repaired here.
@@ -268,9 +266,7 @@ def _judge(record: Record, now: Mapping[str, "torch.Tensor"]) -> Iterator[Findin
                     yield _judge_one(key, same, record, now, Group())
 
 
-def _judge_one(
-    key: str, stored: list[str], record: Record, now: Mapping[str, "torch.Tensor"], group: Group
-) -> Finding:
+def _judge_one(key: str, stored: list[str], record: Record, now: Mapping[str, "torch.Tensor"], group: Group) -> Finding:
     """The verdict on a member that was not stored, given the members of its group that were."""
     declared = key in group.members
     if not stored:
@@ -314,12 +310,10 @@ def _differ(a: str, b: str, record: Record, now: Mapping[str, "torch.Tensor"]) -
     if left.dim() == 0 or left.shape != right.shape or left.device != right.device:
         return True
     # In slices: comparing at once would need a mask as large as the embedding.
-    return not all(map(torch.equal, left.split(4096), right.split(4096)))
+    return not all(map(torch.equal, torch.split(left, 4096), torch.split(right, 4096)))
 
 
-def _repair(
-    model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str, "torch.Tensor"]
-) -> bool:
+def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str, "torch.Tensor"]) -> bool:
     """Tie `tie.key` to its source where the two tensors agree in form and no stored value is lost by it."""
     group = next((g for g in record.groups if tie.key in g.members), None)
     if group is None or tie.source is None or tie.source in record.lost:
@@ -340,5 +334,3 @@ def _repair(
     if isinstance(mapping, dict):
         mapping[tie.key] = tie.source
     return True
-
-

@@ -107,7 +107,7 @@ def _where(model: object, where: object) -> str:
 
 
 def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
-    return _join(fold([f"{f.tie.key} {verb} {f.tie.source}" for f in sorted(findings)]))
+    return _join(fold([f"{f.tie.key} {verb} {f.tie.source}" for f in sorted(findings, key=lambda f: f.tie.key)]))
 
 
 def _join(folded: Iterable[str]) -> str:

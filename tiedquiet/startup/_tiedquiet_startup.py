@@ -1,4 +1,7 @@
-"""Run by Python at start-up (see `tiedquiet.pth` and `tiedquiet.start`); outside the package, whose import enables it."""
+"""Run by Python at start-up, by `tiedquiet.pth` or `tiedquiet.start`.
+
+It is installed beside the package, not in it: importing anything of the package would enable tiedquiet.
+"""
 
 import os
 import sys
