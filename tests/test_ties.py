@@ -19,6 +19,8 @@ NAMES = [
     "decoder.box.1.layers.0.bias",
 ]
 
+KINDS = ("bias", "weight")
+
 
 def members(keys: object, prefix: str = "", names: list[str] = NAMES) -> list[list[str]]:
     return sorted(sorted(group.members) for group in groups([Declaration(prefix, keys)], names))
@@ -41,6 +43,12 @@ def test_a_chain_is_one_group_and_keeps_each_declared_source() -> None:
     keys = {"lm_head.weight": "encoder.embed.weight", "encoder.embed.weight": "shared.weight"}
     (group,) = groups([Declaration("", keys)], NAMES)
     assert group.sources == keys
+
+
+def test_the_last_line_about_a_target_counts() -> None:
+    keys = {r"box.(?![0])\d+": "box.0", "box": "decoder.box"}
+    expected = [[f"box.{i}.layers.0.{kind}", f"decoder.box.{i}.layers.0.{kind}"] for i in (0, 1) for kind in KINDS]
+    assert members(keys) == expected
 
 
 def test_a_sub_model_s_names_get_its_prefix() -> None:

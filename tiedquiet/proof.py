@@ -274,8 +274,10 @@ def _judge_one(key: str, stored: list[str], record: Record, now: Mapping[str, "t
     meant = group.sources.get(key)
     followed = [s for s in stored if _same(now[key], now[s])]
     source = next(iter(sorted(followed, key=lambda s: s != meant)), meant if meant in stored else stored[0])
+    # A key left on meta beside a source in memory is another tensor for certain; any other such pair may be one.
+    astray = now[key].is_meta and _readable(now[source])
     unreadable = [k for k in (key, source) if not _readable(now[k])]
-    if unreadable or record.stored[source] is None:
+    if (unreadable and not astray) or record.stored[source] is None:
         tensor = now[unreadable[0] if unreadable else source]
         why = f"values that cannot be read while loading ({type(tensor).__name__} on {tensor.device})"
         return Finding(Tie(key, source, Verdict.UNPROVEN, declared), why)
@@ -319,7 +321,7 @@ def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str
     if group is None or tie.source is None or tie.source in record.lost:
         return False
     ours, source = now[tie.key], now[tie.source]
-    if (ours.shape, ours.dtype, ours.device) != (source.shape, source.dtype, source.device):
+    if (ours.shape, ours.dtype) != (source.shape, source.dtype) or not (ours.is_meta or ours.device == source.device):
         return False
     rivals = [s for s in group.members if s in record.stored and s != tie.source]
     if tie.source != group.sources.get(tie.key) and any(_differ(s, tie.source, record, now) for s in rivals):

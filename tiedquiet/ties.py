@@ -43,20 +43,26 @@ def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Gr
         return []
     ordered = sorted(names)
     known = set(ordered)
-    group_of: dict[str, Group] = {}
+    sources: dict[str, str] = {}
+    off: dict[str, str | None] = {}
     for declaration in declared:
         for target, source in _pairs(declaration, ordered, known):
-            left = group_of.setdefault(source, Group([source]))
-            right = group_of.setdefault(target, Group([target]))
-            if left is not right:
-                if len(left.members) < len(right.members):
-                    left, right = right, left
-                left.members += right.members
-                left.sources.update(right.sources)
-                left.off.update(right.off)
-                group_of.update(dict.fromkeys(right.members, left))
-            left.sources.setdefault(target, source)
-            left.off.setdefault(target, declaration.off)
+            # A later line about the same target replaces an earlier one (Deformable DETR relies on it).
+            sources[target] = sources.get(source, source)
+            off[target] = declaration.off
+    group_of: dict[str, Group] = {}
+    for target, source in sources.items():
+        left = group_of.setdefault(source, Group([source]))
+        right = group_of.setdefault(target, Group([target]))
+        if left is not right:
+            if len(left.members) < len(right.members):
+                left, right = right, left
+            left.members += right.members
+            left.sources.update(right.sources)
+            left.off.update(right.off)
+            group_of.update(dict.fromkeys(right.members, left))
+        left.sources[target] = source
+        left.off[target] = off[target]
     return list({id(group): group for group in group_of.values()}.values())
 
 

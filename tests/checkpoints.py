@@ -1,0 +1,171 @@
+"""Tiny real checkpoints, saved and loaded with the real code, and the truth about them read from the bytes."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GPT2Config, T5Config, UMT5Config
+
+import tiedquiet
+from tiedquiet import Verdict
+
+T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def t5(**changes: Any) -> T5Config:
+    return T5Config(**{**T5, **changes})
+
+
+def umt5(**changes: Any) -> UMT5Config:
+    return UMT5Config(**{**T5, **changes})
+
+
+def gpt2(**changes: Any) -> GPT2Config:
+    return GPT2Config(
+        **{"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 64, "n_positions": 16, **TOKENS, **changes}
+    )
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Random values under every name, equal only where one tensor has several names: no tie holds by accident."""
+    torch.manual_seed(len(list(model.parameters())))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + 0.01)
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def save(
+    model: Any, folder: Path, keys: Any = None, flag: bool | None = None, **replaced: torch.Tensor
+) -> dict[str, Any]:
+    """Write config and weights of `model`; returns what the file holds.
+
+    Args:
+        model: taken for its class, its configuration and its names.
+        folder: where to write.
+        keys: the keys to store; None stores one name of each tensor, as `save_pretrained` does.
+        flag: what `config.json` says of `tie_word_embeddings`; None leaves it.
+        replaced: other values for some keys, dots written as double underscores.
+    """
+    state = state_of(model)
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [type(model).__name__]
+    if flag is not None:
+        config["tie_word_embeddings"] = flag
+    (folder / "config.json").write_text(json.dumps(config))
+    if keys is None:
+        model.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config))
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            saved = set(file.keys())
+        # What is saved under another name (a backbone's, say) is stored all the same, unless it is a second name.
+        now = model.state_dict(keep_vars=True)
+        here = {now[key].data_ptr() for key in saved & now.keys()}
+        return {key: value for key, value in state.items() if key in saved or now[key].data_ptr() not in here}
+    stored = {key: state[key] for key in keys}
+    stored.update({key.replace("__", "."): value for key, value in replaced.items()})
+    save_file(
+        {key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return stored
+
+
+class Printed(logging.Handler):
+    """What transformers and tiedquiet logged, as text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def of(self, logger: str, level: int | None = None) -> list[str]:
+        return [r.getMessage() for r in self.records if r.name.startswith(logger) and level in (None, r.levelno)]
+
+    @property
+    def report(self) -> str:
+        """The table, or nothing."""
+        return "\n".join(text for text in self.of("transformers") if "LOAD REPORT" in text)
+
+    @property
+    def confirmed(self) -> list[str]:
+        return self.of("tiedquiet", logging.INFO)
+
+    @property
+    def loud(self) -> list[str]:
+        return self.of("tiedquiet", logging.WARNING)
+
+    def shows(self, key: str) -> bool:
+        """Whether the table has a MISSING row for this key (the cases use keys that are not folded)."""
+        return any(line.split("|")[0].strip() == key and "MISSING" in line for line in self.report.splitlines())
+
+
+@contextmanager
+def printing() -> Iterator[Printed]:
+    handler = Printed()
+    loggers = [logging.getLogger("transformers"), logging.getLogger("tiedquiet")]
+    levels = [logger.level for logger in loggers]
+    for logger, level in zip(loggers, (logging.WARNING, logging.DEBUG), strict=True):
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    try:
+        yield handler
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def holds(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a tensor still has its stored values; a padding row that was zeroed again does not count."""
+    if tensor.shape != stored.shape:
+        return False
+    changed = tensor != stored.to(tensor.dtype)
+    if tensor.dim() < 2:
+        return not changed.any()
+    rows = changed.any(dim=1)
+    return int(rows.sum()) <= 1 and not tensor[rows].any()
+
+
+def assert_agrees_with_the_bytes(
+    model: torch.nn.Module, stored: dict[str, torch.Tensor], reported: set[str], printed: Printed
+) -> list[tiedquiet.Tie]:
+    """Hold every verdict, and every row that was printed or not, against the bytes of the file."""
+    now = dict(model.state_dict(keep_vars=True))
+    ties = tiedquiet.check(model)
+    verdicts = {tie.key: tie.verdict for tie in ties}
+    for tie in ties:
+        followed = [key for key in stored if key in now and same_memory(now[tie.key], now[key])]
+        intact = [key for key in followed if holds(now[key], stored[key])]
+        if tie.verdict is Verdict.TIED:
+            assert tie.source in intact, tie
+        elif tie.verdict is Verdict.UNTIED:
+            assert not followed, tie
+            assert tie.source in stored, tie
+        elif tie.verdict is Verdict.OVERWRITTEN:
+            assert tie.source in followed, tie
+            assert not holds(now[tie.source], stored[tie.source]), tie
+        elif tie.verdict is Verdict.ABSENT:
+            assert tie.source is None, tie
+            assert not followed, tie
+        elif tie.verdict is Verdict.AMBIGUOUS:
+            assert tie.source in intact, tie
+            # transformers' own reading of the declaration names another source than the one that is followed.
+            assert model.all_tied_weights_keys.get(tie.key) != tie.source, tie
+    for key in reported:
+        intact = [s for s in stored if s in now and same_memory(now[key], now[s]) and holds(now[s], stored[s])]
+        assert printed.shows(key) == (not intact or verdicts.get(key) is Verdict.AMBIGUOUS), (key, ties, printed.report)
+    return ties

@@ -1,0 +1,243 @@
+"""What each mode does with each verdict, through the real `from_pretrained`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2, holds, save, t5
+from tests.compat import cases
+from tiedquiet import Tie, TieError, Verdict
+
+
+def verdicts(model: torch.nn.Module) -> dict[str, Verdict]:
+    return {tie.key: tie.verdict for tie in tiedquiet.check(model)}
+
+
+def test_on_drops_exactly_the_proven_rows_and_keeps_the_others(tmp_path: Path, printed: Printed) -> None:
+    keys = [
+        key
+        for key in cases.DeclaresNothing(gpt2()).state_dict()
+        if key not in ("lm_head.weight", "transformer.ln_f.bias")
+    ]
+    save(cases.DeclaresNothing(gpt2()), tmp_path, keys, extra=torch.ones(2))
+    _, info = cases.DeclaresNothing.from_pretrained(tmp_path, output_loading_info=True)
+    assert not printed.shows("lm_head.weight")
+    assert printed.shows("transformer.ln_f.bias")
+    assert "UNEXPECTED" in printed.report
+    assert printed.confirmed == [
+        f"DeclaresNothing from {tmp_path}: reported missing but tied to what was loaded: lm_head.weight is transformer.wte.weight"
+    ]
+    assert set(info["missing_keys"]) == {"lm_head.weight", "transformer.ln_f.bias"}, "the caller's info is untouched"
+
+
+def test_off_prints_what_transformers_prints(tmp_path: Path, printed: Printed) -> None:
+    cls, _ = cases.CASES["DeclaresNothing"](tmp_path)
+    with tiedquiet.enable("off"):
+        cls.from_pretrained(tmp_path)
+    assert printed.shows("lm_head.weight")
+    assert printed.of("tiedquiet") == []
+
+
+def test_many_keys_are_folded_into_one_line(tmp_path: Path, printed: Printed) -> None:
+    cls, _ = cases.CASES["TiesManyHeads"](tmp_path)
+    cls.from_pretrained(tmp_path)
+    (line,) = printed.confirmed
+    assert "heads.{0, 1, 2}.weight is transformer.wte.weight" in line
+
+
+def test_more_kinds_of_keys_than_one_reads_are_counted() -> None:
+    from tiedquiet.proof import Finding
+    from tiedquiet.report import confirmation
+
+    found = [Finding(Tie(f"{c}.weight", "shared.weight", Verdict.TIED, True)) for c in "abcdefghij"]
+    line = confirmation(object(), None, found, [], list)
+    assert line.startswith("object: ")
+    assert line.endswith("h.weight is shared.weight and 2 more")
+
+
+def test_untied_is_explained_with_its_flag(tmp_path: Path, printed: Printed) -> None:
+    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    (line,) = printed.loud
+    assert "untied" in line
+    assert "lm_head.weight is not transformer.wte.weight, because GPT2Config.tie_word_embeddings is false" in line
+    assert "TIEDQUIET=repair" in line
+    assert tiedquiet.check(model) == [Tie("lm_head.weight", "transformer.wte.weight", Verdict.UNTIED, True)]
+
+
+def test_untied_without_a_flag_says_that_the_config_asks_for_it(tmp_path: Path, printed: Printed) -> None:
+    cls, _ = cases.CASES["Clones"](tmp_path)
+    cls.from_pretrained(tmp_path)
+    assert "although its config asks for it" in printed.loud[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2_flag_off", "Clones", "DoesNothing", "umt5_as_wan_stores_it"])
+def test_repair_ties_what_is_untied_and_confirms(name: str, tmp_path: Path, printed: Printed) -> None:
+    cls, stored = cases.CASES[name](tmp_path)
+    with tiedquiet.enable("repair"):
+        model = cls.from_pretrained(tmp_path)
+    assert set(verdicts(model).values()) == {Verdict.TIED}
+    assert not printed.report
+    assert not printed.loud
+    for tie in tiedquiet.check(model):
+        assert holds(model.get_parameter(tie.key), stored[str(tie.source)])
+    model.save_pretrained(tmp_path / "again")
+    with tiedquiet.enable("repair"):
+        again = cls.from_pretrained(tmp_path / "again")
+    for tie in tiedquiet.check(model):
+        assert torch.equal(again.get_parameter(tie.key), stored[str(tie.source)])
+
+
+@pytest.mark.parametrize("why", ["shape", "dtype", "ambiguous", "overwritten"])
+def test_repair_leaves_what_it_cannot_tie_safely(why: str, tmp_path: Path, printed: Printed) -> None:
+    if why == "ambiguous":
+        cls, _ = cases.CASES["t5_two_different_members_without_the_source"](tmp_path)
+    elif why == "overwritten":
+        cls = _LosesWhatItLoaded
+        save(cls(gpt2()), tmp_path, flag=False)
+    else:
+        cls = {"shape": _OtherShape, "dtype": _OtherType}[why]
+        save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
+    with tiedquiet.enable("repair"):
+        model = cls.from_pretrained(tmp_path)
+    assert not any("repaired" in line for line in printed.confirmed)
+    assert set(verdicts(model).values()) != {Verdict.TIED}
+    assert printed.loud
+
+
+class _OtherShape(GPT2LMHeadModel):
+    def __init__(self, config: object) -> None:
+        super().__init__(config)
+        self.lm_head = torch.nn.Linear(16, 65, bias=False)
+
+
+class _OtherType(GPT2LMHeadModel):
+    def tie_weights(self, *_: object, **__: object) -> None:
+        self.lm_head.to(torch.float64)
+
+
+class _LosesWhatItLoaded(GPT2LMHeadModel):
+    def tie_weights(self, *_: object, **__: object) -> None:
+        if not self.transformer.wte.weight.is_meta:
+            self.transformer.wte.weight.data.normal_()
+
+
+def test_repair_does_not_touch_a_module_with_a_second_stored_name(tmp_path: Path, printed: Printed) -> None:
+    class Aliased(GPT2LMHeadModel):
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            self.head = torch.nn.Linear(16, 64, bias=False)
+            self.lm_head = self.head
+
+    model = Aliased(gpt2(tie_word_embeddings=False))
+    keys = [key for key in model.state_dict() if key != "lm_head.weight"]
+    stored = save(model, tmp_path, keys, flag=False)
+    with tiedquiet.enable("repair"):
+        model = Aliased.from_pretrained(tmp_path)
+    assert model.head.weight.data_ptr() != model.transformer.wte.weight.data_ptr()
+    assert not any("repaired" in line for line in printed.confirmed)
+    assert stored["head.weight"].shape == model.head.weight.shape
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2_flag_off", "Clones", "DoesNothing", "t5_two_different_members_without_the_source"]
+)
+def test_strict_raises_after_the_report(name: str, tmp_path: Path, printed: Printed) -> None:
+    cls, _ = cases.CASES[name](tmp_path)
+    with tiedquiet.enable("strict"), pytest.raises(TieError) as caught:
+        cls.from_pretrained(tmp_path)
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.ties
+    assert str(caught.value) == printed.loud[0]
+
+
+def test_strict_raises_for_what_was_overwritten(tmp_path: Path) -> None:
+    save(_LosesWhatItLoaded(gpt2()), tmp_path)
+    with tiedquiet.enable("strict"), pytest.raises(TieError, match=r"overwritten.*transformer\.wte\.weight"):
+        _LosesWhatItLoaded.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2_as_saved",
+        "DeclaresNothing",
+        "gpt2_with_neither_end",
+        "bert_base_file_into_the_mlm_class",
+        "umt5_generation_with_a_head_of_its_own",
+    ],
+)
+def test_strict_lets_pass_what_is_tied_absent_or_stored(name: str, tmp_path: Path) -> None:
+    cls, _ = cases.CASES[name](tmp_path)
+    if name.startswith("umt5"):
+        cls, _ = T5ForConditionalGeneration, save(T5ForConditionalGeneration(t5()), tmp_path)
+    with tiedquiet.enable("strict"):
+        cls.from_pretrained(tmp_path)
+
+
+def test_strict_lets_pass_a_switched_off_tie_that_transformers_does_not_report(
+    tmp_path: Path, printed: Printed
+) -> None:
+    class FreshHead(GPT2LMHeadModel):
+        _keys_to_ignore_on_load_missing = ["lm_head.weight"]  # noqa: RUF012
+
+    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
+    with tiedquiet.enable("strict"):
+        FreshHead.from_pretrained(tmp_path)
+    assert "GPT2Config.tie_word_embeddings is false" in printed.loud[0]
+
+
+def test_strict_inside_an_except_block_of_the_program_still_raises(tmp_path: Path) -> None:
+    cls, _ = cases.CASES["Clones"](tmp_path)
+    with tiedquiet.enable("strict"):
+        try:
+            raise KeyError("the program's own")
+        except KeyError:
+            with pytest.raises(TieError):
+                cls.from_pretrained(tmp_path)
+
+
+def test_a_load_that_fails_keeps_its_own_error(tmp_path: Path) -> None:
+    class Fails(GPT2LMHeadModel):
+        def _initialize_missing_keys(self, *_: object, **__: object) -> None:
+            raise ArithmeticError("the load's own")
+
+    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
+    with tiedquiet.enable("strict"), pytest.raises(ArithmeticError, match="the load's own"):
+        Fails.from_pretrained(tmp_path)
+
+
+def test_mismatched_shapes_still_raise_and_are_not_stored(tmp_path: Path, printed: Printed) -> None:
+    model = GPT2LMHeadModel(gpt2())
+    save(
+        model,
+        tmp_path,
+        transformer__wte__weight=torch.ones(65, 16),
+        keys=[k for k in model.state_dict() if k != "lm_head.weight"],
+    )
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert "MISMATCH" in printed.report
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert set(verdicts(loaded).values()) == {Verdict.ABSENT}
+
+
+@pytest.mark.parametrize("word", ["2", "loud", "repair!"])
+def test_a_wrong_mode_names_the_valid_ones(word: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a mode of tiedquiet; valid values: 0, off, .*repair, strict"):
+        tiedquiet.enable(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "mode"), [("1", "on"), ("TRUE", "on"), ("", "on"), (" repair ", "repair"), ("No", "off")]
+)
+def test_the_words_of_the_environment(word: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiedquiet import patch
+
+    monkeypatch.setenv("TIEDQUIET", word)
+    with tiedquiet.enable():
+        assert patch.mode_now() == mode
+    assert patch.mode_now() == "on"

@@ -1,0 +1,149 @@
+"""Wrapping and unwrapping: identity, import orders, foreign wrappers, forms that are not known."""
+
+import logging
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import transformers.modeling_utils
+import transformers.trainer
+import wrapt
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.compat import cases
+from tiedquiet import patch
+
+ORIGINALS = """
+import transformers.utils.loading_report as r, transformers.modeling_utils as m, transformers.trainer as t
+import transformers.integrations.peft as p
+def seams():
+    return (r.log_state_dict_report, m.log_state_dict_report, p.log_state_dict_report,
+            m.PreTrainedModel.__dict__['_load_pretrained_model'], t.Trainer.__dict__['_issue_warnings_after_load'])
+"""
+SAME = "assert all(a is b for a, b in zip(before, seams())), 'a seam is not the original'\n"
+OTHER = "assert not any(a is b for a, b in zip(before, seams())), 'a seam is not wrapped'\n"
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    environment = {**{k: v for k, v in os.environ.items() if k != "TIEDQUIET"}, **environment}
+    root = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        ORIGINALS + "before = seams(); import tiedquiet\n" + OTHER + "tiedquiet.disable()\n" + SAME,
+        ORIGINALS + "before = seams(); import tiedquiet; tiedquiet.disable(); tiedquiet.disable(); tiedquiet.enable(); tiedquiet.enable('repair')\n" + OTHER + "tiedquiet.disable()\n" + SAME,
+        ORIGINALS + "before = seams(); import tiedquiet\nwith tiedquiet.enable('off'):\n  " + SAME + OTHER,
+        "import tiedquiet\n" + ORIGINALS + "after = seams(); tiedquiet.disable(); before = tuple(getattr(f, '__wrapped__') for f in after)\n" + SAME,
+        "import tiedquiet; tiedquiet.disable()\n" + ORIGINALS + "before = seams(); assert not any(hasattr(f, '_self_wrapper') for f in before); tiedquiet.enable()\n" + OTHER,
+    ],
+    ids=["transformers first", "twice", "context manager", "tiedquiet first", "disabled before transformers"],
+)  # fmt: skip
+def test_import_orders(code: str) -> None:
+    run(code)
+
+
+def test_off_in_the_environment_leaves_the_originals() -> None:
+    run(ORIGINALS + "before = seams(); import tiedquiet\n" + SAME, TIEDQUIET="0")
+
+
+def test_importing_it_brings_neither_torch_nor_transformers() -> None:
+    run("import sys, tiedquiet; assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)")
+
+
+def test_a_bad_value_raises_on_import() -> None:
+    run(
+        "try:\n import tiedquiet\nexcept ValueError as e:\n assert 'TIEDQUIET=' in str(e) and 'strict' in str(e)\nelse: raise SystemExit(1)",
+        TIEDQUIET="loud",
+    )
+
+
+def test_somebody_else_s_wrapper_stays_and_ours_goes_inert(
+    tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, _ = cases.CASES["DeclaresNothing"](tmp_path)
+    trainer = transformers.trainer.Trainer
+    ours = trainer.__dict__["_issue_warnings_after_load"]
+    report = transformers.modeling_utils.log_state_dict_report
+
+    def through(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        return wrapped(*args, **kwargs)
+
+    theirs = wrapt.FunctionWrapper(report, through)
+    monkeypatch.setattr(transformers.modeling_utils, "log_state_dict_report", theirs)
+    method = wrapt.FunctionWrapper(ours, through)
+    trainer._issue_warnings_after_load = method
+    try:
+        monkeypatch.setattr(patch, "_said", set())
+        tiedquiet.disable()
+        tiedquiet.enable("on")
+        tiedquiet.disable()
+        assert transformers.modeling_utils.log_state_dict_report is theirs
+        assert trainer.__dict__["_issue_warnings_after_load"] is method
+        said = [line for line in printed.of("tiedquiet") if "wrapped again by somebody else" in line]
+        assert len(said) == 1
+        assert "_issue_warnings_after_load" in said[0]
+        cls.from_pretrained(tmp_path)
+        assert printed.shows("lm_head.weight"), "inert: the original report"
+    finally:
+        trainer._issue_warnings_after_load = ours
+    tiedquiet.enable("on")
+    assert trainer.__dict__["_issue_warnings_after_load"] is ours, "wrapped once, not twice"
+
+
+def test_a_form_that_is_not_known_is_left_untouched_and_said_once(
+    printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiedquiet.disable()
+
+    def other_form(nothing: Any, known: Any) -> None:
+        """Some later release's."""
+
+    module = sys.modules["transformers.utils.loading_report"]
+    original = vars(module)["log_state_dict_report"]
+    monkeypatch.setattr(module, "log_state_dict_report", other_form)
+    monkeypatch.setattr(patch, "_said", set())
+    tiedquiet.enable("on")
+    tiedquiet.enable("repair")
+    assert module.log_state_dict_report is other_form
+    assert len([line for line in printed.loud if "left untouched" in line]) == 1
+    tiedquiet.disable()
+    monkeypatch.setattr(module, "log_state_dict_report", original)
+
+
+def test_a_seam_that_is_gone_is_said(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch, "_said", set())
+    seam = next(s for s in patch._SEAMS if not s.owner)
+    patch._wrap(seam, types.ModuleType("transformers.empty"))
+    assert "left untouched" in printed.loud[0]
+
+
+def test_transformers_4_is_left_alone(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    tiedquiet.disable()
+    before = transformers.trainer.Trainer.__dict__["_issue_warnings_after_load"]
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with tiedquiet.enable("on"):
+        assert transformers.trainer.Trainer.__dict__["_issue_warnings_after_load"] is before
+        assert tiedquiet.check(torch.nn.Linear(1, 1)) == []
+    assert "transformers 4.57.6 has no loading report" in printed.loud[0]
+
+
+def test_enabling_twice_says_so_at_debug(printed: Printed) -> None:
+    tiedquiet.enable("on")
+    assert "tiedquiet is already on" in printed.of("tiedquiet", logging.DEBUG)
