@@ -271,9 +271,9 @@ def _judge_one(key: str, stored: list[str], record: Record, now: Mapping[str, "t
     declared = key in group.members
     if not stored:
         return Finding(Tie(key, None, Verdict.ABSENT, declared), "no member of its tie is in the checkpoint")
-    meant = group.sources.get(key)
+    meant = next((s for s in group.chain(key) if s in stored), None)
     followed = [s for s in stored if _same(now[key], now[s])]
-    source = next(iter(sorted(followed, key=lambda s: s != meant)), meant if meant in stored else stored[0])
+    source = meant if meant in followed or (meant and not followed) else (followed or stored)[0]
     # A key left on meta beside a source in memory is another tensor for certain; any other such pair may be one.
     astray = now[key].is_meta and _readable(now[source])
     unreadable = [k for k in (key, source) if not _readable(now[k])]
@@ -324,7 +324,7 @@ def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str
     if (ours.shape, ours.dtype) != (source.shape, source.dtype) or not (ours.is_meta or ours.device == source.device):
         return False
     rivals = [s for s in group.members if s in record.stored and s != tie.source]
-    if tie.source != group.sources.get(tie.key) and any(_differ(s, tie.source, record, now) for s in rivals):
+    if tie.source not in group.chain(tie.key) and any(_differ(s, tie.source, record, now) for s in rivals):
         return False
     parent, _, name = tie.key.rpartition(".")
     module = model.get_submodule(parent)

@@ -31,6 +31,14 @@ class Group:
     sources: dict[str, str] = field(default_factory=dict)
     off: dict[str, str | None] = field(default_factory=dict)
 
+    def chain(self, key: str) -> Iterator[str]:
+        """The source of `key`, the source of that, and so on; a ring is walked once."""
+        seen = {key}
+        while (source := self.sources.get(key)) is not None and source not in seen:
+            yield source
+            seen.add(source)
+            key = source
+
 
 def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Group]:
     """Expand declarations over the model's tensor `names` into disjoint tie groups.
@@ -48,7 +56,7 @@ def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Gr
     for declaration in declared:
         for target, source in _pairs(declaration, ordered, known):
             # A later line about the same target replaces an earlier one (Deformable DETR relies on it).
-            sources[target] = sources.get(source, source)
+            sources[target] = source
             off[target] = declaration.off
     group_of: dict[str, Group] = {}
     for target, source in sources.items():

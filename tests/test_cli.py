@@ -1,0 +1,146 @@
+"""`python -m tiedquiet`."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2LMHeadModel
+
+import tiedquiet
+from tests.checkpoints import gpt2, save
+from tests.compat import cases
+from tests.test_seams import wan_pipeline
+from tiedquiet.__main__ import main
+
+
+def check(path: Path, *options: str) -> int:
+    return main(["check", str(path), *options])
+
+
+def test_a_checkpoint_that_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(GPT2LMHeadModel(gpt2()), tmp_path)
+    assert check(tmp_path) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["component", "|", "class", "|", "key", "|", "source", "|", "verdict", "|", "declared"]
+    assert out[2].split(" | ") == [
+        ".        ",
+        "GPT2LMHeadModel",
+        "lm_head.weight",
+        "transformer.wte.weight",
+        "tied   ",
+        "yes",
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpt2_flag_off", "gpt2_with_neither_end", "gpt2_with_an_unrelated_key_missing"])
+def test_a_checkpoint_that_is_loud(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases.CASES[name](tmp_path)
+    assert check(tmp_path, "--json") == 1
+    (component,) = json.loads(capsys.readouterr().out)
+    assert component["loud"] is True
+    assert component["class"] == "GPT2LMHeadModel"
+    found = {tie["key"]: tie["verdict"] for tie in component["ties"]}
+    assert (
+        found
+        == {
+            "gpt2_flag_off": {"lm_head.weight": "untied"},
+            "gpt2_with_neither_end": {"lm_head.weight": "absent", "transformer.wte.weight": "absent"},
+            "gpt2_with_an_unrelated_key_missing": {"lm_head.weight": "tied"},
+        }[name]
+    )
+    assert component["missing"] == (["transformer.ln_f.bias"] if "unrelated" in name else [])
+    assert check(tmp_path) == 1
+    assert ("missing" if "unrelated" in name else "GPT2LMHeadModel") in capsys.readouterr().out
+
+
+def test_a_model_without_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BertModel
+
+    save(BertModel(cases.bert()), tmp_path)
+    assert check(tmp_path) == 0
+    assert "(all tensors stored)" in capsys.readouterr().out
+
+
+def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = check(wan_pipeline(tmp_path), "--json")
+    (component,) = json.loads(capsys.readouterr().out)
+    assert component["component"] == "text_encoder"
+    assert component["class"] == "UMT5EncoderModel"
+    (tie,) = component["ties"]
+    assert tie["key"] == "encoder.embed_tokens.weight"
+    assert status == (0 if tie["verdict"] == "tied" else 1)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: p / "nowhere", "is not a folder"),
+        (lambda p: p, "has neither config.json nor model_index.json"),
+        (lambda p: write(p / "config.json", "{"), "cannot be read"),
+        (lambda p: write(p / "config.json", "[]"), "holds no JSON object"),
+        (lambda p: write(p / "model_index.json", "{}"), "names no transformers model"),
+        (lambda p: write(p / "config.json", '{"model_type": "gpt2"}'), "cannot be loaded as AutoModel"),
+        (lambda p: write(p / "config.json", '{"architectures": ["NoSuchModel"], "model_type": "x"}'), "cannot be loaded as NoSuchModel"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_gets_one_line(
+    make: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(make(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert error.startswith("tiedquiet: ")
+
+
+def test_transformers_4_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    assert check(tmp_path) == 2
+    assert "transformers 4.57.6 has no loading report" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no loading report"):
+        main(["demo"])
+
+
+def test_without_transformers_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["check", "."]) == 2
+    assert "pip install 'tiedquiet[demo]'" in capsys.readouterr().err
+
+
+def test_the_demo_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    first, second, third, fourth = out.split("\n=== ")[1:]
+    for part in (first, second):
+        before, after = part.split("--- with tiedquiet")
+        assert "lm_head.weight" in before
+        assert "tiedquiet INFO" in after
+        assert "MISSING" not in after
+        assert "missing keys" not in after
+    assert third.count("MISSING |") == 2
+    assert "tiedquiet WARNING" in third
+    assert fourth.rstrip().endswith("True")
+
+
+def test_run_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tiedquiet", "--version"])
+    monkeypatch.delitem(sys.modules, "tiedquiet.__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("tiedquiet", run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"tiedquiet {tiedquiet.__version__}\n"

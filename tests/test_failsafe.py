@@ -1,0 +1,161 @@
+"""Whatever of ours breaks: the load succeeds, the original report is printed, and one line says so."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2, save
+from tests.compat import cases
+from tiedquiet import mode, patch, proof, report, ties
+
+# Each function that a load runs, in any mode, with the module where its caller looks it up.
+FUNCTIONS = [
+    (ties, "_pairs"),
+    (ties, "_matches"),
+    (proof, "groups"),
+    (proof, "begin"),
+    (proof, "settle"),
+    (proof, "_record"),
+    (proof, "_tensors"),
+    (proof, "_declarations"),
+    (proof, "_fingerprints"),
+    (proof, "_readable"),
+    (proof, "_lost"),
+    (proof, "_changed"),
+    (proof, "_judge"),
+    (proof, "_judge_one"),
+    (proof, "_same"),
+    (proof, "_merged"),
+    (proof, "_repair"),
+    (proof, "_differ"),
+    (report, "confirmation"),
+    (report, "loud_lines"),
+    (report, "unproven_lines"),
+    (report, "_where"),
+    (report, "_pairs"),
+    (report, "_join"),
+    (report, "_explain"),
+    (report, "say"),
+    (report, "is_main_process"),
+    (patch, "_bind"),
+    (patch, "_conclude"),
+    (patch, "_fold"),
+    (patch, "_plan_report"),
+]
+NOT_IN_EVERY_LOAD = {
+    "_repair",
+    "_differ",
+    "_explain",
+    "_fold",
+    "_join",
+    "_changed",
+    "is_main_process",
+    "_matches",
+    "_pairs",
+}
+
+
+class Broken(Exception):
+    """Injected."""
+
+
+def breaks(*_: Any, **__: Any) -> Any:
+    raise Broken("injected")
+
+
+def test_every_function_of_a_load_is_in_the_list() -> None:
+    listed = {name for _, name in FUNCTIONS} | {"check", "_judged", "_aside", "_once", "_is_failing", "_plan_resume"}
+    hooks = {"_on_load", "_on_report", "_on_resume", "_on_import", "_wrap", "_unwrap", "_swap_copies"}
+    switches = {
+        "set_mode",
+        "mode_now",
+        "inert_because",
+        "parse",
+        "from_environment",
+        "dataclass",
+        "field",
+        "groups",
+        "cycle",
+    }
+    for module in (ties, proof, report, patch):
+        own = {
+            n
+            for n, f in vars(module).items()
+            if callable(f) and getattr(f, "__module__", "") == module.__name__ and not isinstance(f, type)
+        }
+        assert own <= listed | hooks | switches, own - listed - hooks - switches
+    assert mode.is_main_process()
+
+
+@pytest.mark.parametrize(("module", "name"), FUNCTIONS, ids=[f"{m.__name__}.{n}" for m, n in FUNCTIONS])
+@pytest.mark.parametrize(
+    "case", ["OverridesTieWeights", "t5_two_different_members_without_the_source", "gpt2_flag_off"]
+)
+@pytest.mark.parametrize("how", ["on", "repair", "strict"])
+def test_an_exception_in_any_function_leaves_the_load_and_its_report_alone(
+    module: Any, name: str, case: str, how: str, tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, _ = cases.CASES[case](tmp_path)
+    with tiedquiet.enable("off"):
+        cls.from_pretrained(tmp_path)
+    original = printed.report
+    printed.records.clear()
+    called = []
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        called.append(name)
+        raise Broken("injected")
+
+    monkeypatch.setattr(module, name, breaks)
+    with tiedquiet.enable(how):
+        try:
+            model = cls.from_pretrained(tmp_path)
+        except tiedquiet.TieError:
+            assert how == "strict"
+            return
+    assert model.training is False
+    if called:
+        assert printed.report == original
+        assert any("stood aside" in line and "Broken" in line for line in printed.loud)
+    else:
+        assert name in NOT_IN_EVERY_LOAD
+
+
+@pytest.mark.parametrize("name", ["_plan_resume", "_bind", "_conclude"])
+def test_a_resume_survives_too(name: str, tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2LMHeadModel(gpt2())
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    result = model.load_state_dict({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, strict=False)
+    monkeypatch.setattr(patch, name, breaks)
+    trainer._issue_warnings_after_load(result)
+    assert any("lm_head.weight" in line for line in printed.of("transformers.trainer"))
+    assert any("stood aside" in line for line in printed.loud)
+
+
+def test_a_loud_line_that_cannot_be_said_does_not_stop_the_load(
+    tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
+    monkeypatch.setattr(report, "say", breaks)
+    GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert printed.shows("lm_head.weight")
+
+
+def test_even_the_line_that_says_so_may_fail(tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, _ = cases.CASES["DeclaresNothing"](tmp_path)
+    monkeypatch.setattr(proof, "settle", breaks)
+    monkeypatch.setattr(report.log, "warning", breaks)
+    cls.from_pretrained(tmp_path)
+    assert printed.shows("lm_head.weight")
+
+
+def test_a_seam_that_cannot_be_wrapped_is_left(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiedquiet.disable()
+    monkeypatch.setattr(patch, "_wrap", breaks)
+    with tiedquiet.enable("on"):
+        assert patch._wrapped == {}
+    assert any("stood aside" in line for line in printed.of("tiedquiet", logging.WARNING))
