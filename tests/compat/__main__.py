@@ -1,0 +1,100 @@
+"""`python -m tests.compat [RELEASE ...]`: the truth table on many releases of transformers.
+
+Each release gets a virtual environment under `.compat/` that borrows torch and pytest from the one that runs this;
+what goes with which release is written here and nowhere else. Exit status: 0 all passed, 1 a release did not.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OLD = ["diffusers==0.37.1", "huggingface_hub==1.5.0", "peft==0.18.1", "accelerate==1.12.0"]
+NEW = ["diffusers==0.42.1", "huggingface_hub==1.33.0", "peft==0.21.2", "accelerate==1.15.0"]
+RELEASES = {
+    "5.0.0": [*OLD, "wrapt==1.16.0"],
+    "5.1.0": [*OLD, "wrapt==1.17.3"],
+    "5.2.0": [*OLD, "wrapt==1.17.3"],
+    "5.3.0": [*OLD, "wrapt==2.0.1"],
+    "5.9.0": NEW,
+    "5.12.1": NEW,
+    "5.13.1": NEW,
+    "5.16.1": NEW,
+    "5.20.2": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
+    "5.23.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
+}
+TESTS = ["tests/compat", "tests/test_ties.py", "tests/test_modes.py", "tests/test_seams.py", "tests/test_patch.py"]
+
+
+def python_of(release: str) -> Path:
+    """The interpreter of the release's environment, made on first use."""
+    folder = ROOT / ".compat" / release
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    done = folder / "ready"
+    wanted = json.dumps(RELEASES[release])
+    if not done.exists() or done.read_text() != wanted:
+        venv.create(folder, with_pip=False, clear=True)
+        purelib = subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        )
+        Path(purelib.strip(), "_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
+        subprocess.run([*pip, f"transformers=={release}", *RELEASES[release]], check=True)
+        done.write_text(wanted)
+    return python
+
+
+def run(release: str) -> tuple[bool, str]:
+    """Run the tests on one release; returns whether they passed and its row of the table."""
+    table = ROOT / ".compat" / f"{release}.jsonl"
+    python = python_of(release)
+    table.unlink(missing_ok=True)
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--table", str(table), *TESTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+    rows = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
+    verdicts = Counter(verdict for row in rows for verdict in row["verdicts"])
+    reported, dropped = (sum(row[what] for row in rows) for what in ("reported", "dropped"))
+    counts = " | ".join(str(verdicts[v]) for v in ("tied", "untied", "overwritten", "absent", "ambiguous", "unproven"))
+    closing = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else "did not run"
+    return done.returncode == 0, f"| {release} | {len(rows)} | {counts} | {reported} | {dropped} | {closing} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compat", description=__doc__.splitlines()[0])
+    parser.add_argument("release", nargs="*", help=f"default: all of {', '.join(RELEASES)}")
+    chosen = parser.parse_args().release or list(RELEASES)
+    if unknown := [release for release in chosen if release not in RELEASES]:
+        parser.error(f"no pins for transformers {', '.join(unknown)}; known: {', '.join(RELEASES)}")
+    print("| transformers | cases | tied | untied | overwritten | absent | ambiguous | unproven "
+          "| MISSING rows | dropped, proven false | tests |")  # fmt: skip
+    print("|" + " --- |" * 11, flush=True)
+    well = True
+    for release in chosen:
+        passed, row = run(release)
+        well &= passed
+        print(row, flush=True)
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""No code at all: the start-up file and autowrapt. Needs an installed tiedquiet (wheel or editable)."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.test_logging import LINE, LOAD
+
+SITE = Path(sysconfig.get_path("purelib"))
+pytestmark = pytest.mark.skipif(not (SITE / "tiedquiet.pth").exists(), reason="tiedquiet is not installed here")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TIEDQUIET", "AUTOWRAPT_BOOTSTRAP")}
+    root = str(Path(__file__).parents[1])
+    environment = {**clean, "PYTHONPATH": root, **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=SITE)
+
+
+def brought(**environment: str) -> set[str]:
+    done = python("-c", "import sys; print(*sys.modules)", **environment)
+    assert done.returncode == 0
+    return {"tiedquiet", "wrapt", "_tiedquiet_startup"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "off", "FALSE", "no"])
+def test_unset_or_off_imports_nothing(value: str | None) -> None:
+    assert brought(**({} if value is None else {"TIEDQUIET": value})) == set()
+
+
+@pytest.mark.parametrize("value", ["1", "on", "repair", "strict"])
+def test_set_enables_it(value: str) -> None:
+    assert brought(TIEDQUIET=value) >= {"tiedquiet", "wrapt"}
+    done = python("-c", "import tiedquiet.patch; print(tiedquiet.patch.mode_now())", TIEDQUIET=value)
+    assert done.stdout.strip() == {"1": "on"}.get(value, value)
+
+
+def test_a_bad_value_gives_one_line_and_stays_off() -> None:
+    done = python("-c", "import sys; print('alive', 'tiedquiet' in sys.modules)", TIEDQUIET="loud")
+    assert done.returncode == 0
+    assert done.stdout.strip() == "alive False"
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("tiedquiet stays off: TIEDQUIET='loud' is not a mode of tiedquiet; valid values: ")
+
+
+def test_a_broken_installation_does_not_stop_python(tmp_path: Path) -> None:
+    (tmp_path / "wrapt.py").write_text("raise RuntimeError('broken')")
+    done = python("-c", "print('alive')", TIEDQUIET="1", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout.strip()) == (0, "alive")
+    assert "tiedquiet stays off: broken" in done.stderr
+
+
+def test_a_program_without_a_line_of_it_is_quiet() -> None:
+    done = python("-c", LOAD, TIEDQUIET="1")
+    assert LINE in done.stderr
+    assert "LOAD REPORT" not in done.stderr
+    assert "LOAD REPORT" in python("-c", LOAD).stderr
+
+
+def test_autowrapt_brings_it_with_transformers() -> None:
+    done = python("-c", LOAD, AUTOWRAPT_BOOTSTRAP="tiedquiet")
+    assert LINE in done.stderr
+    assert "LOAD REPORT" not in done.stderr
+    done = python("-c", "import sys; print('tiedquiet' in sys.modules)", AUTOWRAPT_BOOTSTRAP="tiedquiet")
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node=2"], ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]])  # fmt: skip
+def test_launchers_of_many_processes_confirm_once(launcher: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LOAD)
+    done = python("-m", *launcher, str(script), TIEDQUIET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count(LINE) == 1
+    assert "LOAD REPORT" not in done.stderr
+
+
+def test_the_start_file_names_what_exists() -> None:
+    assert callable(pkgutil.resolve_name((SITE / "tiedquiet.start").read_text().strip()))
