@@ -232,12 +232,12 @@ def test_a_wrong_mode_names_the_valid_ones(word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "mode"), [("1", "on"), ("TRUE", "on"), ("", "on"), (" repair ", "repair"), ("No", "off")]
+    ("word", "expected"), [("1", "on"), ("TRUE", "on"), ("", "on"), (" repair ", "repair"), ("No", "off")]
 )
-def test_the_words_of_the_environment(word: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiedquiet import patch
+def test_the_words_of_the_environment(word: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiedquiet import mode
 
     monkeypatch.setenv("TIEDQUIET", word)
     with tiedquiet.enable():
-        assert patch.mode_now() == mode
-    assert patch.mode_now() == "on"
+        assert mode.current == expected
+    assert mode.current == "on"

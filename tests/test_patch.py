@@ -1,6 +1,5 @@
 """Wrapping and unwrapping: identity, import orders, foreign wrappers, forms that are not known."""
 
-import logging
 import subprocess
 import sys
 import types
@@ -136,6 +135,7 @@ def test_transformers_4_is_left_alone(printed: Printed, monkeypatch: pytest.Monk
     import torch
 
     tiedquiet.disable()
+    monkeypatch.setattr(patch, "_said", set())
     before = transformers.trainer.Trainer.__dict__["_issue_warnings_after_load"]
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
     with tiedquiet.enable("on"):
@@ -144,6 +144,15 @@ def test_transformers_4_is_left_alone(printed: Printed, monkeypatch: pytest.Monk
     assert "transformers 4.57.6 has no loading report" in printed.loud[0]
 
 
-def test_enabling_twice_says_so_at_debug(printed: Printed) -> None:
-    tiedquiet.enable("on")
-    assert "tiedquiet is already on" in printed.of("tiedquiet", logging.DEBUG)
+def test_what_fails_while_transformers_is_imported_does_not_stop_the_import() -> None:
+    done = run(
+        "import sys, tiedquiet; sys.modules['tiedquiet.patch'] = None; import transformers.modeling_utils; print('alive')"
+    )
+    assert done.stdout.strip() == "alive"
+    assert done.stderr.splitlines()[0].startswith("tiedquiet stays off: ")
+
+
+def test_the_whole_api() -> None:
+    assert {name for name in tiedquiet.__all__ if getattr(tiedquiet, name)} == set(tiedquiet.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tie'"):
+        _ = tiedquiet.tie

@@ -4,18 +4,17 @@
 >>> from transformers import AutoModel
 """
 
-import logging
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tiedquiet import mode as _modes
-from tiedquiet import patch as _patch
-from tiedquiet.proof import Tie, Verdict
-from tiedquiet.proof import check as _check
-from tiedquiet.report import TieError, say
+from tiedquiet.switch import switch as _switch
 
 if TYPE_CHECKING:
     import torch
+
+    from tiedquiet.proof import Tie, Verdict
+    from tiedquiet.report import TieError
 
 __all__ = ["Tie", "TieError", "Verdict", "__version__", "check", "disable", "enable"]
 __version__ = "0.1.0"
@@ -33,7 +32,7 @@ class _Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _patch.set_mode(self._previous)
+        _switch(self._previous)
 
 
 def enable(mode: str | None = None) -> _Restore:
@@ -49,17 +48,17 @@ def enable(mode: str | None = None) -> _Restore:
         ValueError: the mode is none of these; the message lists them.
     """
     chosen = _modes.from_environment() if mode is None else _modes.parse(mode, "mode")
-    previous = _patch.mode_now()
-    _patch.set_mode(chosen)
+    previous = _modes.current
+    _switch(chosen)
     return _Restore(previous)
 
 
 def disable() -> None:
     """Put transformers' own functions back. Harmless when already disabled."""
-    _patch.set_mode("off")
+    _switch("off")
 
 
-def check(model: "torch.nn.Module") -> list[Tie]:
+def check(model: "torch.nn.Module") -> "list[Tie]":
     """Judge the ties of a loaded model.
 
     Args:
@@ -70,9 +69,23 @@ def check(model: "torch.nn.Module") -> list[Tie]:
         One `Tie` for each member of a tie that the checkpoint did not store, and for each stored member whose
         values were lost while loading; sorted by key. A model that stores all its tensors gives none.
     """
-    if reason := _patch.inert_because():
-        say(logging.WARNING, reason)
-    return sorted((finding.tie for finding in _check(model)), key=lambda tie: tie.key)
+    from tiedquiet import patch, proof
+
+    patch.warn_if_inert()
+    return sorted((finding.tie for finding in proof.check(model)), key=lambda tie: tie.key)
+
+
+def __getattr__(name: str) -> object:
+    # These live where they are used; importing that takes time, and nobody needs it before transformers is there.
+    if name in ("Tie", "Verdict"):
+        from tiedquiet import proof
+
+        return getattr(proof, name)
+    if name == "TieError":
+        from tiedquiet.report import TieError
+
+        return TieError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 enable()

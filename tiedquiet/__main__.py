@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiedquiet
+from tiedquiet import patch
 from tiedquiet.proof import Verdict
 from tiedquiet.report import log
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> int:
     import transformers
 
-    if reason := tiedquiet._patch.inert_because():
+    if reason := patch.inert_because():
         raise _Cannot(reason)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""How tiedquiet was asked to behave. The only reader of the environment."""
+"""How tiedquiet was asked to behave: the mode in force, and the only reader of the environment."""
 
 import os
 from typing import Literal
@@ -12,6 +12,9 @@ _WORDS: dict[str, Mode] = {
     "repair": "repair",
     "strict": "strict",
 }
+
+
+current: Mode = "off"
 
 
 def parse(value: str, name: str = VARIABLE) -> Mode:

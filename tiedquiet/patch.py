@@ -13,10 +13,7 @@ import wrapt
 
 from tiedquiet import mode, proof, report
 from tiedquiet.proof import Finding, Verdict
-
-_REPORT = "transformers.utils.loading_report"
-_MODELS = "transformers.modeling_utils"
-_TRAINER = "transformers.trainer"
+from tiedquiet.switch import REPORT
 
 
 @dataclass(frozen=True)
@@ -31,33 +28,26 @@ class _Seam:
         return ".".join(filter(None, (self.module, self.owner, self.name)))
 
 
-_mode: mode.Mode = "off"
 _wrapped: dict[_Seam, tuple[object, object, object]] = {}  # seam: (owner, original, wrapper)
-_hooked: set[str] = set()
 _said: set[str] = set()
 
 
-def mode_now() -> mode.Mode:
-    """The mode in force; `off` while disabled."""
-    return _mode
-
-
-def set_mode(new: mode.Mode) -> None:
-    """Wrap the seams, now or as soon as transformers is imported; with `off`, put the originals back."""
-    global _mode
-    if new == _mode:
-        report.log.debug("tiedquiet is already %s", new)
-    _mode = new
-    if new == "off":
-        for seam in list(_wrapped):
-            _unwrap(seam)
+def wrap(module: ModuleType) -> None:
+    """Wrap the seams of a module of transformers that are not wrapped yet."""
+    if inert_because():
         return
-    for name in dict.fromkeys(seam.module for seam in _SEAMS):
-        if name in _hooked and name in sys.modules:
-            _on_import(sys.modules[name])
-        elif name not in _hooked:
-            _hooked.add(name)
-            wrapt.register_post_import_hook(_on_import, name)
+    for seam in _SEAMS:
+        if seam.module == module.__name__ and seam not in _wrapped:
+            try:
+                _wrap(seam, module)
+            except Exception as error:
+                _aside(error)
+
+
+def unwrap() -> None:
+    """Put every original back that nobody else has wrapped since."""
+    for seam in list(_wrapped):
+        _unwrap(seam)
 
 
 def inert_because() -> str:
@@ -68,15 +58,10 @@ def inert_because() -> str:
     return ""
 
 
-def _on_import(module: ModuleType) -> None:
-    if _mode == "off" or inert_because():
-        return
-    for seam in _SEAMS:
-        if seam.module == module.__name__ and seam not in _wrapped:
-            try:
-                _wrap(seam, module)
-            except Exception as error:
-                _aside(error)
+def warn_if_inert() -> None:
+    """Say once why a check can find nothing, where that is so."""
+    if reason := inert_because():
+        _once(logging.WARNING, reason)
 
 
 def _wrap(seam: _Seam, module: ModuleType) -> None:
@@ -115,7 +100,7 @@ def _swap_copies(name: str, old: object, new: object) -> None:
 def _on_load(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `PreTrainedModel._load_pretrained_model`: record what was stored before anything is tied."""
     result = wrapped(*args, **kwargs)
-    if _mode != "off":
+    if mode.current != "off":
         try:
             info = result[0] if isinstance(result, tuple) else result
             mismatched = (entry[0] for entry in info.mismatched_keys)
@@ -127,12 +112,16 @@ def _on_load(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
 
 def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `log_state_dict_report`: the same report without the rows that are proven false."""
-    return wrapped(*args, **kwargs) if _mode == "off" or _is_failing() else _judged(_plan_report, wrapped, args, kwargs)
+    return (
+        wrapped(*args, **kwargs)
+        if mode.current == "off" or _is_failing()
+        else _judged(_plan_report, wrapped, args, kwargs)
+    )
 
 
 def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._issue_warnings_after_load`: the same for a state dict that was copied into the model."""
-    return wrapped(*args, **kwargs) if _mode == "off" else _judged(_plan_resume, wrapped, args, kwargs)
+    return wrapped(*args, **kwargs) if mode.current == "off" else _judged(_plan_resume, wrapped, args, kwargs)
 
 
 @dataclass
@@ -174,7 +163,7 @@ def _plan_report(_: object, bound: dict[str, Any]) -> _Plan | None:
     info = bound.get("loading_info")
     missing = (info.missing_keys if info is not None else bound["missing_keys"]) or set()
     named = bound if info is not None else vars(bound["load_config"])
-    verdicts = proof.settle(bound["model"], repairing=_mode == "repair")
+    verdicts = proof.settle(bound["model"], repairing=mode.current == "repair")
     if verdicts is None:
         return None
     kept, plan = _conclude(bound["model"], named.get("pretrained_model_name_or_path"), missing, verdicts)
@@ -195,7 +184,7 @@ def _plan_resume(trainer: Any, bound: dict[str, Any]) -> _Plan | None:
     if not missing or missing == ignored:
         return None  # at that very set the Trainer ties again and prints nothing
     proof.begin(trainer.model, missing)
-    verdicts = proof.settle(trainer.model, repairing=_mode == "repair")
+    verdicts = proof.settle(trainer.model, repairing=mode.current == "repair")
     if verdicts is None:
         return None
     kept, plan = _conclude(trainer.model, "the Trainer's checkpoint", missing, verdicts)
@@ -219,7 +208,7 @@ def _conclude(
     plan = _Plan({}, report.loud_lines(model, where, findings, _fold))
     # A tie that the config switched off may be meant; unless a row says that the key was missed, too.
     broken = [f for f in findings if f.tie.verdict in report.LOUD and (not f.off or f.tie.key in missing)]
-    if _mode == "strict" and broken:
+    if mode.current == "strict" and broken:
         plan.failure = report.TieError(report.loud_lines(model, where, broken, _fold)[0], [f.tie for f in broken])
     return set(missing) - {f.tie.key for f in proven}, plan
 
@@ -240,7 +229,7 @@ def _bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _fold(items: list[str]) -> Iterable[str]:
     """Fold numbered keys as the report itself does: `layers.{0, 1}...`."""
-    return list(sys.modules[_REPORT].update_key_name(items))
+    return list(sys.modules[REPORT].update_key_name(items))
 
 
 def _aside(error: Exception) -> None:
@@ -261,7 +250,7 @@ def _once(level: int, message: str) -> None:
 
 _SEAMS = (
     _Seam(
-        _REPORT,
+        REPORT,
         "",
         "log_state_dict_report",
         (frozenset({"model", "loading_info"}), frozenset({"model", "load_config", "missing_keys"})),

@@ -6,11 +6,16 @@ It is installed beside the package, not in it: importing anything of the package
 import os
 import sys
 
+_started = False
+
 
 def start() -> None:
     """Enable tiedquiet where the environment asks for it; whatever goes wrong, the interpreter starts."""
-    if os.environ.get("TIEDQUIET", "").strip().lower() in ("", "0", "off", "false", "no"):
+    global _started
+    # In a virtual environment Python may read its `.pth` files twice.
+    if _started or os.environ.get("TIEDQUIET", "").strip().lower() in ("", "0", "off", "false", "no"):
         return
+    _started = True
     try:
         __import__("tiedquiet")
     except Exception as error:
