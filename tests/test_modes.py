@@ -91,9 +91,13 @@ def test_repair_ties_what_is_untied_and_confirms(name: str, tmp_path: Path, prin
         assert torch.equal(again.get_parameter(tie.key), stored[str(tie.source)])
 
 
-@pytest.mark.parametrize("why", ["shape", "dtype", "ambiguous", "overwritten"])
+@pytest.mark.parametrize("why", ["shape", "dtype", "ambiguous", "overwritten", "rivals"])
 def test_repair_leaves_what_it_cannot_tie_safely(why: str, tmp_path: Path, printed: Printed) -> None:
-    if why == "ambiguous":
+    if why == "rivals":
+        cls = _TiesNothing
+        keys = [k for k in cls(t5()).state_dict() if k not in ("shared.weight", "encoder.embed_tokens.weight")]
+        save(cls(t5()), tmp_path, keys, flag=True)
+    elif why == "ambiguous":
         cls, _ = cases.CASES["t5_two_different_members_without_the_source"](tmp_path)
     elif why == "overwritten":
         cls = _LosesWhatItLoaded
@@ -106,6 +110,11 @@ def test_repair_leaves_what_it_cannot_tie_safely(why: str, tmp_path: Path, print
     assert not any("repaired" in line for line in printed.confirmed)
     assert set(verdicts(model).values()) != {Verdict.TIED}
     assert printed.loud
+
+
+class _TiesNothing(T5ForConditionalGeneration):
+    def tie_weights(self, *_: object, **__: object) -> None:
+        pass
 
 
 class _OtherShape(GPT2LMHeadModel):

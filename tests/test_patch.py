@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import transformers
 import transformers.modeling_utils
 import transformers.trainer
 import wrapt
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
 import tiedquiet
-from tests.checkpoints import Printed
+from tests.checkpoints import Printed, gpt2
 from tests.compat import cases
 from tiedquiet import patch
 
@@ -82,6 +84,9 @@ def test_somebody_else_s_wrapper_stays_and_ours_goes_inert(
     def through(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
         return wrapped(*args, **kwargs)
 
+    loader = transformers.modeling_utils.PreTrainedModel
+    below = loader.__dict__["_load_pretrained_model"]
+    loader._load_pretrained_model = wrapt.FunctionWrapper(below, through)
     theirs = wrapt.FunctionWrapper(report, through)
     monkeypatch.setattr(transformers.modeling_utils, "log_state_dict_report", theirs)
     method = wrapt.FunctionWrapper(ours, through)
@@ -93,13 +98,18 @@ def test_somebody_else_s_wrapper_stays_and_ours_goes_inert(
         tiedquiet.disable()
         assert transformers.modeling_utils.log_state_dict_report is theirs
         assert trainer.__dict__["_issue_warnings_after_load"] is method
+        Trainer(
+            GPT2LMHeadModel(gpt2()), TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+        )._issue_warnings_after_load(SimpleNamespace(missing_keys=["lm_head.weight"], unexpected_keys=[]))
+        assert any("missing keys" in line and "lm_head" in line for line in printed.of("transformers.trainer"))
         said = [line for line in printed.of("tiedquiet") if "wrapped again by somebody else" in line]
-        assert len(said) == 1
-        assert "_issue_warnings_after_load" in said[0]
+        assert len(said) == 2
+        assert "_issue_warnings_after_load" in said[1]
         cls.from_pretrained(tmp_path)
         assert printed.shows("lm_head.weight"), "inert: the original report"
     finally:
         trainer._issue_warnings_after_load = ours
+        loader._load_pretrained_model = below
     tiedquiet.enable("on")
     assert trainer.__dict__["_issue_warnings_after_load"] is ours, "wrapped once, not twice"
 
@@ -156,3 +166,27 @@ def test_the_whole_api() -> None:
     assert {name for name in tiedquiet.__all__ if getattr(tiedquiet, name)} == set(tiedquiet.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tie'"):
         _ = tiedquiet.tie
+
+
+def test_without_wrapt_s_compiled_part() -> None:
+    """Its Python frames stand between a failing load and ours: they must not hide whose exception is in flight."""
+    code = """
+import tempfile, tiedquiet, wrapt
+from pathlib import Path
+from tests.compat.cases import CASES
+from transformers import GPT2LMHeadModel
+path = Path(tempfile.mkdtemp())
+cls, _ = CASES["Clones"](path)
+class Fails(cls):
+    def _initialize_missing_keys(self, *_, **__):
+        raise ArithmeticError
+with tiedquiet.enable("strict"):
+    try:
+        Fails.from_pretrained(path)
+    except ArithmeticError:
+        try:
+            cls.from_pretrained(path)
+        except tiedquiet.TieError:
+            print("both")
+"""
+    assert run(code, WRAPT_DISABLE_EXTENSIONS="true").stdout.strip() == "both"

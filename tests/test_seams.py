@@ -397,3 +397,79 @@ def test_a_form_that_transformers_5_0_used_is_understood(tmp_path: Path, printed
         model=model, load_config=SimpleNamespace(pretrained_model_name_or_path="there"), missing_keys={"lm_head.weight"}
     )
     assert shown["missing"] == {"lm_head.weight"}, "a report without a load record passes untouched"
+
+
+class _Changes(cases.DeclaresNothing):
+    """Does something to the stored end that leaves nothing to compare."""
+
+    def change(self) -> None:
+        raise NotImplementedError
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        if not self.transformer.wte.weight.is_meta:
+            self.change()
+        super().tie_weights()
+
+
+class _Casts(_Changes):
+    def change(self) -> None:
+        self.transformer.wte.to(torch.float64)
+
+
+class _Resizes(_Changes):
+    def change(self) -> None:
+        self.transformer.wte.weight = torch.nn.Parameter(
+            torch.cat([self.transformer.wte.weight.data, torch.ones(1, 16)])
+        )
+
+
+class _Subclass(torch.nn.Parameter):
+    pass
+
+
+class _Quantises(_Changes):
+    def change(self) -> None:
+        self.transformer.wte.weight = _Subclass(self.transformer.wte.weight.data)
+
+
+@pytest.mark.parametrize("cls", [_Casts, _Resizes, _Quantises])
+def test_what_cannot_be_followed_is_unproven_and_its_row_stays(
+    cls: type[_Changes], tmp_path: Path, printed: Printed
+) -> None:
+    keys = [key for key in GPT2LMHeadModel(gpt2()).state_dict() if key != "lm_head.weight"]
+    save(GPT2LMHeadModel(gpt2()), tmp_path, keys)
+    model = cls.from_pretrained(tmp_path)
+    assert printed.shows("lm_head.weight")
+    assert Verdict.TIED not in {tie.verdict for tie in tiedquiet.check(model)}
+    assert printed.confirmed == []
+
+
+def test_a_tensor_that_is_not_contiguous_is_sampled_without_a_copy() -> None:
+    stored = torch.arange(600.0).reshape(20, 30).t()
+    (print_,) = proof._fingerprints({"a": stored}).values()
+    (copied,) = proof._fingerprints({"a": stored.contiguous()}).values()
+    assert print_ == copied
+    assert len(print_.data) == 64 * 4
+
+
+def test_few_elements_are_compared_one_by_one() -> None:
+    prints = proof._fingerprints(
+        {"scalar": torch.tensor(3.0), "pair": torch.tensor([1.0, float("nan")]), "none": torch.empty(0)}
+    )
+    assert prints["none"] is None
+    assert len(prints["scalar"].data) == 4
+    assert prints["pair"] == proof._fingerprints({"pair": torch.tensor([1.0, float("nan")])})["pair"], "nan is nan"
+
+
+def test_two_stored_ends_that_differ_between_the_samples_are_seen_to_differ(tmp_path: Path) -> None:
+    embedding = torch.randn(640, 16)
+    head = embedding.clone()
+    head[3, 5] += 1  # not among the 64 samples
+    model = T5ForConditionalGeneration(t5(vocab_size=640))
+    keys = [key for key in model.state_dict() if key not in ("shared.weight", "encoder.embed_tokens.weight")]
+    save(model, tmp_path, keys, lm_head__weight=head, decoder__embed_tokens__weight=embedding)
+    prints = proof._fingerprints({"a": embedding, "b": head})
+    assert prints["a"] == prints["b"]
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    verdicts = {tie.key: tie.verdict for tie in tiedquiet.check(loaded)}
+    assert verdicts == {"shared.weight": Verdict.AMBIGUOUS, "encoder.embed_tokens.weight": Verdict.AMBIGUOUS}

@@ -76,17 +76,19 @@ def demo() -> None:
 
 def _one_that_is_broken(root: Path, gpt2: Any, umt5: Any) -> tuple[type[Any], Path, str, str]:
     """A model whose missing row is true here: UMT5 as Wan stores it on transformers 5.0 to 5.2, else GPT-2."""
-    cases = (umt5, "encoder.embed_tokens.weight", "shared.weight"), (gpt2, "lm_head.weight", "transformer.wte.weight")
-    for case in cases:
-        model = case[0]
-        path = root / type(model).__name__
-        with tiedquiet.enable("off"), _silent():
-            model.save_pretrained(path)
-            config = json.loads((path / "config.json").read_text())
-            (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-            if type(model).from_pretrained(path, output_loading_info=True)[1]["missing_keys"]:
-                break
-    return type(model), path, *case[1:]
+    path = root / "umt5"
+    with tiedquiet.enable("off"), _silent():
+        _save_with_its_flag_off(umt5, path)
+        if type(umt5).from_pretrained(path, output_loading_info=True)[1]["missing_keys"]:
+            return type(umt5), path, "encoder.embed_tokens.weight", "shared.weight"
+        _save_with_its_flag_off(gpt2, root / "untied")
+    return type(gpt2), root / "untied", "lm_head.weight", "transformer.wte.weight"
+
+
+def _save_with_its_flag_off(model: Any, path: Path) -> None:
+    model.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
 
 
 def _both(load: Any) -> None:

@@ -184,9 +184,7 @@ def _plan_resume(trainer: Any, bound: dict[str, Any]) -> _Plan | None:
     if not missing or missing == ignored:
         return None  # at that very set the Trainer ties again and prints nothing
     proof.begin(trainer.model, missing)
-    verdicts = proof.settle(trainer.model, repairing=mode.current == "repair")
-    if verdicts is None:
-        return None
+    verdicts = proof.settle(trainer.model, repairing=mode.current == "repair") or ([], [])
     kept, plan = _conclude(trainer.model, "the Trainer's checkpoint", missing, verdicts)
     if kept and kept == ignored:
         kept = missing  # the remaining, true keys would be taken for that set, and hidden

@@ -60,9 +60,9 @@ class Finding(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """Up to 64 evenly spaced elements of a tensor, as bytes of `width` bytes each."""
+    """The form of a tensor, and up to 64 evenly spaced elements of it as bytes, `width` bytes each."""
 
-    dtype: str
+    form: "tuple[torch.dtype, torch.Size]"
     width: int
     data: bytes
 
@@ -104,7 +104,7 @@ def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Find
     if not (record.groups or (record.stored and record.missing)):
         return [], []
     now = dict(_tensors(model))
-    record.lost = _lost(record, now)
+    _compare(record, now)
     findings = list(_judge(record, now))
     repaired: list[Finding] = []
     if repairing:
@@ -211,7 +211,8 @@ def _fingerprints(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, Fingerprin
             start = 0
             for key in keys:
                 stop = start + samples[key].numel() * dtype.itemsize
-                prints.update(dict.fromkeys(names[key], Fingerprint(str(dtype), dtype.itemsize, data[start:stop])))
+                form = dtype, tensors[names[key][0]].shape
+                prints.update(dict.fromkeys(names[key], Fingerprint(form, dtype.itemsize, data[start:stop])))
                 start = stop
     return prints
 
@@ -224,19 +225,19 @@ def _readable(tensor: "torch.Tensor") -> bool:
     return plain and not tensor.is_meta and tensor.numel() > 0
 
 
-def _lost(record: Record, now: Mapping[str, "torch.Tensor"]) -> set[str]:
+def _compare(record: Record, now: Mapping[str, "torch.Tensor"]) -> None:
+    """Find what was lost; where nothing can be compared (cast, resized, moved to meta) forget the fingerprint."""
     current = _fingerprints({key: now[key] for key, stored in record.stored.items() if stored and key in now})
-    return {key for key, fingerprint in current.items() if _changed(record.stored[key], fingerprint)}
+    for key, fingerprint in current.items():
+        before = record.stored[key]
+        if before is None or fingerprint is None or before.form != fingerprint.form:
+            record.stored[key] = None
+        elif _changed(before, fingerprint):
+            record.lost.add(key)
 
 
-def _changed(before: Fingerprint | None, now: Fingerprint | None) -> bool:
+def _changed(before: Fingerprint, now: Fingerprint) -> bool:
     """Whether stored values are gone. A re-zeroed padding row is no loss: few samples, and all of them zero."""
-    if before == now or before is None:
-        return False
-    if now is None:
-        return False
-    if before.dtype != now.dtype or len(before.data) != len(now.data):
-        return True
     width, zero = before.width, bytes(before.width)
     chunks = [(before.data[i : i + width], now.data[i : i + width]) for i in range(0, len(now.data), width)]
     differing = [new for old, new in chunks if old != new]
@@ -279,7 +280,7 @@ def _judge_one(key: str, stored: list[str], record: Record, now: Mapping[str, "t
     unreadable = [k for k in (key, source) if not _readable(now[k])]
     if (unreadable and not astray) or record.stored[source] is None:
         tensor = now[unreadable[0] if unreadable else source]
-        why = f"values that cannot be read while loading ({type(tensor).__name__} on {tensor.device})"
+        why = f"its values cannot be followed through the load ({type(tensor).__name__} on {tensor.device})"
         return Finding(Tie(key, source, Verdict.UNPROVEN, declared), why)
     if not followed:
         flag = group.off.get(key)
@@ -308,23 +309,22 @@ def _differ(a: str, b: str, record: Record, now: Mapping[str, "torch.Tensor"]) -
 
     if record.stored[a] != record.stored[b]:
         return True
-    left, right = now[a], now[b]
-    if left.dim() == 0 or left.shape != right.shape or left.device != right.device:
-        return True
+    left, right = now[a].reshape(-1), now[b].reshape(-1)
     # In slices: comparing at once would need a mask as large as the embedding.
-    return not all(map(torch.equal, torch.split(left, 4096), torch.split(right, 4096)))
+    return not all(map(torch.equal, torch.split(left, 1 << 22), torch.split(right, 1 << 22)))
 
 
 def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str, "torch.Tensor"]) -> bool:
     """Tie `tie.key` to its source where the two tensors agree in form and no stored value is lost by it."""
-    group = next((g for g in record.groups if tie.key in g.members), None)
-    if group is None or tie.source is None or tie.source in record.lost:
+    group = next(g for g in record.groups if tie.key in g.members)
+    source_key = str(tie.source)
+    ours, source = now[tie.key], now[source_key]
+    if source_key in record.lost:
         return False
-    ours, source = now[tie.key], now[tie.source]
     if (ours.shape, ours.dtype) != (source.shape, source.dtype) or not (ours.is_meta or ours.device == source.device):
         return False
-    rivals = [s for s in group.members if s in record.stored and s != tie.source]
-    if tie.source not in group.chain(tie.key) and any(_differ(s, tie.source, record, now) for s in rivals):
+    rivals = [s for s in group.members if s in record.stored and s != source_key]
+    if source_key not in group.chain(tie.key) and any(_differ(s, source_key, record, now) for s in rivals):
         return False
     parent, _, name = tie.key.rpartition(".")
     module = model.get_submodule(parent)
@@ -334,5 +334,5 @@ def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str
     setattr(module, name, source)
     mapping = getattr(model, "all_tied_weights_keys", None)
     if isinstance(mapping, dict):
-        mapping[tie.key] = tie.source
+        mapping[tie.key] = source_key
     return True
