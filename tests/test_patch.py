@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +37,12 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**{k: v for k, v in os.environ.items() if k != "TIEDQUIET"}, **environment}
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
-    )
+    # A file, not `-c`: transformers 5.0.0 looks for the file of every model class.
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "program.py")
+        program.write_text(code)
+        command = [sys.executable, "-W", "error::UserWarning", str(program)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
