@@ -37,12 +37,14 @@ def python_of(release: str) -> Path:
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     ready = folder / "ready"
     wanted = json.dumps(RELEASES[release])
-    if not ready.exists() or ready.read_text() != wanted:
+    fresh = not ready.exists() or ready.read_text() != wanted
+    if fresh:
         venv.create(folder, with_pip=False, clear=True)
-        purelib = subprocess.check_output(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        )
-        Path(purelib.strip(), "_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    purelib = subprocess.check_output(command, text=True).strip()
+    # Anew every time: the environment that lent its packages last time may be gone.
+    Path(purelib, "_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if fresh:
         pip = [
             sys.executable,
             "-m",
