@@ -22,6 +22,8 @@ FUNCTIONS = [
     (proof, "_record"),
     (proof, "_tensors"),
     (proof, "_declarations"),
+    (proof, "_modules"),
+    (proof, "_keeps_back"),
     (proof, "_fingerprints"),
     (proof, "_readable"),
     (proof, "_compare"),

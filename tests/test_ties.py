@@ -53,7 +53,7 @@ def test_the_last_line_about_a_target_counts() -> None:
 
 def test_a_sub_model_s_names_get_its_prefix() -> None:
     names = ["text.lm_head.weight", "text.embed.weight", "lm_head.weight", "embed.weight"]
-    assert members({"lm_head.weight": "embed.weight"}, "text", names) == [["text.embed.weight", "text.lm_head.weight"]]
+    assert members({"lm_head.weight": "embed.weight"}, "text.", names) == [["text.embed.weight", "text.lm_head.weight"]]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_pattern_s_literal_start_never_hides_a_match(pattern: str) -> None:
 
 def test_two_declarations_merge_where_they_meet() -> None:
     a = Declaration("", {"lm_head.weight": "shared.weight"}, "flag is false")
-    b = Declaration("encoder", {"embed.weight": "embed.weight"})
+    b = Declaration("encoder.", {"embed.weight": "embed.weight"})
     c = Declaration("", {"encoder.embed.weight": "lm_head.weight"})
     (group,) = groups([a, b, c], NAMES)
     assert sorted(group.members) == ["encoder.embed.weight", "lm_head.weight", "shared.weight"]

@@ -7,7 +7,7 @@ is made.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -84,13 +84,15 @@ class Record:
     lost: set[str] = field(default_factory=set)
 
 
+Modules = Iterable[tuple[str, "torch.nn.Module"]]
+
 _loading: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
 _settled: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
 
 
-def begin(model: "torch.nn.Module", missing: Collection[str]) -> None:
+def begin(model: "torch.nn.Module", missing: set[str]) -> None:
     """Record a load whose values have just been copied in; `missing` are the keys it did not deliver."""
-    _loading[model] = _record(model, set(missing))
+    _loading[model] = _record(model, missing)
 
 
 def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Finding], list[Finding]] | None:
@@ -103,14 +105,14 @@ def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Find
         return None
     if not (record.groups or (record.stored and record.missing)):
         return [], []
-    now = dict(_tensors(model))
+    now = _tensors(_modules(model))
     _compare(record, now)
     findings = list(_judge(record, now))
     repaired: list[Finding] = []
     if repairing:
         keys = {f.tie.key for f in findings if f.tie.verdict is Verdict.UNTIED and _repair(model, f.tie, record, now)}
         if keys:
-            now = dict(_tensors(model))
+            now = _tensors(_modules(model))
             findings = list(_judge(record, now))
             repaired = [f for f in findings if f.tie.key in keys and f.tie.verdict is Verdict.TIED]
     _settled[model] = _merged(_settled.get(model), record)
@@ -119,56 +121,73 @@ def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Find
 
 def check(model: "torch.nn.Module") -> list[Finding]:
     """Judge a loaded model as it is now; what was lost while loading is known from the load itself."""
-    now = dict(_tensors(model))
+    now = _tensors(_modules(model))
     record = _settled.get(model)
     if record is not None:
         return list(_judge(record, now))
     why = "no load record: it was loaded before tiedquiet was enabled, or not from a checkpoint"
     return [
         Finding(Tie(key, group.sources[key], Verdict.UNPROVEN, True), why)
-        for group in groups(_declarations(model), now)
+        for group in groups(_declarations(_modules(model)), now)
         for key in group.members
         if key in group.sources
     ]
 
 
-def _tensors(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.Tensor"]]:
+def _modules(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.nn.Module"]]:
+    """Every module under each of its names, the dot included (`named_modules` takes most of a millisecond)."""
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        yield prefix, module
+        stack += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+
+
+def _tensors(modules: Modules) -> dict[str, "torch.Tensor"]:
     """Every parameter and persistent buffer, under each of its names."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield dot + name, parameter
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in modules:
+        tensors.update({prefix + name: p for name, p in module._parameters.items() if p is not None})
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield dot + name, buffer
+                tensors[prefix + name] = buffer
+    return tensors
 
 
-def _declarations(model: "torch.nn.Module") -> Iterator[Declaration]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        keys = getattr(module, "_tied_weights_keys", None)
+def _declarations(modules: Modules) -> Iterator[Declaration]:
+    for prefix, module in modules:
+        keys = vars(module).get("_tied_weights_keys") or getattr(type(module), "_tied_weights_keys", None)
         if keys:
-            on = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
-            flag = f"{type(module.config).__name__}.tie_word_embeddings" if hasattr(module, "config") else "its config"
-            yield Declaration(prefix, keys, None if on else f"{flag} is false")
+            config = getattr(module, "config", None)
+            on = getattr(config, "tie_word_embeddings", False)
+            yield Declaration(prefix, keys, None if on else f"{type(config).__name__}.tie_word_embeddings is false")
 
 
 def _record(model: "torch.nn.Module", missing: set[str]) -> Record:
-    tensors = dict(_tensors(model))
-    declared = groups(_declarations(model), tensors)
+    modules = list(_modules(model))
+    tensors = _tensors(modules)
+    declared = groups(_declarations(modules), tensors)
     grouped = {key for group in declared for key in group.members}
+    stored = tensors.keys() - missing
     # An override of `tie_weights` may tie what nothing declares: any stored tensor of a missing one's shape.
-    shapes = {tensors[key].shape for key in missing if key in tensors and key not in grouped}
-    wanted = {
-        key: tensor
-        for key, tensor in tensors.items()
-        if key not in missing and (key in grouped or (shapes and tensor.shape in shapes))
-    }
-    if wanted:
-        # A module may keep a tensor out of its state dict: nobody asked the checkpoint for that one.
-        asked = model.state_dict(keep_vars=True)
-        wanted = {key: tensor for key, tensor in wanted.items() if key in asked}
-    return Record(missing, _fingerprints(wanted), declared)
+    shapes = {tensors[key].shape for key in missing - grouped if key in tensors} if stored else set()
+    wanted = {key for key in stored if key in grouped or (shapes and tensors[key].shape in shapes)}
+    if wanted and any(_keeps_back(module) for _, module in modules):
+        wanted &= model.state_dict(keep_vars=True).keys()
+    return Record(missing, _fingerprints({key: tensors[key] for key in wanted}), declared)
+
+
+def _keeps_back(module: "torch.nn.Module") -> bool:
+    """Whether a module may keep tensors out of its state dict: nobody asked the checkpoint for those."""
+    import torch
+
+    plain = torch.nn.Module
+    cls = type(module)
+    return bool(
+        cls.state_dict is not plain.state_dict
+        or cls._save_to_state_dict is not plain._save_to_state_dict
+        or module._state_dict_hooks
+    )
 
 
 def _merged(old: Record | None, new: Record) -> Record:

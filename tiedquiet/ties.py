@@ -13,7 +13,7 @@ class Declaration:
     """The `_tied_weights_keys` of one model or sub-model.
 
     Attributes:
-        prefix: dotted path of the sub-model inside the loaded model, empty for the model itself.
+        prefix: dotted path of the sub-model inside the loaded model with its last dot, empty for the model itself.
         keys: the attribute in whatever form its author chose (dict, list, None, ...).
         off: the config flag that switches these ties off, in words; None where they are on.
     """
@@ -75,7 +75,7 @@ def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Gr
 
 
 def _pairs(declaration: Declaration, ordered: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
-    prefix = f"{declaration.prefix}." if declaration.prefix else ""
+    prefix = declaration.prefix
     for target, source in cast(Mapping[object, object], declaration.keys).items():
         targets = _matches(prefix, target, ordered, known)
         sources = _matches(prefix, source, ordered, known)
