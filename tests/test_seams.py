@@ -444,6 +444,24 @@ def test_what_cannot_be_followed_is_unproven_and_its_row_stays(
     assert printed.confirmed == []
 
 
+def test_more_ties_than_are_looked_up_one_by_one(tmp_path: Path, printed: Printed) -> None:
+    class SeventyHeads(cases.DeclaresNothing):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.heads = torch.nn.ModuleList(torch.nn.Linear(16, 64, bias=False) for _ in range(70))
+            self.register_buffer("mask", torch.ones(64, 16), persistent=False)
+
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            super().tie_weights()
+            for head in getattr(self, "heads", ()):
+                head.weight = self.transformer.wte.weight
+
+    save(SeventyHeads(gpt2()), tmp_path, [k for k in SeventyHeads(gpt2()).state_dict() if "head" not in k])
+    loaded = SeventyHeads.from_pretrained(tmp_path)
+    assert [tie.verdict for tie in tiedquiet.check(loaded)] == [Verdict.TIED] * 71
+    assert "heads.{0...69}.weight is transformer.wte.weight" in printed.confirmed[0]
+
+
 def test_a_tensor_that_is_not_contiguous_is_sampled_without_a_copy() -> None:
     stored = torch.arange(600.0).reshape(20, 30).t()
     (print_,) = proof._fingerprints({"a": stored}).values()

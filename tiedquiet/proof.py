@@ -7,7 +7,7 @@ is made.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ from tiedquiet.ties import Declaration, Group, groups
 if TYPE_CHECKING:
     import torch
 
-SAMPLES = 64
+RUNS, RUN = 8, 8  # a fingerprint is 8 evenly spaced runs of 8 elements
 
 
 class Verdict(str, Enum):
@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """The form of a tensor, and up to 64 evenly spaced elements of it as bytes, `width` bytes each."""
+    """The form of a tensor, and up to 64 of its elements as bytes, `width` bytes each."""
 
     form: "tuple[torch.dtype, torch.Size]"
     width: int
@@ -75,16 +75,16 @@ class Record:
         missing: keys that the checkpoint did not deliver (mismatched shapes included).
         stored: fingerprint of each key that it did deliver; None where the tensor cannot be read.
         groups: the declared tie groups.
+        loose: missing keys outside them that have the shape of a stored one.
         lost: stored keys whose values are no longer the stored ones, as found when the report was made.
     """
 
     missing: set[str]
     stored: dict[str, Fingerprint | None]
     groups: list[Group]
+    loose: set[str]
     lost: set[str] = field(default_factory=set)
 
-
-Modules = Iterable[tuple[str, "torch.nn.Module"]]
 
 _loading: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
 _settled: "WeakKeyDictionary[torch.nn.Module, Record]" = WeakKeyDictionary()
@@ -103,16 +103,16 @@ def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Find
     record = _loading.pop(model, None)
     if record is None:
         return None
-    if not (record.groups or (record.stored and record.missing)):
+    if not record.groups and not record.loose:
         return [], []
-    now = _tensors(_modules(model))
+    now = _now(model, record)
     _compare(record, now)
     findings = list(_judge(record, now))
     repaired: list[Finding] = []
     if repairing:
         keys = {f.tie.key for f in findings if f.tie.verdict is Verdict.UNTIED and _repair(model, f.tie, record, now)}
         if keys:
-            now = _tensors(_modules(model))
+            now = _now(model, record)
             findings = list(_judge(record, now))
             repaired = [f for f in findings if f.tie.key in keys and f.tie.verdict is Verdict.TIED]
     _settled[model] = _merged(_settled.get(model), record)
@@ -121,73 +121,94 @@ def settle(model: "torch.nn.Module", repairing: bool = False) -> tuple[list[Find
 
 def check(model: "torch.nn.Module") -> list[Finding]:
     """Judge a loaded model as it is now; what was lost while loading is known from the load itself."""
-    now = _tensors(_modules(model))
     record = _settled.get(model)
     if record is not None:
-        return list(_judge(record, now))
+        return list(_judge(record, _now(model, record)))
+    survey = _survey(model)
     why = "no load record: it was loaded before tiedquiet was enabled, or not from a checkpoint"
     return [
         Finding(Tie(key, group.sources[key], Verdict.UNPROVEN, True), why)
-        for group in groups(_declarations(_modules(model)), now)
+        for group in groups(survey.declarations, survey.tensors)
         for key in group.members
         if key in group.sources
     ]
 
 
-def _modules(model: "torch.nn.Module") -> Iterator[tuple[str, "torch.nn.Module"]]:
-    """Every module under each of its names, the dot included (`named_modules` takes most of a millisecond)."""
+class _Survey(NamedTuple):
+    """A model in one walk: tensors under each of their names, what is declared, whether tensors are kept back."""
+
+    tensors: "dict[str, torch.Tensor]"
+    declarations: list[Declaration]
+    keeps_back: bool
+
+
+def _survey(model: "torch.nn.Module") -> _Survey:
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    declarations: list[Declaration] = []
+    classes: set[type[torch.nn.Module]] = set()
+    hooks = False
+    # Not `named_modules`: a load waits for this, and its nested generators take most of a millisecond.
     stack = [("", model)]
     while stack:
         prefix, module = stack.pop()
-        yield prefix, module
-        stack += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
-
-
-def _tensors(modules: Modules) -> dict[str, "torch.Tensor"]:
-    """Every parameter and persistent buffer, under each of its names."""
-    tensors: dict[str, torch.Tensor] = {}
-    for prefix, module in modules:
-        tensors.update({prefix + name: p for name, p in module._parameters.items() if p is not None})
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+        state = vars(module)
+        for name, child in state["_modules"].items():
+            if child is not None:
+                stack.append((f"{prefix}{name}.", child))
+        for name, parameter in state["_parameters"].items():
+            if parameter is not None:
+                tensors[prefix + name] = parameter
+        for name, buffer in state["_buffers"].items():
+            if buffer is not None and name not in state["_non_persistent_buffers_set"]:
                 tensors[prefix + name] = buffer
-    return tensors
-
-
-def _declarations(modules: Modules) -> Iterator[Declaration]:
-    for prefix, module in modules:
-        keys = vars(module).get("_tied_weights_keys") or getattr(type(module), "_tied_weights_keys", None)
+        hooks = hooks or bool(state["_state_dict_hooks"])
+        classes.add(type(module))
+        keys = state.get("_tied_weights_keys") or getattr(type(module), "_tied_weights_keys", None)
         if keys:
             config = getattr(module, "config", None)
             on = getattr(config, "tie_word_embeddings", False)
-            yield Declaration(prefix, keys, None if on else f"{type(config).__name__}.tie_word_embeddings is false")
+            off = None if on else f"{type(config).__name__}.tie_word_embeddings is false"
+            declarations.append(Declaration(prefix, keys, off))
+    plain = torch.nn.Module
+    customs = any(
+        c.state_dict is not plain.state_dict or c._save_to_state_dict is not plain._save_to_state_dict for c in classes
+    )
+    return _Survey(tensors, declarations, hooks or customs)
+
+
+def _now(model: "torch.nn.Module", record: Record) -> "dict[str, torch.Tensor]":
+    """The tensors that the record speaks of, those of them that the model still has."""
+    names = {*record.stored, *record.loose, *(key for group in record.groups for key in group.members)}
+    if len(names) > 64:
+        return _survey(model).tensors
+    found = ((name, _tensor_at(model, name)) for name in names)
+    return {name: tensor for name, tensor in found if tensor is not None}
+
+
+def _tensor_at(model: "torch.nn.Module", key: str) -> "torch.Tensor | None":
+    *path, name = key.split(".")
+    module: torch.nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return None if module is None else module._parameters.get(name, module._buffers.get(name))
 
 
 def _record(model: "torch.nn.Module", missing: set[str]) -> Record:
-    modules = list(_modules(model))
-    tensors = _tensors(modules)
-    declared = groups(_declarations(modules), tensors)
+    tensors, declarations, keeps_back = _survey(model)
+    declared = groups(declarations, tensors)
     grouped = {key for group in declared for key in group.members}
     stored = tensors.keys() - missing
     # An override of `tie_weights` may tie what nothing declares: any stored tensor of a missing one's shape.
-    shapes = {tensors[key].shape for key in missing - grouped if key in tensors} if stored else set()
+    loose = {key for key in missing - grouped if key in tensors} if stored else set()
+    shapes = {tensors[key].shape for key in loose}
     wanted = {key for key in stored if key in grouped or (shapes and tensors[key].shape in shapes)}
-    if wanted and any(_keeps_back(module) for _, module in modules):
-        wanted &= model.state_dict(keep_vars=True).keys()
-    return Record(missing, _fingerprints({key: tensors[key] for key in wanted}), declared)
-
-
-def _keeps_back(module: "torch.nn.Module") -> bool:
-    """Whether a module may keep tensors out of its state dict: nobody asked the checkpoint for those."""
-    import torch
-
-    plain = torch.nn.Module
-    cls = type(module)
-    return bool(
-        cls.state_dict is not plain.state_dict
-        or cls._save_to_state_dict is not plain._save_to_state_dict
-        or module._state_dict_hooks
-    )
+    if wanted and keeps_back:
+        wanted &= model.state_dict(keep_vars=True).keys()  # what is kept out of it was asked of no checkpoint
+    shapes = {tensors[key].shape for key in wanted}
+    loose = {key for key in loose if tensors[key].shape in shapes}
+    return Record(missing, _fingerprints({key: tensors[key] for key in wanted}), declared, loose)
 
 
 def _merged(old: Record | None, new: Record) -> Record:
@@ -196,44 +217,35 @@ def _merged(old: Record | None, new: Record) -> Record:
         return new
     stored = {**old.stored, **new.stored}
     lost = {key for key in old.lost if key not in new.stored} | new.lost
-    return Record((old.missing | new.missing) - stored.keys(), stored, new.groups, lost)
+    return Record(
+        (old.missing | new.missing) - stored.keys(), stored, new.groups, (old.loose | new.loose) - stored.keys(), lost
+    )
 
 
 def _fingerprints(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, Fingerprint | None]:
-    """Sample many tensors with one gather each and one copy to the CPU per device and dtype."""
+    """Sample tensors; a tensor of several names is sampled once. None for those that cannot be read."""
+    prints = {id(tensor): _fingerprint(tensor) for tensor in tensors.values()}
+    return {name: prints[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _fingerprint(tensor: "torch.Tensor") -> Fingerprint | None:
     import torch
 
-    prints: dict[str, Fingerprint | None] = dict.fromkeys(tensors)
-    samples: dict[int, torch.Tensor] = {}
-    names: dict[int, list[str]] = defaultdict(list)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    indices: dict[tuple[int, torch.device], torch.Tensor] = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if not _readable(tensor):
-                continue
-            names[id(tensor)].append(name)
-            if id(tensor) in samples:
-                continue
-            size = tensor.numel()
-            if (index := indices.get((size, tensor.device))) is None:
-                count = min(SAMPLES, size)
-                places = [i * (size - 1) // max(count - 1, 1) for i in range(count)]
-                index = indices[size, tensor.device] = torch.tensor(places, device=tensor.device)
-            # Flattening a tensor that is not contiguous would copy it whole.
-            flat = tensor.detach()
-            sample = flat.view(-1)[index] if flat.is_contiguous() else flat[torch.unravel_index(index, flat.shape)]
-            samples[id(tensor)] = sample
-            kinds[tensor.device, tensor.dtype].append(id(tensor))
-        for (_, dtype), keys in kinds.items():
-            data = bytes(torch.cat([samples[key] for key in keys]).cpu().view(torch.uint8).tolist())
-            start = 0
-            for key in keys:
-                stop = start + samples[key].numel() * dtype.itemsize
-                form = dtype, tensors[names[key][0]].shape
-                prints.update(dict.fromkeys(names[key], Fingerprint(form, dtype.itemsize, data[start:stop])))
-                start = stop
-    return prints
+    if not _readable(tensor):
+        return None
+    size, values = tensor.numel(), tensor.detach()
+    starts = [i * (size - RUN) // (RUNS - 1) for i in range(RUNS)]
+    if size <= RUNS * RUN:
+        runs = [values.reshape(-1)]
+    elif values.is_contiguous():
+        # Copied run by run, straight from where they lie: a gather would allocate on the GPU at the load's peak.
+        runs = [values.view(-1)[start : start + RUN] for start in starts]
+    else:
+        # Flattening it would copy it whole.
+        places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
+        runs = [values[torch.unravel_index(places, values.shape)]]
+    data = b"".join(bytes(run.cpu().view(-1).view(torch.uint8).tolist()) for run in runs)
+    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, data)
 
 
 def _readable(tensor: "torch.Tensor") -> bool:
@@ -279,7 +291,7 @@ def _judge(record: Record, now: Mapping[str, "torch.Tensor"]) -> Iterator[Findin
         if key in now and _readable(now[key]):
             holders[now[key].data_ptr()].append(key)
     if holders:
-        for key in record.missing - grouped:
+        for key in record.loose - grouped:
             if key in now and _readable(now[key]):
                 same = [s for s in holders.get(now[key].data_ptr(), ()) if _same(now[key], now[s])]
                 if same:
@@ -348,7 +360,7 @@ def _repair(model: "torch.nn.Module", tie: Tie, record: Record, now: Mapping[str
     parent, _, name = tie.key.rpartition(".")
     module = model.get_submodule(parent)
     # The module may carry a second, stored name: re-pointing it would lose what was stored under that one.
-    if any(tensor is ours and key not in record.missing for key, tensor in now.items()):
+    if any(tensor is ours and key not in record.missing for key, tensor in _survey(model).tensors.items()):
         return False
     setattr(module, name, source)
     mapping = getattr(model, "all_tied_weights_keys", None)
