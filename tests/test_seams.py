@@ -202,16 +202,41 @@ def test_a_padding_row_that_is_zeroed_again_is_no_loss(tmp_path: Path, printed: 
     assert [tie.verdict for tie in tiedquiet.check(loaded)] == [Verdict.TIED]
 
 
-def test_a_tensor_kept_out_of_the_state_dict_counts_as_not_stored(tmp_path: Path, printed: Printed) -> None:
-    class Hides(cases.OverridesTieWeights):
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            state = super().state_dict(*args, **kwargs)
-            state.pop("transformer.wte.weight", None)
-            return state
+class Overrides(cases.OverridesTieWeights):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        state.pop("transformer.wte.weight", None)
+        return state
 
+
+class Hooks(cases.OverridesTieWeights):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.register_state_dict_post_hook(self.keep_back)
+
+    @staticmethod
+    def keep_back(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _: object) -> None:
+        del state[f"{prefix}wte.weight"]
+
+
+@pytest.mark.parametrize("keeps_back", [Overrides, Hooks])
+def test_a_tensor_kept_out_of_the_state_dict_counts_as_not_stored(
+    keeps_back: type[PreTrainedModel], tmp_path: Path, printed: Printed
+) -> None:
     save(GPT2LMHeadModel(gpt2()), tmp_path)
-    loaded = Hides.from_pretrained(tmp_path)
+    loaded = keeps_back.from_pretrained(tmp_path)
     assert Verdict.TIED not in {tie.verdict for tie in tiedquiet.check(loaded)}
+
+
+def test_a_submodule_that_is_none(tmp_path: Path, printed: Printed) -> None:
+    class NoAdapter(cases.OverridesTieWeights):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.register_module("adapter", None)
+
+    save(NoAdapter(gpt2()), tmp_path, [key for key in NoAdapter(gpt2()).state_dict() if key != "lm_head.weight"])
+    loaded = NoAdapter.from_pretrained(tmp_path)
+    assert [tie.verdict for tie in tiedquiet.check(loaded)] == [Verdict.TIED]
 
 
 # Adapters, pipelines

@@ -147,25 +147,28 @@ def _survey(model: "torch.nn.Module") -> _Survey:
 
     tensors: dict[str, torch.Tensor] = {}
     declarations: list[Declaration] = []
-    classes: set[type[torch.nn.Module]] = set()
+    of_class: dict[type[torch.nn.Module], object] = {}
     hooks = False
     # Not `named_modules`: a load waits for this, and its nested generators take most of a millisecond.
     stack = [("", model)]
     while stack:
         prefix, module = stack.pop()
-        state = vars(module)
+        state = module.__dict__
         for name, child in state["_modules"].items():
             if child is not None:
                 stack.append((f"{prefix}{name}.", child))
         for name, parameter in state["_parameters"].items():
             if parameter is not None:
                 tensors[prefix + name] = parameter
-        for name, buffer in state["_buffers"].items():
-            if buffer is not None and name not in state["_non_persistent_buffers_set"]:
-                tensors[prefix + name] = buffer
-        hooks = hooks or bool(state["_state_dict_hooks"])
-        classes.add(type(module))
-        keys = state.get("_tied_weights_keys") or getattr(type(module), "_tied_weights_keys", None)
+        if buffers := state["_buffers"]:
+            for name, buffer in buffers.items():
+                if buffer is not None and name not in state["_non_persistent_buffers_set"]:
+                    tensors[prefix + name] = buffer
+        if state["_state_dict_hooks"]:
+            hooks = True
+        if (kind := type(module)) not in of_class:
+            of_class[kind] = getattr(kind, "_tied_weights_keys", None)
+        keys = state.get("_tied_weights_keys") or of_class[kind]
         if keys:
             config = getattr(module, "config", None)
             on = getattr(config, "tie_word_embeddings", False)
@@ -173,7 +176,8 @@ def _survey(model: "torch.nn.Module") -> _Survey:
             declarations.append(Declaration(prefix, keys, off))
     plain = torch.nn.Module
     customs = any(
-        c.state_dict is not plain.state_dict or c._save_to_state_dict is not plain._save_to_state_dict for c in classes
+        kind.state_dict is not plain.state_dict or kind._save_to_state_dict is not plain._save_to_state_dict
+        for kind in of_class
     )
     return _Survey(tensors, declarations, hooks or customs)
 
@@ -245,8 +249,8 @@ def _fingerprint(tensor: "torch.Tensor") -> Fingerprint | None:
         # Flattening it would copy it whole.
         places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
         runs = [values[torch.unravel_index(places, values.shape)]]
-    data = b"".join(bytes(run.cpu().view(-1).view(torch.uint8).tolist()) for run in runs)
-    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, data)
+    data = torch.cat([run.cpu() for run in runs]).view(torch.uint8).tolist()
+    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, bytes(data))
 
 
 def _readable(tensor: "torch.Tensor") -> bool:

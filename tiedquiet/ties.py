@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import cast
@@ -40,7 +40,7 @@ class Group:
             key = source
 
 
-def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Group]:
+def groups(declarations: Iterable[Declaration], names: Collection[str]) -> list[Group]:
     """Expand declarations over the model's tensor `names` into disjoint tie groups.
 
     A declaration that names what the model does not have, or whose two sides do not match up, declares
@@ -49,12 +49,11 @@ def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Gr
     declared = [d for d in declarations if isinstance(d.keys, Mapping) and d.keys]
     if not declared:
         return []
-    ordered = sorted(names)
-    known = set(ordered)
+    ordered: list[str] = []
     sources: dict[str, str] = {}
     off: dict[str, str | None] = {}
     for declaration in declared:
-        for target, source in _pairs(declaration, ordered, known):
+        for target, source in _pairs(declaration, names, ordered):
             # A later line about the same target replaces an earlier one (Deformable DETR relies on it).
             sources[target] = source
             off[target] = declaration.off
@@ -74,21 +73,23 @@ def groups(declarations: Iterable[Declaration], names: Iterable[str]) -> list[Gr
     return list({id(group): group for group in group_of.values()}.values())
 
 
-def _pairs(declaration: Declaration, ordered: list[str], known: set[str]) -> Iterator[tuple[str, str]]:
+def _pairs(declaration: Declaration, names: Collection[str], ordered: list[str]) -> Iterator[tuple[str, str]]:
     prefix = declaration.prefix
     for target, source in cast(Mapping[object, object], declaration.keys).items():
-        targets = _matches(prefix, target, ordered, known)
-        sources = _matches(prefix, source, ordered, known)
+        targets = _matches(prefix, target, names, ordered)
+        sources = _matches(prefix, source, names, ordered)
         if sources and len(targets) % len(sources) == 0:
             yield from ((t, s) for t, s in zip(targets, cycle(sources), strict=False) if t != s)
 
 
-def _matches(prefix: str, pattern: object, ordered: list[str], known: set[str]) -> list[str]:
+def _matches(prefix: str, pattern: object, names: Collection[str], ordered: list[str]) -> list[str]:
     """Names that a side of a declaration stands for: itself, or all that start with a match, as in transformers."""
     if not isinstance(pattern, str):
         return []
-    if prefix + pattern in known:
+    if prefix + pattern in names:
         return [prefix + pattern]
+    if not ordered:  # sorted once, for the first pattern: most declarations name their tensors as they are
+        ordered += sorted(names)
     try:
         regex = re.compile(f"{re.escape(prefix)}(?:{pattern})")
     except re.error:
