@@ -29,6 +29,7 @@ class _Seam:
 
 
 _wrapped: dict[_Seam, tuple[object, object, object]] = {}  # seam: (owner, original, wrapper)
+_parameters: dict[str, list[str]] = {}  # of each wrapped function, asked once: a signature costs more than a verdict
 _said: set[str] = set()
 
 
@@ -67,13 +68,14 @@ def warn_if_inert() -> None:
 def _wrap(seam: _Seam, module: ModuleType) -> None:
     owner: Any = getattr(module, seam.owner) if seam.owner else module
     original = vars(owner).get(seam.name)
-    parameters = set(inspect.signature(getattr(owner, seam.name)).parameters) if original is not None else set()
-    if not any(needed <= parameters for needed in seam.needs):
+    parameters = list(inspect.signature(getattr(owner, seam.name)).parameters) if original is not None else []
+    if not any(needed <= set(parameters) for needed in seam.needs):
         _once(logging.WARNING, f"{seam} is not in a form that this release of tiedquiet knows; left untouched")
         return
     wrapper = wrapt.FunctionWrapper(original, seam.hook)
     setattr(owner, seam.name, wrapper)
     _wrapped[seam] = owner, original, wrapper
+    _parameters[seam.name] = [name for name in parameters if name != "self"]
     if not seam.owner:
         _swap_copies(seam.name, original, wrapper)
 
@@ -222,7 +224,7 @@ def _is_failing() -> bool:
 
 
 def _bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(wrapped).bind(*args, **kwargs).arguments)
+    return {**dict(zip(_parameters[wrapped.__name__], args, strict=False)), **kwargs}
 
 
 def _fold(items: list[str]) -> Iterable[str]:

@@ -249,8 +249,8 @@ def _fingerprint(tensor: "torch.Tensor") -> Fingerprint | None:
         # Flattening it would copy it whole.
         places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
         runs = [values[torch.unravel_index(places, values.shape)]]
-    data = torch.cat([run.cpu() for run in runs]).view(torch.uint8).tolist()
-    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, bytes(data))
+    samples = runs[0].cpu() if len(runs) == 1 else torch.cat([run.cpu() for run in runs])
+    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, bytes(samples.view(torch.uint8).tolist()))
 
 
 def _readable(tensor: "torch.Tensor") -> bool:
