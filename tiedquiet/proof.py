@@ -238,17 +238,18 @@ def _fingerprint(tensor: "torch.Tensor") -> Fingerprint | None:
     if not _readable(tensor):
         return None
     size, values = tensor.numel(), tensor.detach()
-    # In the middle of each quarter, away from both ends, where padding rows lie.
-    starts = [(2 * i + 1) * (size - RUN) // (2 * RUNS) for i in range(RUNS)]
     if size <= RUNS * RUN:
         runs = [values.reshape(-1)]
-    elif values.is_contiguous():
-        # Copied run by run, straight from where they lie: a gather would allocate on the GPU at the load's peak.
-        runs = [values.view(-1)[start : start + RUN] for start in starts]
     else:
-        # Flattening it would copy it whole.
-        places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
-        runs = [values[torch.unravel_index(places, values.shape)]]
+        # In the middle of each quarter, away from both ends, where padding rows lie.
+        starts = [(2 * i + 1) * (size - RUN) // (2 * RUNS) for i in range(RUNS)]
+        if values.is_contiguous():
+            # Copied run by run, straight from where they lie: a gather would allocate on the GPU at the load's peak.
+            runs = [values.view(-1)[start : start + RUN] for start in starts]
+        else:
+            # Flattening it would copy it whole.
+            places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
+            runs = [values[torch.unravel_index(places, values.shape)]]
     samples = runs[0].cpu() if len(runs) == 1 else torch.cat([run.cpu() for run in runs])
     return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, bytes(samples.view(torch.uint8).tolist()))
 
@@ -311,14 +312,14 @@ def _judge_one(key: str, stored: list[str], record: Record, now: Mapping[str, "t
     meant = next((s for s in group.chain(key) if s in stored), None)
     followed = [s for s in stored if _same(now[key], now[s])]
     source = meant if meant in followed or (meant and not followed) else (followed or stored)[0]
-    # A key left on meta beside a source in memory is another tensor for certain; any other such pair may be one.
-    astray = now[key].is_meta and _readable(now[source])
-    unreadable = [k for k in (key, source) if not _readable(now[k])]
-    if (unreadable and not astray) or record.stored[source] is None:
-        tensor = now[unreadable[0] if unreadable else source]
-        why = f"its values cannot be followed through the load ({type(tensor).__name__} on {tensor.device})"
-        return Finding(Tie(key, source, Verdict.UNPROVEN, declared), why)
-    if not followed:
+    if not followed or record.stored[source] is None:
+        # A key left on meta beside a source in memory is another tensor for certain; any other such pair may be one.
+        astray = now[key].is_meta and _readable(now[source])
+        unreadable = [k for k in (key, source) if not _readable(now[k])]
+        if (unreadable and not astray) or record.stored[source] is None:
+            tensor = now[unreadable[0] if unreadable else source]
+            why = f"its values cannot be followed through the load ({type(tensor).__name__} on {tensor.device})"
+            return Finding(Tie(key, source, Verdict.UNPROVEN, declared), why)
         flag = group.off.get(key)
         return Finding(Tie(key, source, Verdict.UNTIED, declared), flag or "", flag is not None)
     if any(s in record.lost for s in followed):
