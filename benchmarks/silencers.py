@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,8 +226,8 @@ def drop_declared(_: Situation) -> Any:
 def drop_by_is(_: Situation) -> Any:
     def drop(model: Any, missing: set[str]) -> set[str]:
         state = model.state_dict(keep_vars=True)
-        loaded = {id(tensor) for key, tensor in state.items() if key not in missing}
-        return {key for key in missing if id(state.get(key)) in loaded}
+        names = Counter(map(id, state.values()))
+        return {key for key in missing if names[id(state.get(key))] > 1}
 
     return dropping(drop)
 

@@ -136,7 +136,7 @@ def holds(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
     changed = tensor != stored.to(tensor.dtype)
     if tensor.dim() < 2:
         return not changed.any()
-    rows = changed.any(dim=1)
+    rows = changed.flatten(1).any(dim=1)
     return int(rows.sum()) <= 1 and not tensor[rows].any()
 
 

@@ -202,6 +202,29 @@ def test_a_padding_row_that_is_zeroed_again_is_no_loss(tmp_path: Path, printed: 
     assert [tie.verdict for tie in tiedquiet.check(loaded)] == [Verdict.TIED]
 
 
+class DeclaresByAProperty(GPT2LMHeadModel):
+    """As Deimv2 does: what is declared is worked out when it is asked for."""
+
+    @property
+    def _tied_weights_keys(self) -> Any:
+        return {"lm_head.weight": "transformer.wte.weight"}
+
+
+class Withdraws(GPT2LMHeadModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._tied_weights_keys = None
+
+
+@pytest.mark.parametrize(("cls", "verdicts"), [(DeclaresByAProperty, [Verdict.UNTIED]), (Withdraws, [])])
+def test_a_declaration_is_the_instance_s_own(
+    cls: type[PreTrainedModel], verdicts: list[Verdict], tmp_path: Path, printed: Printed
+) -> None:
+    model = cls(gpt2(tie_word_embeddings=False))
+    save(model, tmp_path, [key for key in model.state_dict() if key != "lm_head.weight"], flag=False)
+    assert [tie.verdict for tie in tiedquiet.check(cls.from_pretrained(tmp_path))] == verdicts
+
+
 class Overrides(cases.OverridesTieWeights):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)

@@ -168,7 +168,7 @@ def _survey(model: "torch.nn.Module") -> _Survey:
             hooks = True
         if (kind := type(module)) not in of_class:
             of_class[kind] = getattr(kind, "_tied_weights_keys", None)
-        keys = state.get("_tied_weights_keys") or of_class[kind]
+        keys = getattr(module, "_tied_weights_keys", None) if of_class[kind] else state.get("_tied_weights_keys")
         if keys:
             config = getattr(module, "config", None)
             on = getattr(config, "tie_word_embeddings", False)
