@@ -170,6 +170,7 @@ class Saved:
         self.state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
         self.meant = dict(self.model.get_expanded_tied_weights_keys(all_submodels=True))
         self.groups = grouped(self.meant)
+        self.sources = {**self.meant, **declared_sources(self.model)}
         if not self.groups:
             raise ValueError(NO_TIES)
         with tempfile.TemporaryDirectory() as folder:
@@ -209,6 +210,26 @@ class Saved:
 
     def group_of(self, name: str) -> set[str]:
         return next((group for group in self.groups if name in group), set())
+
+
+def declared_sources(model: Any) -> dict[str, str]:
+    """What each target is declared tied to, line by line.
+
+    transformers replaces a source that is itself a target by that one's source. Where both are stored and differ, the
+    replacement is not what the line says, and which of them was meant is open.
+    """
+    from transformers import PreTrainedModel
+
+    names = sorted(model.state_dict())
+    sources = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        keys = module._tied_weights_keys if isinstance(module, PreTrainedModel) else None
+        start = re.escape(f"{prefix}." if prefix else "")
+        for target, source in (keys or {}).items():
+            pairs = [[name for name in names if re.match(f"{start}(?:{side})", name)] for side in (target, source)]
+            if pairs[1] and len(pairs[0]) % len(pairs[1]) == 0:
+                sources.update(zip(pairs[0], pairs[1] * (len(pairs[0]) // len(pairs[1])), strict=True))
+    return {target: source for target, source in sources.items() if target != source}
 
 
 def grouped(meant: dict[str, str]) -> list[set[str]]:
@@ -403,6 +424,7 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
         "kept_wrongly": sorted(false & shown),
         "verdict_wrong": sorted(wrong),
         "said_nothing": sorted(kind for kind in kinds if not any(kind in text for text in said)),
+        "clashes": truth.clashes,
         "verdicts": dict(Counter(ties.values())),
         "rules": {
             "declared": {"hidden_wrongly": len(true & covered), "kept_wrongly": len(false - covered)},
@@ -450,6 +472,9 @@ class Truth:
         self.now = dict(model.state_dict(keep_vars=True))
         self.reported = reported
         self.stored: dict[str, Any] = {}
+        # Stored values that the loader itself lost: it read two of them into one tensor, and the last one stayed. No
+        # tie did it, no row says it, and only the file could tell.
+        self.clashes: list[str] = []
         for key, value in file.items():
             prefixed = f"{saved.model.base_model_prefix}.{key}"
             name = prefixed if base and prefixed in self.now else saved.name_in_model(key, value)
@@ -483,7 +508,7 @@ class Truth:
 
     def chain(self, key: str) -> list[str]:
         chain: list[str] = []
-        while (key := self.saved.meant.get(key, "")) and key not in chain:
+        while (key := self.saved.sources.get(key, "")) and key not in chain:
             chain.append(key)
         return chain
 
@@ -496,7 +521,10 @@ class Truth:
             for key in members:
                 if key in self.stored:
                     if not self.intact(key):
-                        found[key] = "overwritten"
+                        if any(self.one(key, name) and self.intact(name) for name in stored):
+                            self.clashes.append(key)
+                        else:
+                            found[key] = "overwritten"
                 else:
                     found[key] = self.verdict(key, stored)
         for key in self.reported:
@@ -530,7 +558,8 @@ class Truth:
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     ways: dict[str, Counter[str]] = {way: Counter() for way in WAYS}
-    disagreements, unbuilt, unloaded, without = [], {}, {}, []
+    disagreements, clashes, without = [], [], []
+    unbuilt, unloaded = {}, {}
     for record in records:
         name, way = record["class"], record["way"]
         if record.get("reason") == NO_TIES:
@@ -550,6 +579,9 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
             for rule, numbers in record.get("rules", {}).items():
                 for what, number in numbers.items():
                     count[f"{rule}_{what}"] += number
+            count["clashes"] += len(record.get("clashes", ()))
+            if record.get("clashes"):
+                clashes.append(f"{name}, {way}: {len(record['clashes'])} tensors, {record['clashes'][0]} first")
             if any(record.get(what) for what in COUNTED):
                 disagreements.append(record)
     total: Counter[str] = Counter()
@@ -560,6 +592,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         "ways": {way: dict(count) for way, count in ways.items()},
         "total": {what: total[what] for what in dict.fromkeys((*total, *COUNTED))},
         "disagreements": disagreements,
+        "clashes": clashes,
         "unbuilt": unbuilt,
         "without_ties": sorted(without),
         "unloaded": unloaded,
@@ -579,6 +612,9 @@ def table(release: str, summary: dict[str, Any]) -> str:
         columns = ("loads", "rows_true", "rows_false", "hidden_wrongly", "kept_wrongly", "verdict_wrong")
         rules = [f"{rule}_{what}" for rule in ("declared", "is") for what in ("hidden_wrongly", "kept_wrongly")]
         lines.append(f"| {way} | {' | '.join(f'{count.get(name, 0):,}' for name in (*columns, *rules))} |")
+    if summary["clashes"]:
+        lines += ["", "Two stored values read into one tensor by the loader, which no row says:", ""]
+        lines += [f"- {clash}" for clash in summary["clashes"]]
     if summary["without_ties"]:
         lines += ["", f"No tie in the default configuration: {', '.join(summary['without_ties'])}"]
     for title, what in (("Could not be built", "unbuilt"), ("Not tried, for transformers' own reason", "unloaded")):
