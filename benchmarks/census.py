@@ -1,6 +1,6 @@
 """The census: every class of transformers that declares ties, saved and loaded back in nine ways.
 
-    python benchmarks/census.py                              # the transformers of this interpreter, some 15 minutes
+    python benchmarks/census.py                              # the transformers of this interpreter, two minutes
     python benchmarks/census.py --release 5.2.0 --jobs 2     # in an environment of tests/compat
     python benchmarks/census.py --only 'T5|Bart' --out /tmp/census
 
@@ -59,6 +59,7 @@ def main() -> int:
         stop("--jobs is at least 1")
     if options.release:
         return in_environment(options)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # some default configurations ask the hub for a backbone
     import transformers
     from tqdm import tqdm
 
@@ -103,7 +104,6 @@ def in_environment(options: argparse.Namespace) -> int:
 
 def prepare() -> None:
     """Make a worker quiet, single-threaded and offline, and put a clock under tiedquiet's report."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     import torch
     import transformers
@@ -393,6 +393,7 @@ def put(way: str, saved: Saved, file: dict[str, Any], change: Callable[[dict[str
 def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool) -> dict[str, Any]:
     import tiedquiet
 
+    tiedquiet.disable()
     try:
         with overheard() as (reports, said), tiedquiet.enable("on"):
             model, info = saved.cls.from_pretrained(folder, output_loading_info=True)
@@ -409,6 +410,11 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
     assert len(reports) <= 1, "one load makes one report"
     shown = reports[0] if reports else set()
     expected = truth.verdicts()
+    # Where two names were one tensor before the load, the loader itself read both values into it and the last one
+    # stayed. No tie did it, no row says it, and only the file could tell: counted apart.
+    clashes = [key for key in truth.clashes if key not in ties]
+    for key in clashes:
+        del expected[key]
     wrong = [
         [key, ties.get(key), expected.get(key)] for key in {*ties, *expected} if ties.get(key) != expected.get(key)
     ]
@@ -424,7 +430,7 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
         "kept_wrongly": sorted(false & shown),
         "verdict_wrong": sorted(wrong),
         "said_nothing": sorted(kind for kind in kinds if not any(kind in text for text in said)),
-        "clashes": truth.clashes,
+        "clashes": clashes,
         "verdicts": dict(Counter(ties.values())),
         "rules": {
             "declared": {"hidden_wrongly": len(true & covered), "kept_wrongly": len(false - covered)},
@@ -472,8 +478,7 @@ class Truth:
         self.now = dict(model.state_dict(keep_vars=True))
         self.reported = reported
         self.stored: dict[str, Any] = {}
-        # Stored values that the loader itself lost: it read two of them into one tensor, and the last one stayed. No
-        # tie did it, no row says it, and only the file could tell.
+        # Stored values that gave way to those of another stored name.
         self.clashes: list[str] = []
         for key, value in file.items():
             prefixed = f"{saved.model.base_model_prefix}.{key}"
@@ -521,10 +526,9 @@ class Truth:
             for key in members:
                 if key in self.stored:
                     if not self.intact(key):
+                        found[key] = "overwritten"
                         if any(self.one(key, name) and self.intact(name) for name in stored):
                             self.clashes.append(key)
-                        else:
-                            found[key] = "overwritten"
                 else:
                     found[key] = self.verdict(key, stored)
         for key in self.reported:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import RESULTS, write
+from benchmarks.record import RESULTS, stop, write
 
 ROOT = Path(__file__).parents[1]
 RELEASES = ("5.0.0", "5.2.0", "5.3.0", "5.13.1", "5.23.0")
@@ -46,7 +46,7 @@ def main() -> int:
 
     chosen = options.release or list(RELEASES)
     if unknown := [release for release in chosen if release not in compat.RELEASES]:
-        parser.error(f"no environment for transformers {', '.join(unknown)}; known: {', '.join(compat.RELEASES)}")
+        stop(f"no environment for transformers {', '.join(unknown)}; known: {', '.join(compat.RELEASES)}")
     from tqdm import tqdm
 
     results = {}

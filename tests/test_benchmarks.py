@@ -1,0 +1,56 @@
+"""The benchmarks start, refuse bad input in one line before any work, and find what they measure to be right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census")
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_what_it_measures(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"benchmarks/{script}.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("gpu_load", ["--size", "huge"], "no size 'huge'; there are tiny, small, xxl"),
+        ("gpu_load", ["--rounds", "0"], "at least one warm round"),
+        ("report_scale", ["--max-keys", "0"], "--max-keys, --max-ties and --rounds are at least 1"),
+        ("startup", ["--rounds", "1"], "at least two rounds"),
+        ("silencers", ["4.57.6"], "no environment for transformers 4.57.6"),
+        ("census", ["--release", "4.57.6"], "no environment for transformers 4.57.6"),
+        ("census", ["--only", "("], "is no regular expression"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = run(script, *arguments, "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_load_with_and_without_on_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    small = ["--size", "tiny", "--device", "cpu", "--rounds", "2", "--cold-rounds", "1"]
+    done = run("gpu_load", *small, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    content = json.loads(path.read_text())
+    assert set(content) >= {"date", "hardware", "versions", "configuration", "results"}
+    assert len(content["results"]["rounds"]) == 3
+    assert path.with_suffix(".png").exists()
