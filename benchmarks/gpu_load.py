@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import gc
 import json
-import logging
 import mmap
 import os
 import shutil
@@ -28,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import RESULTS, spread, stop, write
+from benchmarks.silencers import nothing, record_filter, verbosity_error
 
 SIZES = {
     "tiny": {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
@@ -164,11 +164,6 @@ def load(folder: Path, device: str) -> tuple[float, int]:
 
 
 @contextmanager
-def nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def with_tiedquiet() -> Iterator[None]:
     import tiedquiet
 
@@ -177,36 +172,11 @@ def with_tiedquiet() -> Iterator[None]:
     tiedquiet.disable()
 
 
-@contextmanager
-def with_filter() -> Iterator[None]:
-    def drop(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
-
-
-@contextmanager
-def with_verbosity_error() -> Iterator[None]:
-    import transformers
-
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-
-
 ARMS: dict[str, Callable[[], Any]] = {
     "nothing": nothing,
     "tiedquiet": with_tiedquiet,
-    "record filter": with_filter,
-    "verbosity error": with_verbosity_error,
+    "record filter": record_filter,
+    "verbosity error": verbosity_error,
     "nothing again": nothing,
 }
 

@@ -142,7 +142,7 @@ def situations() -> dict[str, Situation]:
 
 
 @contextmanager
-def nothing(_: Situation) -> Iterator[None]:
+def nothing(_: object = None) -> Iterator[None]:
     yield
 
 
@@ -154,7 +154,7 @@ def filter_warnings(_: Situation) -> Iterator[None]:
 
 
 @contextmanager
-def verbosity_error(_: Situation) -> Iterator[None]:
+def verbosity_error(_: object = None) -> Iterator[None]:
     import transformers
 
     before = transformers.logging.get_verbosity()
@@ -166,7 +166,7 @@ def verbosity_error(_: Situation) -> Iterator[None]:
 
 
 @contextmanager
-def record_filter(_: Situation) -> Iterator[None]:
+def record_filter(_: object = None) -> Iterator[None]:
     def drop(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
