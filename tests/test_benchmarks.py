@@ -45,7 +45,6 @@ def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words:
 
 
 def test_a_load_with_and_without_on_the_cpu(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     small = ["--size", "tiny", "--device", "cpu", "--rounds", "2", "--cold-rounds", "1"]
     done = run("gpu_load", *small, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
