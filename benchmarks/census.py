@@ -8,8 +8,7 @@ Each class is built tiny from its own default configuration and filled with rand
 tell which tensor is which. After each load the truth about every member of every tie, and about every row of the
 report, is read from those bytes; that two names are one tensor is read from what happens to one when the other is
 written to. tiedquiet's verdict and what was printed are held against it. Beside it stand two simpler rules: drop every
-row that `_tied_weights_keys` covers, and drop every row whose tensor `is` that of another
-name.
+row that `_tied_weights_keys` covers, and drop every row whose tensor `is` that of another name.
 """
 
 import argparse
@@ -28,12 +27,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import tiny_models
-from benchmarks.record import RESULTS, stop, versions, write
+from benchmarks.record import arguments, pins_of, stop, versions, write
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that one class may take
@@ -43,13 +43,11 @@ COUNTED = ("hidden_wrongly", "kept_wrongly", "verdict_wrong", "said_nothing", "f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = arguments(__doc__)
     parser.add_argument("--release", help="a release of transformers that tests/compat has an environment for")
     parser.add_argument("--only", default="", metavar="REGEX", help="only classes whose name has a match")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the lines that --out already has")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the lines, the JSON and the tables go")
     options = parser.parse_args()
     try:
         re.compile(options.only)
@@ -93,17 +91,16 @@ def main() -> int:
 
 
 def in_environment(options: argparse.Namespace) -> int:
-    from tests.compat import __main__ as compat
+    from tests.compat.__main__ import python_of
 
-    if options.release not in compat.RELEASES:
-        stop(f"no environment for transformers {options.release}; known: {', '.join(compat.RELEASES)}")
-    command = [compat.python_of(options.release), __file__, "--only", options.only, "--jobs", str(options.jobs)]
+    pins_of([options.release])
+    command = [python_of(options.release), __file__, "--only", options.only, "--jobs", str(options.jobs)]
     command += ["--out", str(options.out.absolute()), *(["--resume"] if options.resume else [])]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def prepare() -> None:
-    """Make a worker quiet, single-threaded and offline, and put a clock under tiedquiet's report."""
+    """Make a worker quiet and single-threaded."""
     warnings.simplefilter("ignore")
     import torch
     import transformers
@@ -156,18 +153,14 @@ class Saved:
     """A tiny model full of random values, what `save_pretrained` makes of it, and which ties are declared."""
 
     def __init__(self, cls: type[Any]) -> None:
-        import torch
         from safetensors.torch import load_file
+
+        from tests.checkpoints import state_of
 
         self.cls = cls
         self.model = tiny_models.tiny(cls)
         self.model.tie_weights()
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                if parameter.is_floating_point():
-                    parameter.copy_(torch.randn(parameter.shape) * 0.1 + 0.01)
-        self.state = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        self.state = state_of(self.model)
         self.meant = dict(self.model.get_expanded_tied_weights_keys(all_submodels=True))
         self.groups = grouped(self.meant)
         self.sources = {**self.meant, **declared_sources(self.model)}
@@ -198,12 +191,8 @@ class Saved:
             if own == key and own in self.group_of(name):
                 return name
             if own in self.group_of(name) and own is not None and key != own:
-                tail = (
-                    len(own)
-                    if key.endswith(own)
-                    else next(i for i in range(len(own)) if key[-i - 1 :] != own[-i - 1 :])
-                )
-                old, new = own[: len(own) - tail], key[: len(key) - tail]
+                tail = next(own[i:] for i in range(len(own) + 1) if key.endswith(own[i:]))
+                old, new = own.removesuffix(tail), key.removesuffix(tail)
                 if name.startswith(old):
                     return new + name[len(old) :]
         return None
@@ -247,18 +236,57 @@ def grouped(meant: dict[str, str]) -> list[set[str]]:
 def fingerprint(tensor: Any) -> Any:
     return (
         tuple(tensor.shape),
-        tensor.contiguous().flatten().view(-1)[:64].float().numpy().tobytes(),
+        tensor.flatten()[:64].float().numpy().tobytes(),
         float(tensor.double().sum()),
     )
 
 
-# The ways. Each returns the file's tensors and how config.json is changed, or None where it does not apply.
+# The ways: which tensors a file holds (None where a way does not apply), and what is changed about it
 
-Contents = tuple[dict[str, Any], Callable[[dict[str, Any]], None]]
+Tensors = dict[str, Any]
 
 
-def untouched(config: dict[str, Any]) -> None:
-    return
+def as_saved(saved: Saved) -> Tensors | None:
+    return saved.file
+
+
+def of_a_composite(saved: Saved) -> Tensors | None:
+    inner = [v for v in saved.config.values() if isinstance(v, dict) and v.get("model_type")]
+    return saved.file if inner else None
+
+
+def under_a_target_s_name(saved: Saved) -> Tensors | None:
+    file = dict(saved.file)
+    for key, value in saved.file.items():
+        own = saved.name_in_model(key, value)
+        targets = [name for name in sorted(saved.group_of(own or "")) if name in saved.meant and name != own]
+        name = saved.name_in_file(targets[0]) if targets else None
+        if name and name not in saved.file:
+            file[name] = file.pop(key)
+    return file if file.keys() != saved.file.keys() else None
+
+
+def base_model_s_file(saved: Saved) -> Tensors | None:
+    from safetensors.torch import load_file
+
+    base = saved.model.base_model
+    if base is saved.model:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        return load_file(Path(folder, "model.safetensors"))
+
+
+def two_ends_that_differ(saved: Saved) -> Tensors | None:
+    import torch
+
+    file = dict(saved.file)
+    for group in saved.groups:
+        absent = [name for name in sorted(group) if name in saved.meant and name not in saved.file]
+        name = saved.name_in_file(absent[0]) if absent else None
+        if name and name not in file and saved.state[absent[0]].is_floating_point():
+            file[name] = torch.randn(saved.state[absent[0]].shape) * 0.1 + 0.01
+    return file if len(file) > len(saved.file) else None
 
 
 def flag_off(config: dict[str, Any]) -> None:
@@ -272,119 +300,67 @@ def flag_off_at_the_top(config: dict[str, Any]) -> None:
     config["tie_word_embeddings"] = False
 
 
-def as_saved(saved: Saved) -> Contents | None:
-    return saved.file, untouched
+def one_file(file: Tensors, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    whole = {key: value.contiguous() for key, value in file.items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
 
 
-def with_the_flag_off(saved: Saved) -> Contents | None:
-    return saved.file, flag_off
+def shards(file: Tensors, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    halves = {f"model-0000{i + 1}-of-00002.safetensors": dict(list(file.items())[i::2]) for i in (0, 1)}
+    for name, half in halves.items():
+        save_file(half, folder / name, {"format": "pt"})
+    weights = {key: name for name, half in halves.items() for key in half}
+    index = {"metadata": {"total_size": sum(v.nbytes for v in file.values())}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def with_the_flag_off_at_the_top(saved: Saved) -> Contents | None:
-    inner = [v for v in saved.config.values() if isinstance(v, dict) and v.get("model_type")]
-    return (saved.file, flag_off_at_the_top) if inner else None
-
-
-def under_a_target_s_name(saved: Saved) -> Contents | None:
-    file = dict(saved.file)
-    moved = 0
-    for key, value in saved.file.items():
-        own = saved.name_in_model(key, value)
-        targets = [name for name in sorted(saved.group_of(own or "")) if name in saved.meant and name != own]
-        name = saved.name_in_file(targets[0]) if targets else None
-        if name and name not in saved.file:
-            file[name] = file.pop(key)
-            moved += 1
-    return (file, untouched) if moved else None
-
-
-def under_a_target_s_name_flag_off(saved: Saved) -> Contents | None:
-    contents = under_a_target_s_name(saved)
-    return (contents[0], flag_off) if contents else None
-
-
-def base_model_s_file(saved: Saved) -> Contents | None:
-    from safetensors.torch import load_file
-
-    base = saved.model.base_model
-    if base is saved.model:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        return load_file(Path(folder, "model.safetensors")), untouched
-
-
-def two_ends_that_differ(saved: Saved) -> Contents | None:
+def bin_file(file: Tensors, folder: Path) -> None:
     import torch
 
-    file = dict(saved.file)
-    for group in saved.groups:
-        absent = [name for name in sorted(group) if name in saved.meant and name not in saved.file]
-        name = saved.name_in_file(absent[0]) if absent else None
-        if name and name not in file and saved.state[absent[0]].is_floating_point():
-            file[name] = torch.randn(saved.state[absent[0]].shape) * 0.1 + 0.01
-    return (file, untouched) if len(file) > len(saved.file) else None
+    torch.save(file, folder / "pytorch_model.bin")
 
 
-def sharded(saved: Saved) -> Contents | None:
-    return saved.file, untouched
+class Way(NamedTuple):
+    tensors: Callable[[Saved], Tensors | None]
+    change: Callable[[dict[str, Any]], None] = lambda config: None
+    write: Callable[[Tensors, Path], None] = one_file
 
 
-def bin_file(saved: Saved) -> Contents | None:
-    return saved.file, untouched
-
-
-WAYS: dict[str, Callable[[Saved], Contents | None]] = {
-    "as saved": as_saved,
-    "flag off": with_the_flag_off,
-    "flag off at the top only": with_the_flag_off_at_the_top,
-    "under a target's name": under_a_target_s_name,
-    "under a target's name, flag off": under_a_target_s_name_flag_off,
-    "base model's file": base_model_s_file,
-    "two ends that differ": two_ends_that_differ,
-    "sharded": sharded,
-    ".bin": bin_file,
+WAYS = {
+    "as saved": Way(as_saved),
+    "flag off": Way(as_saved, flag_off),
+    "flag off at the top only": Way(of_a_composite, flag_off_at_the_top),
+    "under a target's name": Way(under_a_target_s_name),
+    "under a target's name, flag off": Way(under_a_target_s_name, flag_off),
+    "base model's file": Way(base_model_s_file),
+    "two ends that differ": Way(two_ends_that_differ),
+    "sharded": Way(as_saved, write=shards),
+    ".bin": Way(as_saved, write=bin_file),
 }
 
 
 def census_of_class(cls: type[Any]) -> Iterator[dict[str, Any]]:
     saved = Saved(cls)
-    for way, contents_of in WAYS.items():
-        line: dict[str, Any] = {"class": cls.__name__, "way": way}
+    for name, way in WAYS.items():
+        line: dict[str, Any] = {"class": cls.__name__, "way": name}
         try:
-            contents = contents_of(saved)
+            file = way.tensors(saved)
         except Exception as error:
             yield {**line, "reason": f"transformers does not save it: {reason(error)}"}
             continue
-        if contents is None:
+        if file is None:
             yield {**line, "reason": "does not apply"}
             continue
+        config = json.loads(json.dumps(saved.config))
+        way.change(config)
         with tempfile.TemporaryDirectory() as folder:
-            put(way, saved, *contents, Path(folder))
-            yield {**line, **census_of_load(saved, contents[0], Path(folder), base=way == "base model's file")}
-
-
-def put(way: str, saved: Saved, file: dict[str, Any], change: Callable[[dict[str, Any]], None], folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    config = json.loads(json.dumps(saved.config))
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-    if way == ".bin":
-        torch.save(file, folder / "pytorch_model.bin")
-    elif way == "sharded":
-        halves = [dict(list(file.items())[start::2]) for start in (0, 1)]
-        names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-        for name, half in zip(names, halves, strict=True):
-            save_file(half, folder / name, {"format": "pt"})
-        weights = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-        index = {"metadata": {"total_size": sum(v.nbytes for v in file.values())}, "weight_map": weights}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    else:
-        save_file(
-            {key: value.contiguous() for key, value in file.items()}, folder / "model.safetensors", {"format": "pt"}
-        )
+            Path(folder, "config.json").write_text(json.dumps(config))
+            way.write(file, Path(folder))
+            yield {**line, **census_of_load(saved, file, Path(folder), base=way.tensors is base_model_s_file)}
 
 
 # One load
@@ -395,10 +371,9 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
 
     tiedquiet.disable()
     try:
-        with overheard() as (reports, said), tiedquiet.enable("on"):
+        with overheard() as (reports, printed), tiedquiet.enable("on"):
             model, info = saved.cls.from_pretrained(folder, output_loading_info=True)
     except Exception as error:
-        tiedquiet.disable()
         try:
             saved.cls.from_pretrained(folder)
         except Exception:
@@ -406,7 +381,6 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
         return {"failed_because_of_it": [reason(error)]}
     truth = Truth(saved, file, model, base, reported=set(info["missing_keys"]))
     ties = {tie.key: str(tie.verdict) for tie in tiedquiet.check(model)}
-    tiedquiet.disable()
     assert len(reports) <= 1, "one load makes one report"
     shown = reports[0] if reports else set()
     expected = truth.verdicts()
@@ -429,7 +403,7 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
         "hidden_wrongly": sorted(true - shown),
         "kept_wrongly": sorted(false & shown),
         "verdict_wrong": sorted(wrong),
-        "said_nothing": sorted(kind for kind in kinds if not any(kind in text for text in said)),
+        "said_nothing": sorted(kind for kind in kinds if not any(kind in text for text in printed.loud)),
         "clashes": clashes,
         "verdicts": dict(Counter(ties.values())),
         "rules": {
@@ -440,34 +414,31 @@ def census_of_load(saved: Saved, file: dict[str, Any], folder: Path, base: bool)
 
 
 @contextmanager
-def overheard() -> Iterator[tuple[list[set[str]], list[str]]]:
-    """The missing keys that transformers' own report was given, and tiedquiet's warnings."""
+def overheard() -> Iterator[tuple[list[set[str]], Any]]:
+    """The missing keys that transformers' own report was given, and what both libraries logged."""
     from transformers import modeling_utils
     from transformers.utils import loading_report
 
+    from tests.checkpoints import printing
+
     reports: list[set[str]] = []
-    said: list[str] = []
     original = loading_report.log_state_dict_report
 
+    @wraps(original)
     def report(*args: Any, **kwargs: Any) -> Any:
         info = kwargs.get("loading_info")
         reports.append(set(info.missing_keys if info is not None else kwargs["missing_keys"]))
         return original(*args, **kwargs)
 
-    report.__wrapped__ = original  # type: ignore[attr-defined]  # tiedquiet looks at the signature
-    report.__name__ = original.__name__
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger, theirs = logging.getLogger("tiedquiet"), logging.getLogger("transformers")
-    logger.addHandler(handler)
-    quiet, theirs.handlers = theirs.handlers, [logging.NullHandler()]
+    theirs = logging.getLogger("transformers")
+    handlers, theirs.handlers = theirs.handlers, []
     loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = report
     try:
-        yield reports, said
+        with printing() as printed:
+            yield reports, printed
     finally:
         loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = original
-        theirs.handlers = quiet
-        logger.removeHandler(handler)
+        theirs.handlers = handlers
 
 
 class Truth:

@@ -10,7 +10,6 @@ REPORT records, and `set_verbosity_error()`. Ratios are taken within a round. Ev
 what was stored.
 """
 
-import argparse
 import ctypes
 import gc
 import json
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import RESULTS, spread, stop, write
+from benchmarks.record import arguments, show, spread, stop, write
 from benchmarks.silencers import nothing, record_filter, verbosity_error
 
 SIZES = {
@@ -38,14 +37,12 @@ KEY, SOURCE = "encoder.embed_tokens.weight", "shared.weight"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = arguments(__doc__)
     parser.add_argument("--size", default="xxl", help=f"one of {', '.join(SIZES)} (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="warm rounds (default: %(default)s)")
     parser.add_argument("--cold-rounds", type=int, default=2, help="rounds with the page cache dropped (default: 2)")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/tiedquiet-benchmarks").expanduser())
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON and the plot go")
     options = parser.parse_args()
     if options.size not in SIZES:
         stop(f"no size {options.size!r}; there are {', '.join(SIZES)}")
@@ -300,10 +297,6 @@ def report(path: Path, results: dict[str, Any]) -> None:
     if bandwidth := results["pinned_host_to_device_bytes_per_s"]:
         print(f"pinned host-to-device: {bandwidth / 1e9:.1f} GB/s")
     print(path)
-
-
-def show(values: dict[str, float]) -> str:
-    return f"{values['median']:.3f} ({values['min']:.3f} to {values['max']:.3f})"
 
 
 if __name__ == "__main__":

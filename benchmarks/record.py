@@ -1,5 +1,6 @@
 """What every benchmark shares: the description of where it ran, and its result files."""
 
+import argparse
 import json
 import os
 import platform
@@ -13,6 +14,25 @@ from typing import Any, NoReturn
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "safetensors", "huggingface_hub", "accelerate", "diffusers")
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The command line that every benchmark has: its docstring as help, and `--out`."""
+    first, *rest = doc.splitlines()
+    parser = argparse.ArgumentParser(
+        description=first, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (default: beside this script)")
+    return parser
+
+
+def pins_of(releases: Sequence[str]) -> dict[str, list[str]]:
+    """What tests/compat installs along with each of these releases of transformers; stops at one it does not know."""
+    from tests.compat.__main__ import RELEASES
+
+    if unknown := [release for release in releases if release not in RELEASES]:
+        stop(f"no environment for transformers {', '.join(unknown)}; known: {', '.join(RELEASES)}")
+    return {release: RELEASES[release] for release in releases}
 
 
 def stop(message: str) -> NoReturn:
@@ -76,3 +96,8 @@ def write(theme: str, configuration: dict[str, Any], results: Any, out: Path, wh
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def show(values: dict[str, float], scale: float = 1, digits: int = 3) -> str:
+    """A spread as `median (min to max)`, each times `scale`."""
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * values[k] for k in ("median", "min", "max")), d=digits)

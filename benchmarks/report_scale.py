@@ -10,7 +10,6 @@ transformers: making the report, and the whole load. Every load is checked: what
 is reported.
 """
 
-import argparse
 import gc
 import logging
 import os
@@ -25,19 +24,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import RESULTS, spread, stop, write
+from benchmarks.record import arguments, spread, stop, write
 
 LAYER = ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2", "norm3")
 FORMS = ("names", "pattern")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = arguments(__doc__)
     parser.add_argument("--max-keys", type=int, default=1_000_000, help="the most MISSING keys (default: %(default)s)")
     parser.add_argument("--max-ties", type=int, default=10_000, help="the most declared ties (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="loads per point; fewer from 100,000 keys on")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON and the plot go")
     options = parser.parse_args()
     if options.max_keys < 1 or options.max_ties < 1 or options.rounds < 1:
         stop("--max-keys, --max-ties and --rounds are at least 1")
@@ -109,6 +106,8 @@ def load(missing: int, ties: int, form: str, clocks: dict[str, float]) -> dict[s
     from safetensors.torch import save_file
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from tests.checkpoints import printing
+
     class Weight(torch.nn.Module):
         def __init__(self, rows: int = 1) -> None:
             super().__init__()
@@ -149,8 +148,7 @@ def load(missing: int, ties: int, form: str, clocks: dict[str, float]) -> dict[s
         Config(tie_word_embeddings=True, architectures=["Model"]).save_pretrained(folder)
         stored = {f"stored.{i}.weight": torch.full((1,), float(i + 1)) for i in range(ties)}
         save_file({"embed.weight": torch.ones(8), **stored}, Path(folder, "model.safetensors"), {"format": "pt"})
-        lines: list[str] = []
-        with listening(lines), open(os.devnull, "w") as nowhere:
+        with printing() as printed, open(os.devnull, "w") as nowhere:
             handler = logging.getLogger("transformers").handlers[0]
             terminal = handler.setStream(nowhere)  # type: ignore[attr-defined]
             gc.collect()
@@ -162,24 +160,9 @@ def load(missing: int, ties: int, form: str, clocks: dict[str, float]) -> dict[s
     assert len(info["missing_keys"]) in (missing, missing + ties)
     assert all(model.tied[i].weight is model.stored[i].weight for i in range(ties))
     # Newer releases leave declared ties out of the missing keys themselves: then there is no row to confirm.
-    assert len(lines) == (len(info["missing_keys"]) > missing), lines
+    assert len(printed.confirmed) == (len(info["missing_keys"]) > missing), printed.confirmed
     own = {name: clocks[f"{name} with own"] - clocks[name] for name in ("record", "report")}
     return {"own": sum(own.values()), "report": clocks["report"], "load": seconds}
-
-
-class listening:
-    """Collect what tiedquiet confirms."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.lines = lines
-
-    def __enter__(self) -> None:
-        self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("tiedquiet").addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("tiedquiet").removeHandler(self.handler)
 
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:

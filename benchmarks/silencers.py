@@ -8,7 +8,6 @@ bytes of the file, after the load. A cell is `right` only if no row is left that
 true. A row counts as shown if transformers' report or list has it, or if a warning or an error names its key.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import RESULTS, stop, write
+from benchmarks.record import arguments, pins_of, write
 
 ROOT = Path(__file__).parents[1]
 RELEASES = ("5.0.0", "5.2.0", "5.3.0", "5.13.1", "5.23.0")
@@ -33,32 +32,30 @@ SCORES = (RIGHT, FALSE, HIDDEN, BOTH)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = arguments(__doc__)
     parser.add_argument("release", nargs="*", help=f"default: {' '.join(RELEASES)}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON and the plot go")
     parser.add_argument("--here", action="store_true", help="only the transformers of this interpreter; prints JSON")
     options = parser.parse_args()
     if options.here:
         json.dump(cells(), sys.stdout)  # the parent reads it
         return 0
-    from tests.compat import __main__ as compat
 
     chosen = options.release or list(RELEASES)
-    if unknown := [release for release in chosen if release not in compat.RELEASES]:
-        stop(f"no environment for transformers {', '.join(unknown)}; known: {', '.join(compat.RELEASES)}")
+    pins = pins_of(chosen)
     from tqdm import tqdm
+
+    from tests.compat.__main__ import python_of
 
     results = {}
     environment = {**os.environ, "TIEDQUIET": "0", "HF_HUB_OFFLINE": "1"}
     for release in tqdm(chosen, unit="release"):
-        command = [compat.python_of(release), __file__, "--here"]
+        command = [python_of(release), __file__, "--here"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1
         results[release] = json.loads(done.stdout)
-    path = write("silencers", {"releases": {name: compat.RELEASES[name] for name in chosen}}, results, options.out)
+    path = write("silencers", {"releases": pins}, results, options.out)
     plot(path, results)
     text = "\n\n".join([summary(results), *(table(release, result) for release, result in results.items())])
     path.with_suffix(".md").write_text(text + "\n")

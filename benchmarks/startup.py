@@ -8,19 +8,18 @@ round: the start-up file with `TIEDQUIET` unset and set, `import tiedquiet` besi
 tiedquiet` in a program that imports a model of transformers anyway.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
+import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import RESULTS, spread, stop, write
+from benchmarks.record import arguments, show, spread, stop, write
 
 ROOT = Path(__file__).parents[1]
 MODEL = "from transformers import UMT5EncoderModel"
@@ -49,11 +48,9 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[1:]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=40, help="rounds of the light commands (default: %(default)s)")
     parser.add_argument("--heavy-rounds", type=int, default=10, help="of those that import a model (default: 10)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON and the plot go")
     options = parser.parse_args()
     if options.rounds < 2 or options.heavy_rounds < 2:
         stop("at least two rounds: the first one warms the disk cache and is not counted")
@@ -77,19 +74,17 @@ def main() -> None:
 
 def environments(folder: Path) -> dict[str, str]:
     """Two virtual environments that borrow this one's libraries; only one has the start-up file."""
+    from tests.compat.__main__ import borrow, interpreter
+
     pythons = {}
-    libraries = sysconfig.get_path("purelib")
     for name in ("without", "with"):
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / name], check=True)
-        python = folder / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        own = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
+        venv.create(folder / name, with_pip=False)
         # A folder added by a .pth file has its own .pth files left alone: the start-up file here is not run there.
-        (own / "borrowed.pth").write_text(f"{ROOT}\n{libraries}\n")
+        own = borrow(interpreter(folder / name), ROOT)
         if name == "with":
             for part in ("tiedquiet.pth", "_tiedquiet_startup.py"):
                 (own / part).write_text((ROOT / "tiedquiet" / "startup" / part).read_text())
-        pythons[name] = str(python)
+        pythons[name] = str(interpreter(folder / name))
     return pythons
 
 
@@ -140,14 +135,10 @@ def report(results: dict[str, Any]) -> None:
     print("| process | ms, median (min to max) | against | ms added, median (min to max) | ratio, median |")
     print("| --- | ---: | --- | ---: | ---: |")
     for name, result in results.items():
-        cells = [name, show(result["seconds"]), "", "", ""]
+        cells = [name, show(result["seconds"], 1e3, 1), "", "", ""]
         if result["baseline"]:
-            cells[2:] = [result["baseline"], show(result["added_seconds"]), f"{result['ratio']['median']:.3f}"]
+            cells[2:] = [result["baseline"], show(result["added_seconds"], 1e3, 1), f"{result['ratio']['median']:.3f}"]
         print(f"| {' | '.join(cells)} |")
-
-
-def show(seconds: dict[str, float]) -> str:
-    return "{:.1f} ({:.1f} to {:.1f})".format(*(1e3 * seconds[part] for part in ("median", "min", "max")))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ MOST_ELEMENTS = 100_000_000  # what a default that could not be shrunk may still
 
 # The first pattern that fits an attribute's name decides; a number that is smaller already stays.
 SIZES: list[tuple[str, int]] = [
-    (
-        r"type_vocab_size|num_labels|num_channels|in_channels|.*kernel_size|.*feat_extract_layers|.*stride|.*dilation.*|.*groups?",
-        0,
-    ),
+    (r"type_vocab_size|num_labels|num_channels|in_channels|.*feat_extract_layers", 0),
+    (r".*kernel_size|.*stride|.*dilation.*|.*groups?", 0),
     (r".*(layers?|blocks?|depth|n_layer)(_per_\w+)?|num_.*_blocks", 2),
     (r".*(num_key_value_heads|kv_heads|num_kv_heads|multi_query_group_num)", 2),
     (r".*heads?(_num)?", 2),
@@ -98,7 +96,8 @@ def tiny(cls: type[Any]) -> Any:
         try:
             config = default(cls.config_class)
             attempt(config)
-            switch(config, True)
+            for each in nested(config):
+                each.tie_word_embeddings = True
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in cls(clone(config)).parameters())
             if size > MOST_ELEMENTS:
@@ -114,13 +113,8 @@ def clone(config: Any) -> Any:
     return type(config).from_dict(config.to_dict())
 
 
-def switch(config: Any, on: bool) -> None:
-    """Set `tie_word_embeddings` of a configuration and of every one inside it."""
-    for each in nested(config):
-        each.tie_word_embeddings = on
-
-
 def nested(config: Any) -> Iterator[Any]:
+    """A configuration and every one inside it."""
     from transformers import PreTrainedConfig
 
     yield config
@@ -169,15 +163,20 @@ def shrink(config: Any, scale: int = 1, lists: bool = True, layers: bool = True,
                 )
                 if size and value > size and (layers or size != 2):
                     put(each, name, size)
-            elif lists and layers and re.fullmatch(r".*(layer|block)s?_types?|layers_block_type", name) and value:
-                kinds = list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else []
-                put(each, name, (kinds + kinds)[:2] if kinds else value)
+            elif (
+                lists
+                and layers
+                and re.fullmatch(r".*(layer|block)s?_types?|layers_block_type", name)
+                and isinstance(value, list)
+            ):
+                kinds = list(dict.fromkeys(value))
+                put(each, name, (kinds + kinds)[:2])
             elif lists and "intermediate" in name and isinstance(value, list):
                 put(each, name, [64, 64])
             elif name == "per_layer_config":
                 put(each, name, {})  # speaks of layers that are gone
             elif value is None and name in ("head_dim", "num_key_value_heads"):
-                put(each, name, {"head_dim": 16}.get(name, 2))
+                put(each, name, wanted(name))
 
 
 def small_id(value: int) -> int:

@@ -38,7 +38,8 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     torch.manual_seed(len(list(model.parameters())))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1 + 0.01)
+            if parameter.is_floating_point():
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + 0.01)
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 

@@ -60,10 +60,9 @@ class Finding(NamedTuple):
 
 
 class Fingerprint(NamedTuple):
-    """The form of a tensor, and up to 64 of its elements as bytes, `width` bytes each."""
+    """The form of a tensor, and up to 64 of its elements as bytes."""
 
     form: "tuple[torch.dtype, torch.Size]"
-    width: int
     data: bytes
 
 
@@ -251,7 +250,7 @@ def _fingerprint(tensor: "torch.Tensor") -> Fingerprint | None:
             places = torch.tensor([start + i for start in starts for i in range(RUN)], device=values.device)
             runs = [values[torch.unravel_index(places, values.shape)]]
     samples = runs[0].cpu() if len(runs) == 1 else torch.cat([run.cpu() for run in runs])
-    return Fingerprint((tensor.dtype, tensor.shape), tensor.dtype.itemsize, bytes(samples.view(torch.uint8).tolist()))
+    return Fingerprint((tensor.dtype, tensor.shape), bytes(samples.view(torch.uint8).tolist()))
 
 
 def _readable(tensor: "torch.Tensor") -> bool:
@@ -275,7 +274,8 @@ def _compare(record: Record, now: Mapping[str, "torch.Tensor"]) -> None:
 
 def _changed(before: Fingerprint, now: Fingerprint) -> bool:
     """Whether stored values are gone. A re-zeroed padding row is no loss: few samples, and all of them zero."""
-    width, zero = before.width, bytes(before.width)
+    width = before.form[0].itemsize
+    zero = bytes(width)
     chunks = [(before.data[i : i + width], now.data[i : i + width]) for i in range(0, len(now.data), width)]
     differing = [new for old, new in chunks if old != new]
     return any(new != zero for new in differing) or 2 * len(differing) > sum(old != zero for old, _ in chunks)

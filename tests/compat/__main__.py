@@ -31,19 +31,29 @@ RELEASES = {
 TESTS = ["tests/compat", "tests/test_ties.py", "tests/test_modes.py", "tests/test_seams.py", "tests/test_patch.py"]
 
 
+def interpreter(folder: Path) -> Path:
+    """The Python of a virtual environment."""
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+def borrow(python: Path, *more: Path) -> Path:
+    """Let an environment use the libraries of this one, and of `more` folders; returns its own site-packages."""
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    own = Path(subprocess.check_output(command, text=True).strip())
+    Path(own, "_borrowed.pth").write_text("".join(f"{path}\n" for path in (*more, sysconfig.get_path("purelib"))))
+    return own
+
+
 def python_of(release: str) -> Path:
     """The interpreter of the release's environment, made on first use."""
     folder = ROOT / ".compat" / release
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    python = interpreter(folder)
     ready = folder / "ready"
     wanted = json.dumps(RELEASES[release])
     fresh = not ready.exists() or ready.read_text() != wanted
     if fresh:
         venv.create(folder, with_pip=False, clear=True)
-    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    purelib = subprocess.check_output(command, text=True).strip()
-    # Anew every time: the environment that lent its packages last time may be gone.
-    Path(purelib, "_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrow(python)  # anew every time: the environment that lent its packages last time may be gone
     if fresh:
         pip = [
             sys.executable,
