@@ -1,0 +1,139 @@
+r"""Distil a Wan text-to-video pipeline into a student with half its blocks.
+
+    python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
+    python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
+
+    accelerate launch -m tiedquiet.distill \
+        --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high \
+        --prompts_file prompts.txt --output_dir wan-half \
+        --mixed_precision bf16 --student_dtype bf16 --gradient_checkpointing attention --compile \
+        --checkpointing_steps 500 --resume_from_checkpoint latest
+
+Down the page: the text encoder's ties are proven and the prompt embeddings cached; latents are encoded from clips
+(--train_data_dir) or sampled by the teacher (--prompts_file) and cached; then each expert's student learns the
+teacher's velocity; then the student is written as a pipeline folder that WanPipeline.from_pretrained loads.
+"""
+
+import json
+import shutil
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+from tiedquiet.distill.options import check, fail, must_match, parse, settings
+
+
+def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
+    """For each expert the checkpoint to go on from; clears what a finished run left.
+
+    Raises:
+        SystemExit: with status 2, after one line, where an unfinished run would be lost or does not match.
+    """
+    from tiedquiet.distill.train import checkpoints
+
+    work, wanted = args.output_dir / "checkpoints", args.resume_from_checkpoint
+    if wanted is None:
+        if work.exists():
+            fail(
+                f"{work}: an unfinished run; --resume_from_checkpoint latest goes on, another --output_dir begins anew"
+            )
+        return dict.fromkeys(experts)
+    if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
+        must_match(args, args.output_dir / "args.json")
+    if wanted == "latest":
+        return {name: next(iter(checkpoints(work / name)[::-1]), None) for name in experts}
+    place = Path(wanted)
+    if not place.is_dir() or place.parent.name not in experts:
+        fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
+    if not (settings_file := place.parents[2] / "args.json").exists():
+        fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
+    must_match(args, settings_file)
+    return {name: place if name == place.parent.name else None for name in experts}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; returns the exit status."""
+    start = time.perf_counter()
+    args = parse(__doc__, argv)
+    # Only now what takes seconds to import.
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration, set_seed
+
+    from tiedquiet.distill.cache import Data, read_metadata, read_prompts
+    from tiedquiet.distill.judge import Judge
+    from tiedquiet.distill.student import check_space, write_pipeline
+    from tiedquiet.distill.teacher import Teacher
+    from tiedquiet.distill.train import Progress, Stopped, train
+
+    teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
+    check(args, teacher.index, teacher.transformer, teacher.vae)
+    experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
+    names = [expert.name for expert in experts]
+    clips = read_metadata(args) if args.train_data_dir else []
+    prompts = [text for _, text in clips] or read_prompts(args)
+    out, work = args.output_dir, args.output_dir / "checkpoints"
+    resume = resume_from(args, names)
+    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
+        print(f"{out / 'student'} is finished")
+        return 0
+    check_space(teacher, names, args.student_blocks / teacher.transformer["num_layers"], out)
+
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
+    )
+    dtype = torch.bfloat16 if "bf16" in (args.mixed_precision, args.student_dtype) else torch.float32
+    set_seed(args.seed)
+    told = settings(args)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(told, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
+
+    data = Data(args, prompts, [path for path, _ in clips])
+    data.prepare(teacher, accelerator, dtype)
+    judge = Judge(teacher, data, accelerator.device, dtype)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    for expert in experts:
+        if not (work / expert.name / "student").exists():
+            validate = partial(judge.validate, expert.name)
+            try:
+                train(
+                    args,
+                    accelerator,
+                    teacher,
+                    expert,
+                    data,
+                    work / expert.name,
+                    resume[expert.name],
+                    progress,
+                    validate,
+                )
+            except Stopped as stopped:
+                accelerator.end_training()
+                if accelerator.is_main_process:
+                    print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
+                return 128 + stopped.number
+
+    if accelerator.is_main_process:
+        write_pipeline(teacher, {name: work / name / "student" for name in names}, out / "student")
+        metrics = judge.report(names)
+        metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
+        metrics["seconds"] = round(time.perf_counter() - start, 1)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        shutil.rmtree(work)
+        print(f"student: {out / 'student'}; beside it loss.png, samples.png, samples.gif, metrics.json, args.json")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

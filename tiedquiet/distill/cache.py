@@ -1,0 +1,270 @@
+"""What the experts learn from, made once: prompt embeddings and latents, in folders keyed by what made them."""
+
+import csv
+import hashlib
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from tiedquiet.distill.clips import PROMPTS
+from tiedquiet.distill.options import fail
+from tiedquiet.distill.teacher import Teacher, padded
+
+
+class Cache:
+    """Tensors in a folder of their own for each set of circumstances, so that two sets are never mixed.
+
+    Args:
+        parent: where the folders lie.
+        theme: what is kept, the first part of the folder's name.
+        circumstances: whatever the tensors depend on, as JSON can hold it; `cache.json` in the folder repeats it.
+    """
+
+    def __init__(self, parent: Path, theme: str, circumstances: dict[str, Any]) -> None:
+        text = json.dumps(circumstances, sort_keys=True, indent=1)
+        self.folder = parent / f"{theme}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "cache.json").write_text(text + "\n")
+
+    def path(self, name: str) -> Path:
+        """The file of one tensor."""
+        return self.folder / f"{name}.safetensors"
+
+    def missing(self, names: Sequence[str]) -> list[int]:
+        """The positions of those that are not there yet."""
+        return [number for number, name in enumerate(names) if not self.path(name).exists()]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor; whoever is interrupted leaves no half of it."""
+        part = self.path(name).with_suffix(".part")
+        save_file({"tensor": tensor.contiguous()}, part)
+        part.replace(self.path(name))
+
+    def get(self, name: str) -> Tensor:
+        """A tensor that was kept."""
+        return load_file(self.path(name))["tensor"]
+
+
+def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
+    """The clips of `--train_data_dir` and their prompts, as the `datasets` folder convention has them.
+
+    Raises:
+        SystemExit: with status 2, after one line naming the file and the row.
+    """
+    folder = args.train_data_dir
+    files = [folder / "metadata.jsonl", folder / "metadata.csv"]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        fail(f"--train_data_dir {folder}: has neither metadata.jsonl nor metadata.csv")
+    with file.open(encoding="utf-8", newline="") as lines:
+        try:
+            rows: Iterable[dict[str, Any]] = (
+                [json.loads(line) for line in lines if line.strip()]
+                if file.suffix == ".jsonl"
+                else list(csv.DictReader(lines))
+            )
+        except ValueError as error:
+            fail(f"{file}: {error}")
+    clips = []
+    for number, row in enumerate(rows, 1):
+        name, text = row.get("file_name"), row.get(args.caption_column)
+        if not name or not text:
+            fail(f"{file}: row {number} needs file_name and {args.caption_column}")
+        if not (folder / name).is_file():
+            fail(f"{file}: row {number}: no file {folder / name}")
+        clips.append((folder / name, text))
+    if not clips:
+        fail(f"{file}: has no rows")
+    return clips
+
+
+def read_prompts(args: Namespace) -> list[str]:
+    """The prompts of `--prompts_file`, or those of the tiny teacher.
+
+    Raises:
+        SystemExit: with status 2, after one line, if there are none.
+    """
+    if args.prompts_file is None:
+        return list(PROMPTS)
+    try:
+        prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--prompts_file {args.prompts_file}: {getattr(error, 'strerror', None) or error}")
+    if not prompts:
+        fail(f"--prompts_file {args.prompts_file}: is empty")
+    return prompts
+
+
+def read_clip(path: Path, args: Namespace) -> Tensor:
+    """The first frames of a clip, scaled and cut to size: (3, frames, height, width), -1 to 1.
+
+    Raises:
+        SystemExit: with status 2, after one line, if it cannot be read or is too short.
+    """
+    frames = []
+    try:
+        with iio.imopen(path, "r") as file:
+            for frame in islice(file.iter(), args.num_frames):
+                frames.append(torch.from_numpy(frame[..., :3].copy()))
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"{path}: cannot be read: {str(error).splitlines()[0]}")
+    if len(frames) < args.num_frames or frames[0].ndim != 3:
+        fail(f"{path}: has {len(frames)} colour frames, --num_frames is {args.num_frames}")
+    clip = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = max(args.height / clip.shape[-2], args.width / clip.shape[-1])
+    size = [max(side, round(was * scale)) for side, was in zip((args.height, args.width), clip.shape[-2:], strict=True)]
+    clip = interpolate(clip, size=size, mode="bilinear", antialias=True)
+    top, left = (size[0] - args.height) // 2, (size[1] - args.width) // 2
+    return clip[..., top : top + args.height, left : left + args.width].transpose(0, 1)
+
+
+class Data:
+    """Embeddings and latents of a run, and which of them each step sees.
+
+    Args:
+        args: the settings.
+        prompts: one for each clip, or all different if there are no clips.
+        clips: files; if there are none, the teacher samples `--samples_per_prompt` latents for each prompt.
+
+    Attributes:
+        prompts: all different; those of the samples, those for validation, and last the negative prompt.
+        which: for each sample, the number of its prompt.
+        texts: once prepared, the embedding of each prompt, (tokens, text_dim).
+    """
+
+    def __init__(self, args: Namespace, prompts: Sequence[str], clips: Sequence[Path]) -> None:
+        self.args = args
+        self.clips = clips
+        self.prompts = [*dict.fromkeys([*prompts, *args.validation_prompts]), args.negative_prompt]
+        number = {prompt: n for n, prompt in enumerate(self.prompts[:-1])}
+        self.which = [number[prompt] for prompt in prompts for _ in range(1 if clips else args.samples_per_prompt)]
+        self.names = [f"{n:06d}" for n in range(len(self.which))]
+        self.texts: list[Tensor] = []
+
+    def prepare(self, teacher: Teacher, accelerator: Accelerator, dtype: torch.dtype) -> None:
+        """Make what is not in the caches yet, each process its share; encoder, VAE and experts are gone afterwards."""
+        args, device, quiet = self.args, accelerator.device, not accelerator.is_local_main_process
+        made_by: dict[str, Any] = {"teacher": teacher.key(), "dtype": str(dtype)}
+        made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
+        texts = Cache(args.cache_dir, "prompts", made_by)
+        names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts]
+        if share := mine(texts.missing(names), accelerator):
+            embeddings = teacher.embed(
+                [self.prompts[n] for n in share], args.repair_ties, args.max_sequence_length, device, dtype
+            )
+            for n, embedding in zip(tqdm(share, "prompt embeddings", disable=quiet), embeddings, strict=True):
+                texts.put(names[n], embedding)
+        accelerator.wait_for_everyone()
+        self.texts = [texts.get(name) for name in names]
+
+        shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+        if self.clips:
+            files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.clips]
+            made_by, make = {"teacher": teacher.key(), "clips": files, **shape}, self.encode
+        else:
+            how = ("seed", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
+            made_by |= {name: getattr(args, name) for name in how} | shape
+            made_by |= {"prompts": [self.prompts[n] for n in self.which]}
+            make = self.sample
+        self.latents = Cache(args.cache_dir, "latents", made_by)
+        if share := mine(self.latents.missing(self.names), accelerator):
+            make(share, teacher, device, dtype, quiet)
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def encode(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
+        """Latents of the clips, normalised as the pipeline has them."""
+        vae = teacher.load_vae(device)
+        mean, deviation = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        for n in tqdm(share, "latents of the clips", disable=quiet):
+            latents = vae.encode(read_clip(self.clips[n], self.args)[None].to(device)).latent_dist.mode()
+            self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu())
+
+    def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
+        """Latents that the teacher samples for the prompts."""
+        pipe = teacher.pipeline(device, dtype)
+        size = self.args.train_batch_size
+        for start in tqdm(range(0, len(share), size), "latents from the teacher", disable=quiet):
+            batch = share[start : start + size]
+            seeds = [self.args.seed * 1_000_003 + n for n in batch]
+            for n, latents in zip(
+                batch, sample(pipe, self, [self.which[n] for n in batch], seeds, "latent"), strict=True
+            ):
+                self.latents.put(self.names[n], latents.float().cpu())
+
+    def text(self, numbers: Sequence[int]) -> Tensor:
+        """(batch, max_sequence_length, text_dim) embeddings of some prompts."""
+        return padded([self.texts[n] for n in numbers], self.args.max_sequence_length)
+
+    def batch(self, draw: int, process: int, processes: int) -> tuple[Tensor, list[int], torch.Generator]:
+        """The samples of one draw, the same whether a run was interrupted before it or not.
+
+        Args:
+            draw: counts batches from the first step on.
+            process: which of the processes asks.
+            processes: how many there are.
+
+        Returns:
+            Latents (batch, channels, frames, height, width), their prompts' numbers, and a generator for the noise.
+        """
+        size, chosen = self.args.train_batch_size, []
+        for place in range((draw * processes + process) * size, (draw * processes + process + 1) * size):
+            epoch, position = divmod(place, len(self.which))
+            order = torch.randperm(len(self.which), generator=torch.Generator().manual_seed(self.args.seed + epoch))
+            chosen.append(int(order[position]))
+        generator = torch.Generator().manual_seed(self.args.seed * 7_368_787 + draw * processes + process)
+        return (
+            torch.stack([self.latents.get(self.names[n]) for n in chosen]),
+            [self.which[n] for n in chosen],
+            generator,
+        )
+
+
+def mine(numbers: list[int], accelerator: Accelerator) -> list[int]:
+    """The share of one process."""
+    return numbers[accelerator.process_index :: accelerator.num_processes]
+
+
+def sample(
+    pipe: Any, data: Data, prompts: Sequence[int], seeds: Sequence[int], kind: str, guidance: float | None = None
+) -> Tensor:
+    """One clip for each prompt, each from a seed of its own.
+
+    Args:
+        pipe: a `WanPipeline`.
+        data: has the embeddings.
+        prompts: numbers into `data.prompts`.
+        seeds: one for each.
+        kind: "latent" for (batch, channels, frames, height, width), "pt" for (batch, frames, 3, height, width), 0 to 1.
+        guidance: the scale; that of `--sample_guidance_scale` if None.
+    """
+    args, device = data.args, pipe._execution_device
+    empty = len(data.prompts) - 1
+    clips: Tensor = pipe(
+        prompt_embeds=data.text(prompts).to(device),
+        negative_prompt_embeds=data.text([empty] * len(prompts)).to(device),
+        height=args.height,
+        width=args.width,
+        num_frames=args.num_frames,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.sample_guidance_scale if guidance is None else guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        max_sequence_length=args.max_sequence_length,
+        output_type=kind,
+    ).frames
+    return clips

@@ -1,0 +1,185 @@
+"""The settings, named as in diffusers' training examples, and every check that needs no weights."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+TINY_WAN = Path(__file__).with_name("tiny_wan")
+# What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
+TINY = {
+    "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 12,
+    "sample_guidance_scale": 1.0, "train_batch_size": 48, "max_train_steps": 300, "learning_rate": 1e-3,
+    "lr_scheduler": "cosine", "lr_warmup_steps": 20, "samples_per_prompt": 8, "feature_weight": 0.1,
+}  # fmt: skip
+WAN = {
+    "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 50,
+    "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000, "learning_rate": 1e-5,
+    "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1, "feature_weight": 0.1,
+}  # fmt: skip
+# May differ between a run and its continuation; everything else must be as it was.
+FREE_ON_RESUME = {
+    "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "validation_prompts", "report_to", "compile", "show_broken_tie", "output_dir", "cache_dir",
+}  # fmt: skip
+
+
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong, once in a distributed run, and end with status 2."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(f"tiedquiet.distill: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
+    raise SystemExit(2)
+
+
+class OneLine(argparse.ArgumentParser):
+    """Errors in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report what argparse found wrong."""
+        fail(message)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def weight(text: str) -> float:
+    """A number that is not negative."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
+
+
+def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; with no teacher named, the defaults are those of the tiny one.
+
+    Raises:
+        SystemExit: with status 2, after one line, for anything that cannot be used.
+    """
+    parser = OneLine(
+        prog="tiedquiet.distill",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    # What is distilled, into what.
+    add("--pretrained_model_name_or_path", metavar="TEACHER", help="a Wan text-to-video pipeline: folder or hub name")
+    add("--revision", help="of the teacher on the hub")
+    add("--output_dir", type=Path, default=Path("distilled"), help="student/, pictures, metrics.json, args.json")
+    add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
+    add("--student_blocks", type=positive, help="blocks per student (default: half the teacher's)")
+    add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
+    add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
+    # Data: a folder of clips, or latents that the teacher samples for prompts.
+    add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
+    add("--caption_column", default="text", help="where the metadata has the prompt")
+    add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
+    add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
+    add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--cache_dir", type=Path, help="prompt embeddings and latents (default: OUTPUT_DIR/cache)")
+    for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
+        add(f"--{name}", type=positive)
+    add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
+    # The loss.
+    add("--velocity_weight", type=weight, default=1.0, help="student's velocity against the teacher's")
+    add("--task_weight", type=weight, default=0.1, help="student's velocity against noise - x0")
+    add("--feature_weight", type=weight, help="each student block's output against its teacher block's")
+    add("--guidance_scale", type=weight, default=1.0, help="above 1: distil the guided teacher; the student needs none")
+    # The steps.
+    add("--train_batch_size", type=positive, help="per process and accumulation step")
+    add("--gradient_accumulation_steps", type=positive, default=1)
+    add("--max_train_steps", type=positive, help="optimizer steps for each expert")
+    add("--learning_rate", type=weight)
+    add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
+    add("--lr_warmup_steps", type=int)
+    add("--adam_beta1", type=weight, default=0.9)
+    add("--adam_beta2", type=weight, default=0.95)
+    add("--adam_weight_decay", type=weight, default=0.01)
+    add("--max_grad_norm", type=weight, default=1.0)
+    add("--use_ema", action="store_true", help="the student is the moving average of its weights")
+    add("--ema_decay", type=weight, default=0.999)
+    add("--seed", type=int, default=0)
+    # Memory and speed.
+    add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
+    add("--student_dtype", choices=["fp32", "bf16"], default="fp32", help="of the student's weights and optimizer")
+    add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
+        help="compute the student's blocks again in the backward pass; attention: all but self-attention")  # fmt: skip
+    add("--compile", action="store_true", help="compile the blocks of teacher and student")
+    # The run.
+    add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=positive)
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
+    add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
+    add("--validation_prompts", nargs="+", default=[])
+    add("--report_to", help="a tracker that accelerate knows: tensorboard, wandb, ...")
+
+    tiny = parser.parse_known_args(argv)[0].pretrained_model_name_or_path is None
+    parser.set_defaults(**(TINY | {"pretrained_model_name_or_path": str(TINY_WAN)} if tiny else WAN))
+    args = parser.parse_args(argv)
+    args.tiny = tiny
+    args.cache_dir = args.cache_dir or args.output_dir / "cache"
+    return args
+
+
+def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]) -> None:
+    """Compare the settings with the teacher's configurations, and fill in what follows from them.
+
+    Args:
+        args: as parsed; `student_blocks` is filled in.
+        index: the pipeline's `model_index.json`.
+        transformer: the configuration of one expert.
+        vae: the configuration of the VAE.
+
+    Raises:
+        SystemExit: with status 2, after one line.
+    """
+    name = args.pretrained_model_name_or_path
+    if args.expert != "both" and index.get("boundary_ratio") is None:
+        fail(f"--expert {args.expert}: {name} has one transformer, not a high- and a low-noise expert")
+    blocks = transformer["num_layers"]
+    args.student_blocks = args.student_blocks or max(1, blocks // 2)
+    if args.student_blocks > blocks:
+        fail(f"--student_blocks {args.student_blocks}: the teacher has {blocks}")
+    time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    if args.num_frames % time != 1:
+        lower = (args.num_frames - 1) // time * time + 1
+        fail(f"--num_frames {args.num_frames}: the VAE takes {time}k+1 frames, such as {lower} or {lower + time}")
+    for side, patch in zip(("height", "width"), transformer["patch_size"][1:], strict=True):
+        # WanPipeline itself wants multiples of 16.
+        if getattr(args, side) % (multiple := max(16, space * patch)):
+            fail(f"--{side} {getattr(args, side)}: must be a multiple of {multiple}")
+    if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
+        fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
+    if not args.velocity_weight + args.task_weight + args.feature_weight:
+        fail("--velocity_weight, --task_weight and --feature_weight are all 0: there is nothing to learn")
+    if args.validation_steps and not args.validation_prompts:
+        fail("--validation_steps needs --validation_prompts")
+    if args.train_data_dir and args.prompts_file:
+        fail("--train_data_dir and --prompts_file: the clips bring their own prompts, choose one")
+    if not args.tiny and not args.train_data_dir and not args.prompts_file:
+        fail("say what to train on: --train_data_dir, or --prompts_file to let the teacher sample")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        fail(f"--output_dir {args.output_dir}: is a file")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings as `args.json` holds them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+
+
+def must_match(args: argparse.Namespace, before: Path) -> None:
+    """Stop unless the run that wrote `before` (its `args.json`) had the same settings."""
+    then, now = json.loads(before.read_text()), settings(args)
+    for key in now.keys() - FREE_ON_RESUME:
+        if then.get(key) != now[key]:
+            fail(f"--resume_from_checkpoint: that run had --{key} {then.get(key)}, this one has {now[key]}")

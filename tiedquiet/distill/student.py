@@ -1,0 +1,93 @@
+"""The student: fewer blocks, begun from the teacher's, and written as a pipeline folder of its own."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from tiedquiet.distill.options import fail
+from tiedquiet.distill.teacher import Teacher
+
+
+def groups(teacher_blocks: int, student_blocks: int) -> list[range]:
+    """The consecutive teacher blocks that each student block stands for: begun as the first, taught by the last."""
+    edges = [teacher_blocks * n // student_blocks for n in range(student_blocks + 1)]
+    return [range(start, end) for start, end in pairwise(edges)]
+
+
+def new_student(teacher: WanTransformer3DModel, blocks: int, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A transformer of `blocks` blocks with the teacher's weights; float32 where the teacher keeps float32."""
+    student = WanTransformer3DModel.from_config({**teacher.config, "num_layers": blocks})
+    weights = teacher.state_dict()
+    first = [group[0] for group in groups(len(teacher.blocks), blocks)]
+    for name, parameter in student.named_parameters():
+        source = name
+        if name.startswith("blocks."):
+            number, rest = name.removeprefix("blocks.").split(".", 1)
+            source = f"blocks.{first[int(number)]}.{rest}"
+        theirs = weights[source]
+        keep = dtype if theirs.dtype != torch.float32 else torch.float32
+        parameter.data = theirs.detach().to(keep, copy=True)
+    return student
+
+
+def save_weights(model: WanTransformer3DModel, state: Mapping[str, Any], place: Path) -> None:
+    """Write an expert's folder beside its place and move it there."""
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
+        model.save_pretrained(Path(beside) / place.name, state_dict=dict(state))
+        (Path(beside) / place.name).replace(place)
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: Path) -> None:
+    """Stop where the disk cannot hold the student: its parts of the teacher, and weights in float32 with a checkpoint.
+
+    Raises:
+        SystemExit: with status 2, after one line.
+    """
+    parts = [name for name in teacher.index if (teacher.folder / name).is_dir()]
+    copied = sum(size(teacher.folder / name) for name in parts if name not in experts)
+    # Stored in 16 bits as Wan is, kept in 32; the larger of the two has a checkpoint with Adam's moments beside it.
+    trained = [2 * share * size(teacher.folder / name) for name in experts]
+    need = int(copied + 2 * sum(trained) + 3 * max(trained))
+    there = next(parent for parent in [output_dir.absolute(), *output_dir.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        fail(f"--output_dir {output_dir}: needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+
+def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path) -> None:
+    """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
+
+    Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
+    first embedding was made, and transformers 5.0 to 5.2 would leave it untied otherwise.
+
+    Args:
+        teacher: everything but the experts comes from there.
+        trained: the folders of the trained experts, by the names of the teacher's; others are copied.
+        target: the folder to make; one of that name is replaced.
+    """
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as beside:
+        made = Path(beside) / target.name
+        made.mkdir()
+        shutil.copy(teacher.folder / "model_index.json", made)
+        for name in teacher.index:
+            if (teacher.folder / name).is_dir():
+                shutil.copytree(trained.get(name, teacher.folder / name), made / name)
+        config = made / "text_encoder" / "config.json"
+        told = json.loads(config.read_text())
+        if told.get("tie_word_embeddings") is False:
+            config.write_text(json.dumps({**told, "tie_word_embeddings": True}, indent=2) + "\n")
+        if target.exists():
+            target.rename(Path(beside) / "before")
+        made.rename(target)

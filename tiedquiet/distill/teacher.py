@@ -1,0 +1,193 @@
+"""The teacher: its folder, its experts, its text encoder with every tie proven, and sampling with it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+
+import tiedquiet
+from tiedquiet.distill.options import fail
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of the pipeline and the timesteps that are its own.
+
+    Attributes:
+        name: the subfolder, `transformer` or `transformer_2`.
+        low: first timestep of its own, of `num_train_timesteps`.
+        high: end of its timesteps; belongs to the next expert, except at the very end.
+        steps: `num_train_timesteps`.
+        shift: of the noise schedule.
+    """
+
+    name: str
+    low: float
+    high: float
+    steps: int
+    shift: float
+
+    def sigmas(self, uniform: Tensor) -> Tensor:
+        """Noise levels for training, drawn as the schedule has them but only from this expert's side.
+
+        The shift is sigma = s u / (1 + (s - 1) u), arXiv:2403.03206, eq. 23; `uniform` is stretched over the u that
+        lead to this side. The pipeline chooses by timestep, `t >= boundary_ratio * num_train_timesteps`, and so do we.
+
+        Args:
+            uniform: (batch,) float32, values from 0 to 1.
+
+        Returns:
+            (batch,) float32 from 0 to 1; times `steps` it is the timestep.
+        """
+        low, high = (
+            sigma / (self.shift - (self.shift - 1) * sigma) for sigma in (self.low / self.steps, self.high / self.steps)
+        )
+        u = low + (high - low) * uniform.double()
+        sigma = (self.shift * u / (1 + (self.shift - 1) * u)).float()
+        # Rounding must not move one to the other side.
+        last = torch.tensor(self.high / self.steps)
+        below = last if self.high == self.steps else torch.nextafter(last, torch.tensor(0.0))
+        return sigma.clamp(min=self.low / self.steps).minimum(below)
+
+
+class Teacher:
+    """A Wan text-to-video pipeline folder. Configurations are read at once, weights only where they are used.
+
+    Args:
+        name: a folder, or the name of a repository on the hub.
+        revision: of that repository.
+
+    Raises:
+        SystemExit: with status 2, after one line, if there is none, or it is no Wan text-to-video pipeline.
+    """
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        try:
+            self.index = dict(WanPipeline.load_config(name, revision=revision))
+        except (OSError, ValueError) as error:
+            fail(f"{name}: no pipeline there: {' '.join(str(error).split())[:200]}")
+        if self.index.get("_class_name") != "WanPipeline":
+            fail(f"{name}: a {self.index.get('_class_name')}, not a Wan text-to-video pipeline (WanPipeline)")
+        self.name = name
+        self.folder = Path(name if Path(name).is_dir() else WanPipeline.download(name, revision=revision))
+        names = [n for n in ("transformer", "transformer_2") if (self.index.get(n) or [None])[0]]
+        for part in (*names, "vae", "text_encoder", "tokenizer", "scheduler"):
+            if not (self.folder / part).is_dir():
+                fail(f"{name}: the pipeline has no {part}/")
+        self.transformer = self.config(names[0])
+        self.vae = self.config("vae")
+        scheduler = self.config("scheduler", "scheduler_config.json")
+        steps = int(scheduler.get("num_train_timesteps", 1000))
+        shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+        edge = (self.index.get("boundary_ratio") or 0.0) * steps
+        spans = [(edge, float(steps)), (0.0, edge)]
+        self.experts = [Expert(n, low, high, steps, shift) for n, (low, high) in zip(names, spans, strict=False)]
+
+    def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
+        """The configuration of one part."""
+        return dict(json.loads((self.folder / part / file).read_text()))
+
+    def key(self) -> str:
+        """Changes when any file of the pipeline does, as far as names, sizes and times tell."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        told = [(str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+    def expert(self, expert: Expert, dtype: torch.dtype) -> WanTransformer3DModel:
+        """One expert with its weights."""
+        return WanTransformer3DModel.from_pretrained(self.folder, subfolder=expert.name, dtype=dtype)
+
+    def load_vae(self, device: torch.device) -> AutoencoderKLWan:
+        """The VAE, in float32 as Wan runs it."""
+        return AutoencoderKLWan.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32).to(device)
+
+    def text_encoder(self, repair: bool, dtype: torch.dtype, broken: bool = False) -> Any:
+        """The text encoder with every tie proven: a student that learns from a broken one's embeddings is lost.
+
+        Args:
+            repair: tie what was left untied, instead of stopping.
+            dtype: of its weights.
+            broken: load it as transformers 5.0 to 5.2 did, which took the config's `tie_word_embeddings: false` at its
+                word; nothing is proven then, unless `repair` is asked for.
+
+        Raises:
+            SystemExit: with status 2, after one line, if a tie is not proven or a weight is missing.
+        """
+        cls = getattr(transformers, self.index["text_encoder"][1])
+        place = self.folder / "text_encoder"
+        config = cls.config_class.from_pretrained(place)
+        if broken:
+            config.tie_word_embeddings = False  # past its constructor, which forces true since 5.3
+        try:
+            with tiedquiet.enable("repair" if repair else "on" if broken else "strict"):
+                encoder, info = cls.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True)
+        except tiedquiet.TieError as error:
+            fail(f"{error}; --repair_ties ties it and goes on")
+        ties = tiedquiet.check(encoder)
+        proven = {tie.key for tie in ties if tie.verdict is tiedquiet.Verdict.TIED}
+        lost = sorted({*info["missing_keys"], *(tie.key for tie in ties)} - proven)
+        if lost and not broken:
+            fail(f"{place}: not proven to come from the checkpoint: {', '.join(lost[:3])}")
+        for tie in ties:
+            print(f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}")
+        return encoder.eval()
+
+    @torch.no_grad()
+    def embed(
+        self,
+        prompts: Sequence[str],
+        repair: bool,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        broken: bool = False,
+    ) -> Iterator[Tensor]:
+        """Prompt embeddings, each (tokens, text_dim), without the zeros that the pipeline pads them with.
+
+        Args:
+            prompts: to encode, one after the other.
+            repair: see `text_encoder`, as for `dtype` and `broken`.
+            length: tokens after which a prompt is cut.
+            device: where the encoder runs.
+            dtype: of its weights.
+            broken: see `text_encoder`.
+        """
+        encoder = self.text_encoder(repair, dtype, broken).to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        pipe = WanPipeline(tokenizer, encoder, None, UniPCMultistepScheduler())
+        for prompt in prompts:
+            embedding = pipe.encode_prompt(
+                prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device
+            )[0][0]
+            used = embedding.abs().amax(-1).nonzero()
+            yield embedding[: int(used.max()) + 1].cpu()
+
+    def pipeline(self, device: torch.device, dtype: torch.dtype, **students: WanTransformer3DModel) -> WanPipeline:
+        """The pipeline without its text encoder; `students` take the place of the experts that they are named after."""
+        pipe = WanPipeline.from_pretrained(
+            self.folder,
+            text_encoder=None,
+            tokenizer=None,
+            dtype={"vae": torch.float32, "default": dtype},
+            **students,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        if device.type == "cuda" and len(self.experts) > 1:
+            pipe.enable_model_cpu_offload(device=device)  # one expert at a time
+            return pipe
+        return pipe.to(device)
+
+
+def padded(embeddings: Sequence[Tensor], length: int) -> Tensor:
+    """(batch, length, text_dim) of embeddings of different lengths, zeros behind, as the pipeline pads them."""
+    out = embeddings[0].new_zeros(len(embeddings), length, embeddings[0].shape[-1])
+    for row, embedding in zip(out, embeddings, strict=True):
+        row[: len(embedding)] = embedding[:length]
+    return out
