@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census")
+SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census", "distill_step")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +33,9 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("silencers", ["4.57.6"], "no environment for transformers 4.57.6"),
         ("census", ["--release", "4.57.6"], "no environment for transformers 4.57.6"),
         ("census", ["--only", "("], "is no regular expression"),
+        ("distill_step", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
+        ("distill_step", ["--arms", "fast"], "no arm 'fast'; there are plain"),
+        ("distill_step", ["--rounds", "0"], "at least one round"),
     ],
 )
 def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -53,3 +56,28 @@ def test_a_load_with_and_without_on_the_cpu(tmp_path: Path) -> None:
     assert set(content) >= {"date", "hardware", "versions", "configuration", "results"}
     assert len(content["results"]["rounds"]) == 3
     assert path.with_suffix(".png").exists()
+
+
+def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    done = run("distill_step", *small, "--arms", "plain", "checkpointing")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert set(results["arms"]) == {"plain", "checkpointing"}
+    assert path.with_suffix(".png").exists()
+    # By hand: 32 tokens, dim 128, 8 words, feed-forward 64; 4 blocks of the teacher and 3 times 2 of the student.
+    linear = 2 * 32 * (6 * 128 * 128 + 2 * 128 * 64) + 2 * 8 * 2 * 128 * 128
+    flops = 10 * (linear + 4 * 32 * 32 * 128 + 4 * 32 * 8 * 128)
+    assert results["useful_teraflop_per_step"] == pytest.approx(flops / 1e12)
+
+
+def test_a_distillation_step_in_two_processes(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--arms", "plain"]
+    done = run("distill_step", "--scaling", *small)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    runs = json.loads(path.read_text())["results"]["runs"]
+    assert [(run["kind"], run["processes"]) for run in runs] == [("ddp", 1), ("ddp", 2)]
+    assert runs[0]["ratio_to_one"] == 1
+    assert all(run["tokens_per_s"] > 0 for run in runs)

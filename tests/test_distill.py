@@ -16,6 +16,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
@@ -78,7 +80,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(tmp_path: Path, promp
     assert "values are NOT from the checkpoint" in done.stderr
 
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["teacher"]["clips"] == 4
+    assert metrics["teacher"]["clips"] == 8
     assert metrics["repaired"]["adherence"] == metrics["teacher"]["adherence"] > metrics["tie broken"]["adherence"]
     assert json.loads((out / "args.json").read_text())["student_blocks"] == 4
     for picture in ("loss.png", "samples.png", "samples.gif", "broken_tie.png", "validation/transformer-2.gif"):
@@ -145,6 +147,32 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
     for expert in ("transformer", "transformer_2"):
         assert same(weights(whole, expert), weights(broken, expert))
     assert run(*common, "--output_dir", broken, "--resume_from_checkpoint", "latest").stdout.endswith("is finished\n")
+
+
+def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]) -> None:
+    command = [sys.executable, "-m", "tiedquiet.distill", *SHORT, *prompts, "--samples_per_prompt", "10000"]
+    process = subprocess.Popen(
+        [*command, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    while not list(tmp_path.glob("cache/latents-*/*.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert err.splitlines()[-1] == "tiedquiet.distill: interrupted; what was cached stays"
+    assert "Traceback" not in err
+    for kept in tmp_path.glob("cache/*/*.safetensors"):
+        load_file(kept)
+
+
+def test_fsdp_refuses_what_needs_whole_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(SystemExit):
+        main(["--use_ema"])
+    assert "under FSDP no GPU has them" in capsys.readouterr().err
 
 
 def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> None:

@@ -16,9 +16,11 @@ teacher's velocity; then the student is written as a pipeline folder that WanPip
 
 import json
 import shutil
+import signal
 import sys
 import time
 from argparse import Namespace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -58,9 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args = parse(__doc__, argv)
     # Only now what takes seconds to import.
+    import diffusers
     import torch
+    import transformers
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, set_seed
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
     from tiedquiet.distill.cache import Data, read_metadata, read_prompts
     from tiedquiet.distill.judge import Judge
@@ -68,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     from tiedquiet.distill.teacher import Teacher
     from tiedquiet.distill.train import Progress, Stopped, train
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # those of loading; ours remain
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
@@ -85,8 +91,12 @@ def main(argv: list[str] | None = None) -> int:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
+        # The others wait while one writes and samples; torch gives up on them after ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
     )
+    if accelerator.distributed_type is DistributedType.FSDP and (args.use_ema or args.validation_steps):
+        fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
     dtype = torch.bfloat16 if "bf16" in (args.mixed_precision, args.student_dtype) else torch.float32
     set_seed(args.seed)
     told = settings(args)
@@ -136,4 +146,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # outside training, which saves a checkpoint
+        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -25,7 +25,7 @@ from tiedquiet.distill.teacher import Teacher
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SEEDS = (1_000, 1_001)  # of the clips that are judged
+SEEDS = (1_000, 1_001, 1_002, 1_003)  # of the clips that are judged
 SHOWN = {  # in the pictures: every colour, shape and direction
     "a red circle moving left",
     "a green square moving up",

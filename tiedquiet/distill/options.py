@@ -13,8 +13,8 @@ TINY_WAN = Path(__file__).with_name("tiny_wan")
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 12,
-    "sample_guidance_scale": 1.0, "train_batch_size": 48, "max_train_steps": 300, "learning_rate": 1e-3,
-    "lr_scheduler": "cosine", "lr_warmup_steps": 20, "samples_per_prompt": 8, "feature_weight": 0.1,
+    "sample_guidance_scale": 1.0, "train_batch_size": 16, "max_train_steps": 1500, "learning_rate": 5e-3,
+    "lr_scheduler": "cosine", "lr_warmup_steps": 100, "samples_per_prompt": 8, "feature_weight": 0.3,
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 50,
@@ -92,7 +92,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
     # The loss.
     add("--velocity_weight", type=weight, default=1.0, help="student's velocity against the teacher's")
-    add("--task_weight", type=weight, default=0.1, help="student's velocity against noise - x0")
+    add("--task_weight", type=weight, default=0.05, help="student's velocity against noise - x0")
     add("--feature_weight", type=weight, help="each student block's output against its teacher block's")
     add("--guidance_scale", type=weight, default=1.0, help="above 1: distil the guided teacher; the student needs none")
     # The steps.
@@ -103,7 +103,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=int)
     add("--adam_beta1", type=weight, default=0.9)
-    add("--adam_beta2", type=weight, default=0.95)
+    add("--adam_beta2", type=weight, default=0.99)
     add("--adam_weight_decay", type=weight, default=0.01)
     add("--max_grad_norm", type=weight, default=1.0)
     add("--use_ema", action="store_true", help="the student is the moving average of its weights")

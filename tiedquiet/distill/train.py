@@ -251,8 +251,6 @@ def train(
     frozen = teacher.expert(expert, torch.bfloat16 if low else torch.float32).to(device).eval().requires_grad_(False)
     dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
     student = new_student(frozen, args.student_blocks, dtype).train()
-    if args.student_dtype == "fp32":
-        student = student.float()
     one = Distillation(args, frozen, student, expert)
     speed_up(frozen, student, args)
     optimizer: Any = torch.optim.AdamW(
@@ -260,7 +258,7 @@ def train(
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
-        fused=device.type == "cuda" or None,
+        fused=True,
     )
     schedule: Any = get_scheduler(
         args.lr_scheduler,
@@ -324,10 +322,9 @@ def train(
                 {f"{expert.name}/{name}": value for name, value in progress.losses[-1].items()}, step=step + 1
             )
             done = step + 1
-            if stop := bool(values[-1] > 0):
-                place = folder / f"checkpoint-{done}"
+            place, stop = folder / f"checkpoint-{done}", bool(values[-1] > 0)  # whichever process was told to
             if stop or (args.checkpointing_steps and done % args.checkpointing_steps == 0):
-                save_checkpoint(accelerator, folder / f"checkpoint-{done}", args.checkpoints_total_limit)
+                save_checkpoint(accelerator, place, args.checkpoints_total_limit)
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
             if args.validation_steps and done % args.validation_steps == 0:

@@ -1,0 +1,382 @@
+"""One distillation step of the example, arm beside arm: seconds, tokens, useful arithmetic, memory.
+
+    python benchmarks/distill_step.py                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
+    python benchmarks/distill_step.py --scaling           # one and two GPUs: DDP and FSDP through accelerate
+    python benchmarks/distill_step.py --shape tiny --device cpu --rounds 2
+
+A teacher of 30 blocks and a student of 15 with random weights, bf16, batch 1, AdamW: the step of
+`tiedquiet.distill.train`, from noisy latents to updated weights. All arms share one process and one pair of models and
+take turns in rotating order; the ceiling, a large bf16 matrix product, is measured in every round. Only the arithmetic
+that the step needs is counted (teacher forward; student forward and twice that backward), so computing something again
+counts against an arm.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.record import arguments, show, spread, stop, write
+
+# heads, blocks of teacher and student, feed-forward, text width; latent frames, height, width; text tokens
+SHAPES: dict[str, dict[str, int]] = {
+    "wan2.1-1.3b": {"heads": 12, "blocks": 30, "ffn": 8960, "text": 4096, "f": 21, "h": 60, "w": 104, "tokens": 512},
+    "wan2.2-a14b": {"heads": 40, "blocks": 40, "ffn": 13824, "text": 4096, "f": 21, "h": 60, "w": 104, "tokens": 512},
+    "tiny": {"heads": 1, "blocks": 4, "ffn": 64, "text": 32, "f": 2, "h": 8, "w": 8, "tokens": 8},
+}
+# What each arm passes to the example.
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"gradient_checkpointing": None, "compile": False},
+    "checkpointing": {"gradient_checkpointing": "blocks", "compile": False},
+    "compiled": {"gradient_checkpointing": None, "compile": True},
+    "checkpointing, compiled": {"gradient_checkpointing": "blocks", "compile": True},
+    "all but attention again, compiled": {"gradient_checkpointing": "attention", "compile": True},
+}
+HEAD, PATCH, CHANNELS = 128, (1, 2, 2), 16
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--shape", default="wan2.1-1.3b", help=f"one of {', '.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps for each arm (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="which of them (default: all)")
+    parser.add_argument("--memory-limit", type=float, help="GiB that torch may hold; an arm that needs more says so")
+    parser.add_argument("--scaling", action="store_true", help="one and then two processes, DDP and FSDP")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.shape not in SHAPES:
+        stop(f"no shape {options.shape!r}; there are {', '.join(SHAPES)}")
+    if unknown := [arm for arm in options.arms if arm not in ARMS]:
+        stop(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+    if options.rounds < 1:
+        stop("at least one round")
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: falling back to the CPU, whose figures say nothing about a GPU", file=sys.stderr)
+        options.device = "cpu"
+    if options.worker:
+        scaling_worker(options)
+    elif options.scaling:
+        scaling(options)
+    else:
+        one_device(options)
+
+
+def useful_flops(shape: dict[str, int]) -> float:
+    """Multiplications and additions that one step needs, the student having half the blocks.
+
+    A block: self-attention's four projections and its two products over all pairs of tokens; cross-attention's two
+    projections over the latents and its two over the text, and its products; the two layers of the feed-forward part.
+    """
+    tokens, dim, text = latent_tokens(shape), HEAD * shape["heads"], shape["tokens"]
+    linear = 2 * tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * shape["ffn"]) + 2 * text * 2 * dim * dim
+    block = linear + 4 * tokens * tokens * dim + 4 * tokens * text * dim
+    return float(block * (shape["blocks"] + 3 * (shape["blocks"] // 2)))
+
+
+def latent_tokens(shape: dict[str, int]) -> int:
+    return shape["f"] * shape["h"] // PATCH[1] * (shape["w"] // PATCH[2])
+
+
+def settings(arm: dict[str, Any]) -> Namespace:
+    """The example's own settings for such a run."""
+    from tiedquiet.distill.options import parse
+
+    args = parse("", ["--pretrained_model_name_or_path", "none", "--student_dtype", "bf16"])
+    vars(args).update({"feature_weight": 0.0, **arm})
+    return args
+
+
+def models(shape: dict[str, int], device: str) -> tuple[Any, Any]:
+    """Teacher and student with random weights, bf16 except for what Wan keeps in float32."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from tiedquiet.distill.student import new_student
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        teacher = WanTransformer3DModel(
+            num_attention_heads=shape["heads"],
+            attention_head_dim=HEAD,
+            ffn_dim=shape["ffn"],
+            num_layers=shape["blocks"],
+            text_dim=shape["text"],
+        )
+    for name, parameter in teacher.named_parameters():
+        if not any(kept in name for kept in WanTransformer3DModel._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16()
+    teacher.eval().requires_grad_(False)
+    return teacher, new_student(teacher, shape["blocks"] // 2, torch.bfloat16).train()
+
+
+class Steps:
+    """Teacher, student and optimizer, and the step of each arm over them."""
+
+    def __init__(self, options: Any) -> None:
+        import torch
+
+        from tiedquiet.distill.teacher import Expert
+        from tiedquiet.distill.train import Distillation
+
+        shape = SHAPES[options.shape]
+        self.device = torch.device(options.device)
+        self.teacher, self.student = models(shape, options.device)
+        expert = Expert("transformer", 0.0, 1000.0, 1000, 3.0)
+        self.distillation = Distillation(settings({}), self.teacher, self.student, expert)
+        fused = True if self.device.type == "cuda" else None
+        self.optimizer: Any = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=fused)
+        self.size = (1, CHANNELS, shape["f"], shape["h"], shape["w"])
+        self.text = torch.randn(1, shape["tokens"], shape["text"], device=self.device)
+        self.blocks: list[Any] = [*self.teacher.blocks, *self.student.blocks]
+        self.chosen: dict[str, tuple[list[Any], Any]] = {}
+
+    def choose(self, arm: str) -> None:
+        """Set teacher and student up as an arm has them."""
+        from tiedquiet.distill.train import speed_up
+
+        student = self.student
+        if arm not in self.chosen:
+            for block in self.blocks:
+                block._compiled_call_impl = None
+            student.disable_gradient_checkpointing()
+            speed_up(self.teacher, student, settings(ARMS[arm]))
+            again = student._gradient_checkpointing_func if student.gradient_checkpointing else None
+            self.chosen[arm] = [block._compiled_call_impl for block in self.blocks], again
+        # What was compiled for an arm serves all its rounds.
+        compiled, again = self.chosen[arm]
+        for block, call in zip(self.blocks, compiled, strict=True):
+            block._compiled_call_impl = call
+        student.gradient_checkpointing, student._gradient_checkpointing_func = again is not None, again
+
+    def inputs(self) -> tuple[Any, ...]:
+        import torch
+
+        from tiedquiet.distill.train import send
+
+        drawn = self.distillation.noisy(torch.randn(self.size), torch.Generator().manual_seed(0))
+        return tuple(send(tensor, self.device) for tensor in drawn)
+
+    def __call__(self, inputs: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
+        """One step; returns its loss and the next step's inputs, which the example, too, prepares meanwhile."""
+        import torch
+
+        loss, _ = self.distillation.loss(*inputs, self.text)
+        loss.backward()
+        ahead = self.inputs()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item(), ahead
+
+
+def one_device(options: Any) -> None:
+    """Measure every arm on one device and write the results."""
+    import torch
+    from tqdm import tqdm
+
+    cuda = options.device == "cuda"
+    if cuda and options.memory_limit:
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(options.memory_limit / total)
+    steps, shape = Steps(options), SHAPES[options.shape]
+    inputs, failed, rounds, losses = steps.inputs(), {}, [], {}
+    ceilings = [ceiling(options.device)]
+    with tqdm(total=len(options.arms) * (options.rounds + 1), unit="step") as bar:
+        for number in range(options.rounds + 1):  # the first compiles and warms up
+            measured = {}
+            for arm in options.arms[number % len(options.arms) :] + options.arms[: number % len(options.arms)]:
+                bar.update()
+                if arm in failed:
+                    continue
+                try:
+                    steps.choose(arm)
+                    measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 0 else 1)
+                except torch.OutOfMemoryError:
+                    failed[arm] = f"needs more than {options.memory_limit or 'the card has'} GiB"
+                    steps.optimizer.zero_grad()
+                    gc.collect()
+            ceilings.append(ceiling(options.device))
+            if number:
+                rounds.append(measured)
+
+    flops, top = useful_flops(shape), max(ceilings)
+    arms = {}
+    for arm in [arm for arm in options.arms if arm not in failed]:
+        seconds = spread([measured[arm]["seconds"] for measured in rounds])
+        arms[arm] = {
+            "seconds": seconds,
+            "tokens_per_s": latent_tokens(shape) / seconds["median"],
+            "percent_of_ceiling": 100 * flops / seconds["median"] / top,
+            "ratio_to_first": spread([m[arm]["seconds"] / m[next(iter(arms), arm)]["seconds"] for m in rounds]),
+            "peak_gib": max(measured[arm]["peak_gib"] for measured in rounds),
+            "loss": losses[arm],
+        }
+    results = {
+        "useful_teraflop_per_step": flops / 1e12,
+        "ceiling_teraflop_per_s": {"highest": top / 1e12, "all": [value / 1e12 for value in ceilings]},
+        "arms": arms,
+        "failed": failed,
+        "rounds": rounds,
+    }
+    limit = f"-{options.memory_limit:g}gib" if options.memory_limit else ""
+    configuration = {**vars(options), "out": None, "model": shape, "example": {arm: ARMS[arm] for arm in options.arms}}
+    path = write(f"distill-step-{options.shape}{limit}", configuration, results, options.out)
+    report(results)
+    if arms:
+        plot(path, results, options.shape)
+    print(path)
+
+
+def timed(
+    steps: Steps, inputs: tuple[Any, ...], cuda: bool, warm: int
+) -> tuple[dict[str, float], tuple[Any, ...], float]:
+    """One step, after some that are not timed: another arm's memory and caches went before."""
+    import torch
+
+    for _ in range(warm):
+        _, inputs = steps(inputs)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    loss, inputs = steps(inputs)  # reads the loss, as the example does, and so waits for all of it but the update
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    return {"seconds": seconds, "peak_gib": peak}, inputs, loss
+
+
+def ceiling(device: str) -> float:
+    """Operations per second of a large bf16 matrix product on random data, the median of ten."""
+    import torch
+
+    side = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(13):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(times[3:])
+
+
+def scaling(options: Any) -> None:
+    """Run the same step in one process and then in two, under DDP and FSDP, and write the results."""
+    import torch
+
+    found = torch.cuda.device_count() if options.device == "cuda" else 2
+    if found < 2:
+        print(f"{found} GPU: measuring on that one only", file=sys.stderr)
+    runs = []
+    for processes in (1, 2)[: min(found, 2)]:
+        for kind in ("ddp", "fsdp") if options.device == "cuda" else ("ddp",):
+            runs.append(launch(options, processes, kind))
+            print(json.dumps(runs[-1]))
+    single = {run["kind"]: run for run in runs if run["processes"] == 1}
+    for run in runs:
+        run["ratio_to_one"] = run["tokens_per_s"] / single[run["kind"]]["tokens_per_s"]
+    write(f"distill-scaling-{options.shape}", {**vars(options), "out": None}, {"runs": runs}, options.out)
+
+
+def launch(options: Any, processes: int, kind: str) -> dict[str, Any]:
+    """One run under accelerate's launcher."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no"]
+    if kind == "fsdp":
+        command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+        command += ["--fsdp_transformer_layer_cls_to_wrap", "WanTransformerBlock"]
+    elif processes > 1:
+        command += ["--multi_gpu"]
+    environment = {**os.environ, **({} if options.device == "cuda" else {"ACCELERATE_USE_CPU": "true"})}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command += [__file__, "--worker", str(answer), "--shape", options.shape, "--device", options.device]
+        command += ["--rounds", str(options.rounds), "--arms", options.arms[-1]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not answer.exists():
+            stop(f"{processes} processes under {kind}: {done.stderr.strip().splitlines()[-1]}")
+        return {"kind": kind, "processes": processes, **json.loads(answer.read_text())}
+
+
+def scaling_worker(options: Any) -> None:
+    """One process of such a run: the first one writes what was measured."""
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    options.device = str(accelerator.device)
+    steps = Steps(options)
+    steps.choose(options.arms[0])
+    steps.distillation.student, steps.optimizer = accelerator.prepare(steps.student, steps.optimizer)
+    cuda, inputs = accelerator.device.type == "cuda", steps.inputs()
+    seconds = []
+    for _ in range(options.rounds):
+        measured, inputs, _ = timed(steps, inputs, cuda, warm=1)
+        seconds.append(measured["seconds"])
+    with torch.profiler.profile() as profile:
+        steps(inputs)
+    events = [event for event in profile.key_averages() if cuda or not event.key.startswith("cuda")]
+    device_time: Callable[[Any], float] = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total  # noqa: E731
+    communication = sum(device_time(e) for e in events if "nccl" in e.key.lower() or "gloo" in e.key.lower())
+    if accelerator.is_main_process:
+        told = {
+            "seconds": spread(seconds),
+            "tokens_per_s": accelerator.num_processes
+            * latent_tokens(SHAPES[options.shape])
+            / statistics.median(seconds),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "communication_share": communication / max(sum(map(device_time, events)), 1e-9),
+        }
+        Path(options.worker).write_text(json.dumps(told))
+    accelerator.end_training()
+
+
+def report(results: dict[str, Any]) -> None:
+    print("| arm | s/step | tokens/s | of the ceiling | peak GiB | loss |\n| --- | --- | --- | --- | --- | --- |")
+    for name, arm in results["arms"].items():
+        print(
+            f"| {name} | {show(arm['seconds'])} | {arm['tokens_per_s']:,.0f} | {arm['percent_of_ceiling']:.1f} % "
+            f"| {arm['peak_gib']:.1f} | {arm['loss']:.4f} |"
+        )
+    for name, why in results["failed"].items():
+        print(f"| {name} | {why} | | | | |")
+    print(f"ceiling: {results['ceiling_teraflop_per_s']['highest']:.0f} TFLOP/s")
+
+
+def plot(path: Path, results: dict[str, Any], shape: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = results["arms"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.6 * len(arms) + 1.6), sharey=True)
+    left.barh(list(arms), [arm["percent_of_ceiling"] for arm in arms.values()])
+    left.set(xlabel="useful arithmetic, % of the matrix-product ceiling", title=shape)
+    right.barh(list(arms), [arm["peak_gib"] for arm in arms.values()], color="tab:orange")
+    right.set(xlabel="peak memory, GiB")
+    left.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+if __name__ == "__main__":
+    main()
