@@ -128,8 +128,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             except Stopped as stopped:
                 accelerator.end_training()
-                if accelerator.is_main_process:
-                    print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
+                accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
 
     if accelerator.is_main_process:

@@ -179,7 +179,7 @@ class Teacher:
             **students,
         )
         pipe.set_progress_bar_config(disable=True)
-        if device.type == "cuda" and len(self.experts) > 1:
+        if device.type == "cuda" and len(self.experts) > 1:  # pragma: no cover - needs a GPU
             pipe.enable_model_cpu_offload(device=device)  # one expert at a time
             return pipe
         return pipe.to(device)

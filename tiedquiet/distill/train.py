@@ -272,8 +272,8 @@ def train(
     progress.begin(schedule=schedule, **({"ema": ema} if ema else {}))
     if resume:
         accelerator.load_state(str(resume))
-        if ema:
-            ema.to(device)
+    if ema:
+        ema.to(device)
 
     negative = data.text([len(data.prompts) - 1] * args.train_batch_size) if args.guidance_scale > 1 else None
 
