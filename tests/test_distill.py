@@ -157,6 +157,8 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
     process = subprocess.Popen(
         [*command, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")],
         stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        # A shell's background jobs, and all that they start, have SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not list(tmp_path.glob("cache/latents-*/*.safetensors")) and process.poll() is None:
         time.sleep(0.02)

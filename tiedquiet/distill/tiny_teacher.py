@@ -62,7 +62,7 @@ def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, generator: torch.Ge
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     bar = trange(steps, desc="VAE", mininterval=5)
-    for _ in bar:
+    for step in bar:
         which = torch.randint(len(PROMPTS), (batch,), generator=generator, device=generator.device)
         clips = draw(which, generator)
         latents = vae.encode(clips).latent_dist
@@ -74,7 +74,7 @@ def train_vae(vae: AutoencoderKLWan, steps: int, batch: int, generator: torch.Ge
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if bar.n % 50 == 0:
+        if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
@@ -214,8 +214,8 @@ def main() -> None:
         print(f"prompt adherence: {reached:.1%}")
         if not math.isfinite(reached) or reached < ADHERENCE:
             sys.exit(f"tiny_teacher: adherence {reached:.1%} is under {ADHERENCE:.0%}; nothing was written")
-        if args.output_dir.exists():
-            args.output_dir.rename(Path(beside) / "before")
+        args.output_dir.mkdir(exist_ok=True)
+        args.output_dir.rename(Path(beside) / "before")
         made.rename(args.output_dir)
 
 
