@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +212,15 @@ def one_device(options: Any) -> None:
                 rounds.append(measured)
 
     flops, top = useful_flops(shape), max(ceilings)
-    arms = {}
-    for arm in [arm for arm in options.arms if arm not in failed]:
+    arms: dict[str, Any] = {}
+    finished = [arm for arm in options.arms if arm not in failed]
+    for arm in finished:
         seconds = spread([measured[arm]["seconds"] for measured in rounds])
         arms[arm] = {
             "seconds": seconds,
             "tokens_per_s": latent_tokens(shape) / seconds["median"],
             "percent_of_ceiling": 100 * flops / seconds["median"] / top,
-            "ratio_to_first": spread([m[arm]["seconds"] / m[next(iter(arms), arm)]["seconds"] for m in rounds]),
+            "ratio_to_first": spread([m[arm]["seconds"] / m[finished[0]]["seconds"] for m in rounds]),
             "peak_gib": max(measured[arm]["peak_gib"] for measured in rounds),
             "loss": losses[arm],
         }
@@ -333,9 +333,9 @@ def scaling_worker(options: Any) -> None:
         seconds.append(measured["seconds"])
     with torch.profiler.profile() as profile:
         steps(inputs)
-    events = [event for event in profile.key_averages() if cuda or not event.key.startswith("cuda")]
-    device_time: Callable[[Any], float] = lambda e: e.self_device_time_total if cuda else e.self_cpu_time_total  # noqa: E731
-    communication = sum(device_time(e) for e in events if "nccl" in e.key.lower() or "gloo" in e.key.lower())
+    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+    times = [(event.key.lower(), getattr(event, spent)) for event in profile.key_averages()]
+    communication = sum(microseconds for name, microseconds in times if "nccl" in name or "gloo" in name)
     if accelerator.is_main_process:
         told = {
             "seconds": spread(seconds),
@@ -343,7 +343,7 @@ def scaling_worker(options: Any) -> None:
             * latent_tokens(SHAPES[options.shape])
             / statistics.median(seconds),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-            "communication_share": communication / max(sum(map(device_time, events)), 1e-9),
+            "communication_share": communication / sum(microseconds for _, microseconds in times),
         }
         Path(options.worker).write_text(json.dumps(told))
     accelerator.end_training()

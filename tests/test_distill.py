@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config
 
 from tiedquiet.distill import options, student, tiny_teacher
 from tiedquiet.distill.__main__ import __doc__ as DOC
@@ -28,7 +29,7 @@ from tiedquiet.distill.cache import Data, read_clip
 from tiedquiet.distill.clips import PROMPTS
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.teacher import Expert, Teacher
-from tiedquiet.distill.train import Distillation, distillation_loss, speed_up
+from tiedquiet.distill.train import Distillation, checkpoints, distillation_loss, speed_up
 
 TWO = "a red circle moving left\na blue square moving up\n"
 ENVIRONMENT = {
@@ -52,6 +53,23 @@ def run(*args: str | Path, launch: list[str] | None = None) -> subprocess.Comple
     """`python -m tiedquiet.distill` or, with `launch`, that under another launcher."""
     command = [sys.executable, *(launch or []), "-m", "tiedquiet.distill", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def interrupt(kind: signal.Signals, awaited: str, out: Path, *args: str) -> tuple[int, list[str]]:
+    """Send a signal as soon as a file is there; returns the exit status and what stderr has."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiedquiet.distill", *args, "--output_dir", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # A shell's background jobs, and all that they start, have SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not list(out.glob(awaited)) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(kind)
+    lines = process.communicate(timeout=120)[1].splitlines()
+    return process.returncode, lines
 
 
 def weights(out: Path, expert: str = "transformer") -> dict[str, torch.Tensor]:
@@ -120,21 +138,13 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
     done = run(*common, "--output_dir", whole)
     assert done.returncode == 0, done.stderr
 
-    command = [sys.executable, "-m", "tiedquiet.distill", *common, "--output_dir", str(broken)]
-    process = subprocess.Popen(
-        [*command, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"],
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
-    second = broken / "checkpoints/transformer_2"
-    while not list(second.glob("checkpoint-*")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    last = process.communicate(timeout=120)[1].splitlines()[-1]
-    assert process.returncode == 128 + signal.SIGTERM
+    often = [*common, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    status, lines = interrupt(signal.SIGTERM, "checkpoints/transformer_2/checkpoint-*", broken, *often)
+    assert status == 128 + signal.SIGTERM
     saved = re.fullmatch(
-        r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); go on with --resume_from_checkpoint latest", last
+        r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); go on with --resume_from_checkpoint latest", lines[-1]
     )
-    assert saved, last
+    assert saved, lines[-1]
     assert Path(saved[1]).is_dir()
     assert not (broken / "student").exists()
     assert len(list((broken / "checkpoints/transformer").glob("checkpoint-*"))) == 2
@@ -143,7 +153,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
     refused = run(*common, "--output_dir", broken)
     assert (refused.returncode, "an unfinished run" in refused.stderr) == (2, True)
     # From the oldest one, so that steps which had been saved are taken once more.
-    oldest = min(second.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    oldest = checkpoints(broken / "checkpoints/transformer_2")[0]
     assert oldest != Path(saved[1])
     done = run(*common, "--output_dir", broken, "--checkpointing_steps", "1", "--resume_from_checkpoint", oldest)
     assert done.returncode == 0, done.stderr
@@ -153,21 +163,12 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
 
 
 def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]) -> None:
-    command = [sys.executable, "-m", "tiedquiet.distill", *SHORT, *prompts, "--samples_per_prompt", "10000"]
-    process = subprocess.Popen(
-        [*command, "--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")],
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-        # A shell's background jobs, and all that they start, have SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while not list(tmp_path.glob("cache/latents-*/*.safetensors")) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + signal.SIGINT
-    assert err.splitlines()[-1] == "tiedquiet.distill: interrupted; what was cached stays"
-    assert "Traceback" not in err
-    for kept in tmp_path.glob("cache/*/*.safetensors"):
+    many = [*SHORT, *prompts, "--samples_per_prompt", "10000"]
+    status, lines = interrupt(signal.SIGINT, "cache/latents-*/*.safetensors", tmp_path / "out", *many)
+    assert status == 128 + signal.SIGINT
+    assert lines[-1] == "tiedquiet.distill: interrupted; what was cached stays"
+    assert not any("Traceback" in line for line in lines)
+    for kept in tmp_path.glob("out/cache/*/*.safetensors"):
         load_file(kept)
 
 
@@ -373,7 +374,7 @@ def test_the_loss_by_hand() -> None:
     assert {name: part.item() for name, part in parts.items()} == pytest.approx(
         {"velocity": 4, "task": 1, "features": 0.125}
     )
-    half = distillation_loss(one.bfloat16() * 1.01, one.bfloat16(), one)[0]
+    half = distillation_loss(one.bfloat16() * 1.01, one.bfloat16(), one, [], (1.0, 0.1, 0.1))[0]
     assert half.dtype == torch.float32
 
 
@@ -493,7 +494,7 @@ def test_a_broken_tie_stops_the_run_or_is_repaired(
     assert torch.equal(whole, mended)
     assert not torch.allclose(whole, broken, atol=0.1)
     # As transformers 5.0 to 5.2 load it: the config's word is taken, and the run must stop.
-    config = tiedquiet_config(teacher)
+    config = untied_config(teacher)
     monkeypatch.setattr(type(config), "from_pretrained", classmethod(lambda cls, *args, **kwargs: config))
     with pytest.raises(SystemExit):
         teacher.text_encoder(False, torch.float32)
@@ -501,9 +502,7 @@ def test_a_broken_tie_stops_the_run_or_is_repaired(
     teacher.text_encoder(True, torch.float32)
 
 
-def tiedquiet_config(teacher: Teacher) -> Any:
-    from transformers import UMT5Config
-
+def untied_config(teacher: Teacher) -> UMT5Config:
     config = UMT5Config.from_pretrained(teacher.folder / "text_encoder")
     config.tie_word_embeddings = False
     return config

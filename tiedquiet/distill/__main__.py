@@ -28,7 +28,7 @@ from tiedquiet.distill.options import check, fail, must_match, parse, settings
 
 
 def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
-    """For each expert the checkpoint to go on from; clears what a finished run left.
+    """For each expert the checkpoint to go on from, or None.
 
     Raises:
         SystemExit: with status 2, after one line, where an unfinished run would be lost or does not match.
@@ -45,7 +45,7 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
     if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
         must_match(args, args.output_dir / "args.json")
     if wanted == "latest":
-        return {name: next(iter(checkpoints(work / name)[::-1]), None) for name in experts}
+        return {name: ([None, *checkpoints(work / name)])[-1] for name in experts}
     place = Path(wanted)
     if not place.is_dir() or place.parent.name not in experts:
         fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, argv)
     # Only now what takes seconds to import.
     import diffusers
-    import torch
     import transformers
     from accelerate import Accelerator
     from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     from tiedquiet.distill.cache import Data, read_metadata, read_prompts
     from tiedquiet.distill.judge import Judge
     from tiedquiet.distill.student import check_space, write_pipeline
-    from tiedquiet.distill.teacher import Teacher
+    from tiedquiet.distill.teacher import Teacher, compute_dtype
     from tiedquiet.distill.train import Progress, Stopped, train
 
     for library in (diffusers, transformers):
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if accelerator.distributed_type is DistributedType.FSDP and (args.use_ema or args.validation_steps):
         fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
-    dtype = torch.bfloat16 if "bf16" in (args.mixed_precision, args.student_dtype) else torch.float32
+    dtype = compute_dtype(args)
     set_seed(args.seed)
     told = settings(args)
     if accelerator.is_main_process:
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if accelerator.is_main_process:
         write_pipeline(teacher, {name: work / name / "student" for name in names}, out / "student")
-        metrics = judge.report(names)
+        metrics = judge.report(experts)
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -5,6 +5,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ class Data:
     def prepare(self, teacher: Teacher, accelerator: Accelerator, dtype: torch.dtype) -> None:
         """Make what is not in the caches yet, each process its share; encoder, VAE and experts are gone afterwards."""
         args, device, quiet = self.args, accelerator.device, not accelerator.is_local_main_process
-        made_by: dict[str, Any] = {"teacher": teacher.key(), "dtype": str(dtype)}
+        key = teacher.key()
+        made_by: dict[str, Any] = {"teacher": key, "dtype": str(dtype)}
         made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
         texts = Cache(args.cache_dir, "prompts", made_by)
         names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts]
@@ -171,7 +173,7 @@ class Data:
         shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
         if self.clips:
             files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.clips]
-            made_by, make = {"teacher": teacher.key(), "clips": files, **shape}, self.encode
+            made_by, make = {"teacher": key, "clips": files, **shape}, self.encode
         else:
             how = ("seed", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
             made_by |= {name: getattr(args, name) for name in how} | shape
@@ -202,9 +204,9 @@ class Data:
         for start in tqdm(range(0, len(share), size), "latents from the teacher", disable=quiet):
             batch = share[start : start + size]
             seeds = [self.args.seed * 1_000_003 + n for n in batch]
-            for n, latents in zip(
-                batch, sample(pipe, self, [self.which[n] for n in batch], seeds, "latent"), strict=True
-            ):
+            guidance = self.args.sample_guidance_scale
+            made = sample(pipe, self, [self.which[n] for n in batch], seeds, "latent", guidance)
+            for n, latents in zip(batch, made, strict=True):
                 self.latents.put(self.names[n], latents.float().cpu())
 
     def text(self, numbers: Sequence[int]) -> Tensor:
@@ -225,8 +227,7 @@ class Data:
         size, chosen = self.args.train_batch_size, []
         for place in range((draw * processes + process) * size, (draw * processes + process + 1) * size):
             epoch, position = divmod(place, len(self.which))
-            order = torch.randperm(len(self.which), generator=torch.Generator().manual_seed(self.args.seed + epoch))
-            chosen.append(int(order[position]))
+            chosen.append(order(len(self.which), self.args.seed + epoch)[position])
         generator = torch.Generator().manual_seed(self.args.seed * 7_368_787 + draw * processes + process)
         return (
             torch.stack([self.latents.get(self.names[n]) for n in chosen]),
@@ -235,14 +236,18 @@ class Data:
         )
 
 
+@lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def order(count: int, seed: int) -> list[int]:
+    """The samples of one epoch, shuffled."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def mine(numbers: list[int], accelerator: Accelerator) -> list[int]:
     """The share of one process."""
     return numbers[accelerator.process_index :: accelerator.num_processes]
 
 
-def sample(
-    pipe: Any, data: Data, prompts: Sequence[int], seeds: Sequence[int], kind: str, guidance: float | None = None
-) -> Tensor:
+def sample(pipe: Any, data: Data, prompts: Sequence[int], seeds: Sequence[int], kind: str, guidance: float) -> Tensor:
     """One clip for each prompt, each from a seed of its own.
 
     Args:
@@ -251,7 +256,7 @@ def sample(
         prompts: numbers into `data.prompts`.
         seeds: one for each.
         kind: "latent" for (batch, channels, frames, height, width), "pt" for (batch, frames, 3, height, width), 0 to 1.
-        guidance: the scale; that of `--sample_guidance_scale` if None.
+        guidance: the scale of classifier-free guidance; 1 is none.
     """
     args, device = data.args, pipe._execution_device
     empty = len(data.prompts) - 1
@@ -262,7 +267,7 @@ def sample(
         width=args.width,
         num_frames=args.num_frames,
         num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.sample_guidance_scale if guidance is None else guidance,
+        guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         max_sequence_length=args.max_sequence_length,
         output_type=kind,

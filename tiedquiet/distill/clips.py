@@ -6,6 +6,7 @@ Reading is plain arithmetic, so prompt adherence is a fact about the pixels and 
 """
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -95,3 +96,8 @@ def read(clip: Tensor) -> str | None:
         return None
     direction = max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * dx + DIRECTIONS[name][1] * dy)
     return f"a {colour} {shape} moving {direction}"
+
+
+def adhering(clips: Tensor, prompts: Sequence[str]) -> int:
+    """How many clips, (clips, frames, 3, height, width) from 0 to 1, read back as their prompts."""
+    return sum(read(clip.transpose(0, 1)) == prompt for clip, prompt in zip(clips.cpu(), prompts, strict=True))

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiedquiet.distill.cache import Data, sample
-from tiedquiet.distill.clips import PROMPTS, read
+from tiedquiet.distill.clips import PROMPTS, adhering
 from tiedquiet.distill.student import new_student
-from tiedquiet.distill.teacher import Teacher
+from tiedquiet.distill.teacher import Expert, Teacher
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -77,10 +77,10 @@ class Judge:
                     sample(pipe, self.data, numbers, [seed * 1_000 + n for n in numbers], "pt", guidance).float().cpu()
                 )
                 count += len(clips)
-                for n, clip in zip(numbers, clips, strict=True):
-                    right += self.readable and read(clip.transpose(0, 1)) == self.data.prompts[n]
-                    if seed == SEEDS[0] and n in self.shown:
-                        shown[n] = clip
+                if self.readable:
+                    right += adhering(clips, [self.data.prompts[n] for n in numbers])
+                if seed == SEEDS[0]:
+                    shown |= {n: clip for n, clip in zip(numbers, clips, strict=True) if n in self.shown}
         measured = {"seconds_per_clip": (time.perf_counter() - start) / count}
         if self.readable:
             measured = {"adherence": right / count, "clips": count, **measured}
@@ -98,17 +98,17 @@ class Judge:
         write_gif([clips.float().cpu()], args.output_dir / "validation" / f"{name}-{step}.gif")
         student.train()
 
-    def report(self, names: Sequence[str]) -> dict[str, Any]:
+    def report(self, experts: Sequence[Expert]) -> dict[str, Any]:
         """Compare teacher, student before and student after; draws the pictures, prints a table.
 
         Args:
-            names: of the experts that have a student in `OUTPUT_DIR/student`.
+            experts: those that have a student in `OUTPUT_DIR/student`.
 
         Returns:
             What was measured, for `metrics.json`.
         """
         args, out = self.data.args, self.data.args.output_dir
-        experts = [expert for expert in self.teacher.experts if expert.name in names]
+        names = [expert.name for expert in experts]
         arms: dict[str, tuple[float, Callable[[], dict[str, WanTransformer3DModel]]]] = {
             "teacher": (args.sample_guidance_scale, dict),
             "student before": (

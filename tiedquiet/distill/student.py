@@ -55,8 +55,7 @@ def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: 
     Raises:
         SystemExit: with status 2, after one line.
     """
-    parts = [name for name in teacher.index if (teacher.folder / name).is_dir()]
-    copied = sum(size(teacher.folder / name) for name in parts if name not in experts)
+    copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
     # Stored in 16 bits as Wan is, kept in 32; the larger of the two has a checkpoint with Adam's moments beside it.
     trained = [2 * share * size(teacher.folder / name) for name in experts]
     need = int(copied + 2 * sum(trained) + 3 * max(trained))
@@ -81,9 +80,8 @@ def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path) 
         made = Path(beside) / target.name
         made.mkdir()
         shutil.copy(teacher.folder / "model_index.json", made)
-        for name in teacher.index:
-            if (teacher.folder / name).is_dir():
-                shutil.copytree(trained.get(name, teacher.folder / name), made / name)
+        for name in teacher.parts:
+            shutil.copytree(trained.get(name, teacher.folder / name), made / name)
         config = made / "text_encoder" / "config.json"
         told = json.loads(config.read_text())
         if told.get("tie_word_embeddings") is False:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ class Expert:
         u = low + (high - low) * uniform.double()
         sigma = (self.shift * u / (1 + (self.shift - 1) * u)).float()
         # Rounding must not move one to the other side.
-        last = torch.tensor(self.high / self.steps)
-        below = last if self.high == self.steps else torch.nextafter(last, torch.tensor(0.0))
-        return sigma.clamp(min=self.low / self.steps).minimum(below)
+        end = torch.tensor(self.high / self.steps)
+        last = end if self.high == self.steps else torch.nextafter(end, torch.tensor(0.0))
+        return sigma.clamp(self.low / self.steps, last.item())
 
 
 class Teacher:
@@ -75,12 +76,12 @@ class Teacher:
             fail(f"{name}: no pipeline there: {' '.join(str(error).split())[:200]}")
         if self.index.get("_class_name") != "WanPipeline":
             fail(f"{name}: a {self.index.get('_class_name')}, not a Wan text-to-video pipeline (WanPipeline)")
-        self.name = name
         self.folder = Path(name if Path(name).is_dir() else WanPipeline.download(name, revision=revision))
         names = [n for n in ("transformer", "transformer_2") if (self.index.get(n) or [None])[0]]
         for part in (*names, "vae", "text_encoder", "tokenizer", "scheduler"):
             if not (self.folder / part).is_dir():
                 fail(f"{name}: the pipeline has no {part}/")
+        self.parts = [part for part in self.index if (self.folder / part).is_dir()]
         self.transformer = self.config(names[0])
         self.vae = self.config("vae")
         scheduler = self.config("scheduler", "scheduler_config.json")
@@ -183,6 +184,11 @@ class Teacher:
             pipe.enable_model_cpu_offload(device=device)  # one expert at a time
             return pipe
         return pipe.to(device)
+
+
+def compute_dtype(args: Namespace) -> torch.dtype:
+    """What the teacher is stored in and everything but the VAE is computed in."""
+    return torch.bfloat16 if "bf16" in (args.mixed_precision, args.student_dtype) else torch.float32
 
 
 def padded(embeddings: Sequence[Tensor], length: int) -> Tensor:

@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import trange
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from tiedquiet.distill.clips import FRAMES, PROMPTS, SIZE, draw, read
+from tiedquiet.distill.clips import FRAMES, PROMPTS, SIZE, adhering, draw
+from tiedquiet.distill.teacher import Expert
 
 BOUNDARY, SHIFT = 0.875, 3.0  # as Wan2.2-T2V-A14B, and its shift for small frames
 TEXT_LENGTHS = (16, 512)  # short for speed, and WanPipeline's default
@@ -127,21 +128,22 @@ def train_experts(pipe: WanPipeline, bank: Tensor, steps: int, batch: int, gener
     tokens = pipe.tokenizer([*PROMPTS, ""], padding=True, return_tensors="pt").to(device)
     example = torch.randn(batch, *bank.shape[2:], device=device)
     velocities = {length: [graphed(expert, example, length) for expert in experts] for length in TEXT_LENGTHS}
-    low_high = SHIFT - (SHIFT - 1) * BOUNDARY  # the shift below, solved for u at the boundary
-    edge = BOUNDARY / low_high
+    sides = [
+        Expert("transformer", 1000 * BOUNDARY, 1000, 1000, SHIFT),
+        Expert("transformer_2", 0, 1000 * BOUNDARY, 1000, SHIFT),
+    ]
     bar = trange(steps, desc="experts", mininterval=5)
     for step in bar:
         text = pipe.text_encoder(**tokens).last_hidden_state * tokens.attention_mask[..., None]
         length = TEXT_LENGTHS[step % 4 == 0]
         text = torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[1]))
         total = torch.zeros((), device=device)
-        for velocity, (low, high) in zip(velocities[length], ((edge, 1.0), (0.0, edge)), strict=True):
+        for velocity, side in zip(velocities[length], sides, strict=True):
             which, clip = (torch.randint(n, (batch,), generator=generator, device=device) for n in bank.shape[:2])
             x0 = bank[which, clip]
             # One prompt in ten is empty, so that classifier-free guidance has something to guide away from.
             empty = torch.rand(batch, generator=generator, device=device) < 0.1
-            u = low + (high - low) * torch.rand(batch, generator=generator, device=device)
-            sigma = (SHIFT * u / (1 + (SHIFT - 1) * u))[:, None, None, None, None]
+            sigma = side.sigmas(torch.rand(batch, generator=generator, device=device))[:, None, None, None, None]
             noise = torch.randn(x0.shape, generator=generator, device=device)
             words = text[torch.where(empty, len(PROMPTS), which)]
             predicted = velocity((1 - sigma) * x0 + sigma * noise, 1000 * sigma.flatten(), words)
@@ -170,7 +172,7 @@ def adherence(pipe: WanPipeline, seeds: int = 2, **options: int) -> float:
             output_type="pt",
             **options,
         ).frames
-        right += sum(read(clip.transpose(0, 1).cpu()) == prompt for clip, prompt in zip(clips, PROMPTS, strict=True))
+        right += adhering(clips, PROMPTS)
     return right / (seeds * len(PROMPTS))
 
 

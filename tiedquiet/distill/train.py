@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tiedquiet.distill.cache import Data
 from tiedquiet.distill.student import groups, new_student, save_weights
-from tiedquiet.distill.teacher import Expert, Teacher
+from tiedquiet.distill.teacher import Expert, Teacher, compute_dtype
 
 
 class Taps:
@@ -52,8 +52,8 @@ def distillation_loss(
     student: Tensor,
     teacher: Tensor,
     task: Tensor,
-    features: Sequence[tuple[Tensor, Tensor]] = (),
-    weights: tuple[float, float, float] = (1.0, 0.1, 0.1),
+    features: Sequence[tuple[Tensor, Tensor]],
+    weights: tuple[float, float, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of three squared errors, in float32.
 
@@ -121,7 +121,7 @@ class Distillation:
         self.taps = Taps(student, range(len(stood_for))), Taps(teacher, [group[-1] for group in stood_for])
 
     def noisy(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """X = (1 - sigma) x0 + sigma noise at timesteps of this expert; returns x, the timesteps, noise - x0."""
+        """Noisy latents x = (1 - sigma) x0 + sigma noise; returns x, timesteps of this expert, noise - x0."""
         sigma = self.expert.sigmas(torch.rand(len(x0), generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         wide = sigma.view(-1, 1, 1, 1, 1)
@@ -247,8 +247,7 @@ def train(
         Stopped: after a signal; a checkpoint was saved.
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
-    low = args.mixed_precision == "bf16" or args.student_dtype == "bf16"
-    frozen = teacher.expert(expert, torch.bfloat16 if low else torch.float32).to(device).eval().requires_grad_(False)
+    frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
     dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
     student = new_student(frozen, args.student_blocks, dtype).train()
     one = Distillation(args, frozen, student, expert)
@@ -309,20 +308,17 @@ def train(
             if ema:
                 ema.step(student.parameters())
 
-            names = list(told)
-            values = accelerator.reduce(
-                torch.stack([*told.values(), torch.tensor(float(bool(received)), device=device)]), "mean"
-            )
-            numbers = dict(zip(names, values.tolist(), strict=False))
+            done = step + 1
+            told["stop"] = torch.tensor(float(bool(received)), device=device)  # whichever process was told to
+            values = accelerator.reduce(torch.stack([*told.values()]), "mean").tolist()
+            numbers = dict(zip(told, values, strict=True))
+            stop = numbers.pop("stop") > 0
             progress.losses.append(
                 {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
             )
             bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-            accelerator.log(
-                {f"{expert.name}/{name}": value for name, value in progress.losses[-1].items()}, step=step + 1
-            )
-            done = step + 1
-            place, stop = folder / f"checkpoint-{done}", bool(values[-1] > 0)  # whichever process was told to
+            accelerator.log({f"{expert.name}/{name}": value for name, value in progress.losses[-1].items()}, step=done)
+            place = folder / f"checkpoint-{done}"
             if stop or (args.checkpointing_steps and done % args.checkpointing_steps == 0):
                 save_checkpoint(accelerator, place, args.checkpoints_total_limit)
             if stop:
