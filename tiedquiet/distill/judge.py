@@ -68,7 +68,8 @@ class Judge:
             share of clips that read back as their prompt, and the seconds that a clip takes.
         """
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
-        size, shown, right, count = self.data.args.train_batch_size, {}, 0, 0
+        size, right, count = self.data.args.train_batch_size, 0, 0
+        shown: dict[int, Tensor] = {}
         start = time.perf_counter()
         for seed in SEEDS if self.readable else SEEDS[:1]:
             for first in range(0, len(self.prompts), size):
