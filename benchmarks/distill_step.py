@@ -35,11 +35,17 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 # What each arm passes to the example.
 ARMS: dict[str, dict[str, Any]] = {
-    "plain": {"gradient_checkpointing": None, "compile": False},
-    "checkpointing": {"gradient_checkpointing": "blocks", "compile": False},
-    "compiled": {"gradient_checkpointing": None, "compile": True},
-    "checkpointing, compiled": {"gradient_checkpointing": "blocks", "compile": True},
-    "all but attention again, compiled": {"gradient_checkpointing": "attention", "compile": True},
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": "blocks"},
+    "compiled": {"compile": True},
+    "compiled, checkpointing": {"compile": True, "gradient_checkpointing": "blocks"},
+    "compiled, checkpointing but attention": {"compile": True, "gradient_checkpointing": "attention"},
+    "compiled, checkpointing but attention, float8 teacher": {
+        "compile": True,
+        "gradient_checkpointing": "attention",
+        "teacher_attention": "float8",
+    },
+    "compiled, float8 teacher": {"compile": True, "teacher_attention": "float8"},
 }
 HEAD, PATCH, CHANNELS = 128, (1, 2, 2), 16
 
@@ -51,7 +57,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps for each arm (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="which of them (default: all)")
     parser.add_argument("--memory-limit", type=float, help="GiB that torch may hold; an arm that needs more says so")
-    parser.add_argument("--scaling", action="store_true", help="one and then two processes, DDP and FSDP")
+    parser.add_argument("--scaling", action="store_true", help="the last of the arms on more than one GPU")
+    parser.add_argument("--kinds", nargs="+", choices=["ddp", "fsdp"], default=["ddp", "fsdp"], help="with --scaling")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="with --scaling (default: 1 2)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shape not in SHAPES:
@@ -98,14 +106,15 @@ def settings(arm: dict[str, Any]) -> Namespace:
     return args
 
 
-def models(shape: dict[str, int], device: str) -> tuple[Any, Any]:
-    """Teacher and student with random weights, bf16 except for what Wan keeps in float32."""
+def models(shape: dict[str, int], device: Any, dtype: str) -> tuple[Any, Any]:
+    """Teacher and student with random weights; the teacher in bf16 except for what Wan keeps in float32."""
     import torch
     from diffusers import WanTransformer3DModel
 
     from tiedquiet.distill.student import new_student
 
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         teacher = WanTransformer3DModel(
             num_attention_heads=shape["heads"],
@@ -114,25 +123,31 @@ def models(shape: dict[str, int], device: str) -> tuple[Any, Any]:
             num_layers=shape["blocks"],
             text_dim=shape["text"],
         )
+    torch.set_default_dtype(torch.float32)
     for name, parameter in teacher.named_parameters():
-        if not any(kept in name for kept in WanTransformer3DModel._keep_in_fp32_modules):
-            parameter.data = parameter.data.bfloat16()
+        if any(kept in name for kept in WanTransformer3DModel._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
     teacher.eval().requires_grad_(False)
-    return teacher, new_student(teacher, shape["blocks"] // 2, torch.bfloat16).train()
+    return teacher, new_student(teacher, shape["blocks"] // 2, getattr(torch, dtype)).train()
 
 
 class Steps:
-    """Teacher, student and optimizer, and the step of each arm over them."""
+    """Teacher, student and optimizer, and the step of each arm over them.
 
-    def __init__(self, options: Any) -> None:
+    Args:
+        shape: of the models and the latents.
+        device: where they are.
+        dtype: of the student's weights.
+    """
+
+    def __init__(self, shape: dict[str, int], device: Any, dtype: str = "bfloat16") -> None:
         import torch
 
         from tiedquiet.distill.teacher import Expert
         from tiedquiet.distill.train import Distillation
 
-        shape = SHAPES[options.shape]
-        self.device = torch.device(options.device)
-        self.teacher, self.student = models(shape, options.device)
+        self.device = torch.device(device)
+        self.teacher, self.student = models(shape, self.device, dtype)
         expert = Expert("transformer", 0.0, 1000.0, 1000, 3.0)
         self.distillation = Distillation(settings({}), self.teacher, self.student, expert)
         fused = True if self.device.type == "cuda" else None
@@ -140,32 +155,36 @@ class Steps:
         self.size = (1, CHANNELS, shape["f"], shape["h"], shape["w"])
         self.text = torch.randn(1, shape["tokens"], shape["text"], device=self.device)
         self.blocks: list[Any] = [*self.teacher.blocks, *self.student.blocks]
-        self.chosen: dict[str, tuple[list[Any], Any]] = {}
+        self.untouched, self.chosen = self.taken(), dict[str, list[tuple[Any, ...]]]()
+        # More is compiled here than in any run: several arms, one after the other, of the same code.
+        torch._dynamo.config.recompile_limit = 100
 
     def choose(self, arm: str) -> None:
-        """Set teacher and student up as an arm has them."""
-        from tiedquiet.distill.train import speed_up
+        """Set teacher and student up as an arm has them; what was compiled for it serves all its rounds."""
+        from tiedquiet.distill.speed import speed_up
 
-        student = self.student
         if arm not in self.chosen:
-            for block in self.blocks:
-                block._compiled_call_impl = None
-            student.disable_gradient_checkpointing()
-            speed_up(self.teacher, student, settings(ARMS[arm]))
-            again = student._gradient_checkpointing_func if student.gradient_checkpointing else None
-            self.chosen[arm] = [block._compiled_call_impl for block in self.blocks], again
-        # What was compiled for an arm serves all its rounds.
-        compiled, again = self.chosen[arm]
-        for block, call in zip(self.blocks, compiled, strict=True):
-            block._compiled_call_impl = call
-        student.gradient_checkpointing, student._gradient_checkpointing_func = again is not None, again
+            self.put(self.untouched)
+            speed_up(self.teacher, self.student, settings(ARMS[arm]))
+            self.chosen[arm] = self.taken()
+        self.put(self.chosen[arm])
+
+    def taken(self) -> list[tuple[Any, ...]]:
+        """All that `speed_up` changes, block by block."""
+        return [(block._compiled_call_impl, block.forward, block.attn1.processor) for block in self.blocks]
+
+    def put(self, taken: list[tuple[Any, ...]]) -> None:
+        for block, (compiled, forward, processor) in zip(self.blocks, taken, strict=True):
+            block._compiled_call_impl, block.forward = compiled, forward
+            block.attn1.set_processor(processor)
 
     def inputs(self) -> tuple[Any, ...]:
         import torch
 
         from tiedquiet.distill.train import send
 
-        drawn = self.distillation.noisy(torch.randn(self.size), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        drawn = self.distillation.noisy(torch.randn(self.size, generator=generator), generator)
         return tuple(send(tensor, self.device) for tensor in drawn)
 
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
@@ -180,6 +199,19 @@ class Steps:
         self.optimizer.zero_grad()
         return loss.item(), ahead
 
+    def teacher_velocity(self, arm: str | None) -> Any:
+        """The teacher's velocity as an arm computes it, or untouched, in float32."""
+        import torch
+
+        if arm:
+            self.choose(arm)
+        else:
+            self.put(self.untouched)
+        with torch.no_grad():
+            x, timesteps, _ = self.inputs()
+            dtype = self.distillation.dtype
+            return self.teacher(x.to(dtype), timesteps, self.text.to(dtype), return_dict=False)[0].float()
+
 
 def one_device(options: Any) -> None:
     """Measure every arm on one device and write the results."""
@@ -187,10 +219,11 @@ def one_device(options: Any) -> None:
     from tqdm import tqdm
 
     cuda = options.device == "cuda"
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0
     if cuda and options.memory_limit:
-        total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(options.memory_limit / total)
-    steps, shape = Steps(options), SHAPES[options.shape]
+    shape = SHAPES[options.shape]
+    steps = Steps(shape, options.device)
     inputs, failed, rounds, losses = steps.inputs(), {}, [], {}
     ceilings = [ceiling(options.device)]
     with tqdm(total=len(options.arms) * (options.rounds + 1), unit="step") as bar:
@@ -203,14 +236,17 @@ def one_device(options: Any) -> None:
                 try:
                     steps.choose(arm)
                     measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 0 else 1)
+                except ImportError as error:
+                    failed[arm] = f"needs {error.name}"
                 except torch.OutOfMemoryError:
-                    failed[arm] = f"needs more than {options.memory_limit or 'the card has'} GiB"
+                    failed[arm] = f"needs more than {options.memory_limit or total:.0f} GiB"
                     steps.optimizer.zero_grad()
                     gc.collect()
             ceilings.append(ceiling(options.device))
             if number:
                 rounds.append(measured)
 
+    native = steps.teacher_velocity(None)
     flops, top = useful_flops(shape), max(ceilings)
     arms: dict[str, Any] = {}
     finished = [arm for arm in options.arms if arm not in failed]
@@ -223,6 +259,7 @@ def one_device(options: Any) -> None:
             "ratio_to_first": spread([m[arm]["seconds"] / m[finished[0]]["seconds"] for m in rounds]),
             "peak_gib": max(measured[arm]["peak_gib"] for measured in rounds),
             "loss": losses[arm],
+            "teacher_error": ((steps.teacher_velocity(arm) - native).norm() / native.norm()).item(),
         }
     results = {
         "useful_teraflop_per_step": flops / 1e12,
@@ -279,30 +316,45 @@ def ceiling(device: str) -> float:
 
 
 def scaling(options: Any) -> None:
-    """Run the same step in one process and then in two, under DDP and FSDP, and write the results."""
+    """Run the same step in one process and in more, under DDP and FSDP, and write the results."""
     import torch
 
-    found = torch.cuda.device_count() if options.device == "cuda" else 2
-    if found < 2:
-        print(f"{found} GPU: measuring on that one only", file=sys.stderr)
-    runs = []
-    for processes in (1, 2)[: min(found, 2)]:
-        for kind in ("ddp", "fsdp") if options.device == "cuda" else ("ddp",):
-            runs.append(launch(options, processes, kind))
-            print(json.dumps(runs[-1]))
+    found = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
+    runs: list[dict[str, Any]] = []
+    for kind in options.kinds:
+        for processes in options.processes:
+            if processes > found:
+                print(f"{processes} processes under {kind}: left out, there are {found} devices", file=sys.stderr)
+            elif run := launch(options, processes, kind):
+                runs.append(run)
     single = {run["kind"]: run for run in runs if run["processes"] == 1}
     for run in runs:
-        run["ratio_to_one"] = run["tokens_per_s"] / single[run["kind"]]["tokens_per_s"]
-    write(f"distill-scaling-{options.shape}", {**vars(options), "out": None}, {"runs": runs}, options.out)
+        one = single.get(run["kind"])
+        run["ratio_to_one"] = run["tokens_per_s"] / one["tokens_per_s"] if one else None
+    if not runs:
+        stop("nothing was measured")
+    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": ARMS[options.arms[-1]]}
+    path = write(f"distill-scaling-{options.shape}", configuration, {"runs": runs}, options.out)
+    print("| | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for run in runs:
+        ratio = f"{run['ratio_to_one']:.2f}" if run["ratio_to_one"] else ""
+        print(
+            f"| {run['kind']} | {run['processes']} | {show(run['seconds'])} | {run['tokens_per_s']:,.0f} | {ratio} "
+            f"| {run['peak_gib']:.1f} | {run['communication']:.1%} | {run['communication_not_hidden']:.1%} |"
+        )
+    plot_scaling(path, runs, options.shape)
+    print(path)
 
 
-def launch(options: Any, processes: int, kind: str) -> dict[str, Any]:
-    """One run under accelerate's launcher."""
+def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
+    """One run under accelerate's launcher, whose output is shown; None if it failed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "bf16" if kind == "fsdp" else "no"]
     if kind == "fsdp":
         command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
         command += ["--fsdp_transformer_layer_cls_to_wrap", "WanTransformerBlock"]
+        command += ["--fsdp_cpu_ram_efficient_loading", "false"]
     elif processes > 1:
         command += ["--multi_gpu"]
     environment = {**os.environ, **({} if options.device == "cuda" else {"ACCELERATE_USE_CPU": "true"})}
@@ -310,9 +362,10 @@ def launch(options: Any, processes: int, kind: str) -> dict[str, Any]:
         answer = Path(folder) / "answer.json"
         command += [__file__, "--worker", str(answer), "--shape", options.shape, "--device", options.device]
         command += ["--rounds", str(options.rounds), "--arms", options.arms[-1]]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        subprocess.run(command, env=environment, stdout=sys.stderr)
         if not answer.exists():
-            stop(f"{processes} processes under {kind}: {done.stderr.strip().splitlines()[-1]}")
+            print(f"{processes} processes under {kind}: failed, as told above", file=sys.stderr)
+            return None
         return {"kind": kind, "processes": processes, **json.loads(answer.read_text())}
 
 
@@ -320,41 +373,102 @@ def scaling_worker(options: Any) -> None:
     """One process of such a run: the first one writes what was measured."""
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    from tiedquiet.distill.speed import keep_inputs, shard
 
     accelerator = Accelerator()
-    options.device = str(accelerator.device)
-    steps = Steps(options)
+    sharded, cuda = accelerator.distributed_type is DistributedType.FSDP, accelerator.device.type == "cuda"
+    # FSDP wants one dtype: the student is kept in float32 and computed in bfloat16.
+    steps = Steps(SHAPES[options.shape], accelerator.device, "float32" if sharded else "bfloat16")
     steps.choose(options.arms[0])
+    if sharded:
+        shard(steps.teacher)
+        keep_inputs(accelerator)
     steps.distillation.student, steps.optimizer = accelerator.prepare(steps.student, steps.optimizer)
-    cuda, inputs = accelerator.device.type == "cuda", steps.inputs()
-    seconds = []
-    for _ in range(options.rounds):
-        measured, inputs, _ = timed(steps, inputs, cuda, warm=1)
-        seconds.append(measured["seconds"])
-    with torch.profiler.profile() as profile:
+    inputs, measured = steps.inputs(), []
+    for number in range(options.rounds):
+        with accelerator.autocast():
+            one, inputs, loss = timed(steps, inputs, cuda, warm=1 if number else 2)
+        measured.append(one)
+        if accelerator.is_main_process:
+            print(f"step {number}: {one['seconds']:.3f} s, {one['peak_gib']:.1f} GiB, loss {loss:.4f}")
+    with torch.profiler.profile() as profile, accelerator.autocast():
         steps(inputs)
-    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
-    times = [(event.key.lower(), getattr(event, spent)) for event in profile.key_averages()]
-    communication = sum(microseconds for name, microseconds in times if "nccl" in name or "gloo" in name)
+        if cuda:
+            torch.cuda.synchronize()
     if accelerator.is_main_process:
+        seconds = [one["seconds"] for one in measured]
+        tokens = accelerator.num_processes * latent_tokens(SHAPES[options.shape])
         told = {
             "seconds": spread(seconds),
-            "tokens_per_s": accelerator.num_processes
-            * latent_tokens(SHAPES[options.shape])
-            / statistics.median(seconds),
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-            "communication_share": communication / sum(microseconds for _, microseconds in times),
+            "tokens_per_s": tokens / statistics.median(seconds),
+            "peak_gib": max(one["peak_gib"] for one in measured),
+            **communication(profile, cuda),
         }
         Path(options.worker).write_text(json.dumps(told))
     accelerator.end_training()
 
 
+def communication(profile: Any, cuda: bool) -> dict[str, float]:
+    """The share of a step in which something is communicated, and that in which nothing else is done."""
+    from torch.autograd import DeviceType
+
+    device = DeviceType.CUDA if cuda else DeviceType.CPU
+    spans = {True: list[tuple[float, float]](), False: list[tuple[float, float]]()}
+    for event in profile.events():
+        if event.device_type == device:
+            name = event.name.lower()
+            spans["nccl" in name or "gloo" in name].append((event.time_range.start, event.time_range.end))
+    busy = covered(spans[True] + spans[False])
+    return {
+        "communication": covered(spans[True]) / busy,
+        "communication_not_hidden": (busy - covered(spans[False])) / busy,
+    }
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [f"{run['kind']}, {run['processes']}" for run in runs]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    for axis, key, label in zip(
+        axes,
+        ("tokens_per_s", "peak_gib", "communication"),
+        ("tokens per second", "peak memory per GPU, GiB", "communication, % of a step (red: not hidden)"),
+        strict=True,
+    ):
+        scale = 100 if key == "communication" else 1
+        axis.bar(names, [scale * run[key] for run in runs], color="tab:blue")
+        if key == "communication":
+            axis.bar(names, [scale * run["communication_not_hidden"] for run in runs], color="tab:red")
+        axis.set(title=label)
+    figure.suptitle(f"one distillation step, {shape}")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def report(results: dict[str, Any]) -> None:
-    print("| arm | s/step | tokens/s | of the ceiling | peak GiB | loss |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| arm | s/step | tokens/s | of the ceiling | peak GiB | teacher's error |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
     for name, arm in results["arms"].items():
         print(
             f"| {name} | {show(arm['seconds'])} | {arm['tokens_per_s']:,.0f} | {arm['percent_of_ceiling']:.1f} % "
-            f"| {arm['peak_gib']:.1f} | {arm['loss']:.4f} |"
+            f"| {arm['peak_gib']:.1f} | {arm['teacher_error']:.1e} |"
         )
     for name, why in results["failed"].items():
         print(f"| {name} | {why} | | | | |")

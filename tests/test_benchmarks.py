@@ -74,7 +74,7 @@ def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
 
 def test_a_distillation_step_in_two_processes(tmp_path: Path) -> None:
     small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--arms", "plain"]
-    done = run("distill_step", "--scaling", *small)
+    done = run("distill_step", "--scaling", "--kinds", "ddp", *small)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     runs = json.loads(path.read_text())["results"]["runs"]

@@ -20,6 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config
 
 from tiedquiet.distill import options, student, tiny_teacher
@@ -28,8 +30,9 @@ from tiedquiet.distill.__main__ import main
 from tiedquiet.distill.cache import Data, read_clip
 from tiedquiet.distill.clips import PROMPTS
 from tiedquiet.distill.options import TINY_WAN, parse
+from tiedquiet.distill.speed import Float8Attention, speed_up
 from tiedquiet.distill.teacher import Expert, Teacher
-from tiedquiet.distill.train import Distillation, checkpoints, distillation_loss, speed_up
+from tiedquiet.distill.train import Distillation, checkpoints, distillation_loss
 
 TWO = "a red circle moving left\na blue square moving up\n"
 ENVIRONMENT = {
@@ -410,6 +413,42 @@ def test_saving_memory_or_time_changes_nothing_else(checkpointing: str | None, c
     torch.testing.assert_close(loss, other)
     for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
+
+
+class Counting(TorchDispatchMode):
+    """Counts forward attention over all pairs of tokens."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.count += args[0].shape[-2] == args[1].shape[-2]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("checkpointing", "again"), [(None, 0), ("blocks", 4), ("attention", 0)])
+def test_what_is_computed_again(checkpointing: str | None, again: int) -> None:
+    with Counting() as counting:
+        step(parse(DOC, []), checkpointing)
+    assert counting.count == 8 + 4 + again  # eight blocks of the teacher, four of the student
+
+
+def test_attention_in_8_bits_is_close_to_the_teachers_own() -> None:
+    frozen = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32).eval()
+    inputs = torch.randn(2, 16, 3, 8, 8), torch.tensor([900.0, 950.0]), torch.randn(2, 16, 64)
+
+    def attend(*tensors: torch.Tensor, **scales: torch.Tensor) -> torch.Tensor:
+        assert {tensor.dtype for tensor in tensors} == {torch.float8_e4m3fn}
+        whole = (t.float() * s[:, None, :, None] for t, s in zip(tensors, scales.values(), strict=True))
+        return scaled_dot_product_attention(*(t.transpose(1, 2) for t in whole)).transpose(1, 2)
+
+    with torch.no_grad():
+        native = frozen(*inputs, return_dict=False)[0]
+        for block in frozen.blocks:
+            block.attn1.set_processor(Float8Attention(attend))
+        rounded = frozen(*inputs, return_dict=False)[0]
+    error = (rounded - native).norm() / native.norm()
+    assert 0 < error < 0.05, error
 
 
 def test_guidance_distillation_learns_the_guided_velocity() -> None:

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from tiedquiet.distill.cache import Data, read_metadata, read_prompts
     from tiedquiet.distill.judge import Judge
+    from tiedquiet.distill.speed import check_float8
     from tiedquiet.distill.student import check_space, write_pipeline
     from tiedquiet.distill.teacher import Teacher, compute_dtype
     from tiedquiet.distill.train import Progress, Stopped, train
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
     check(args, teacher.index, teacher.transformer, teacher.vae)
+    if args.teacher_attention == "float8":
+        check_float8()
     experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
     names = [expert.name for expert in experts]
     clips = read_metadata(args) if args.train_data_dir else []
@@ -94,8 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
     )
-    if accelerator.distributed_type is DistributedType.FSDP and (args.use_ema or args.validation_steps):
-        fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+    if accelerator.distributed_type is DistributedType.FSDP:  # pragma: no cover - needs a GPU
+        if args.use_ema or args.validation_steps:
+            fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+        if args.student_dtype == "bf16":
+            fail("--student_dtype bf16: FSDP wants weights of one dtype, and Wan keeps some in float32; leave it out")
     dtype = compute_dtype(args)
     set_seed(args.seed)
     told = settings(args)

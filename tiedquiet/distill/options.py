@@ -114,6 +114,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--student_dtype", choices=["fp32", "bf16"], default="fp32", help="of the student's weights and optimizer")
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but self-attention")  # fmt: skip
+    add("--teacher_attention", choices=["native", "float8"], default="native",
+        help="float8: self-attention's products in 8 bits; needs a Hopper GPU and the package fa3-fwd")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
     add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")

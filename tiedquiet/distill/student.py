@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
 from tiedquiet.distill.options import fail
@@ -22,19 +23,20 @@ def groups(teacher_blocks: int, student_blocks: int) -> list[range]:
 
 
 def new_student(teacher: WanTransformer3DModel, blocks: int, dtype: torch.dtype) -> WanTransformer3DModel:
-    """A transformer of `blocks` blocks with the teacher's weights; float32 where the teacher keeps float32."""
-    student = WanTransformer3DModel.from_config({**teacher.config, "num_layers": blocks})
-    weights = teacher.state_dict()
+    """A transformer of `blocks` blocks with the teacher's weights, where they are; float32 where those are float32."""
+    with init_empty_weights():  # none are drawn only to be thrown away
+        student = WanTransformer3DModel.from_config({**teacher.config, "num_layers": blocks})
+    weights, begun = teacher.state_dict(), {}
     first = [group[0] for group in groups(len(teacher.blocks), blocks)]
-    for name, parameter in student.named_parameters():
+    for name in student.state_dict():
         source = name
         if name.startswith("blocks."):
             number, rest = name.removeprefix("blocks.").split(".", 1)
             source = f"blocks.{first[int(number)]}.{rest}"
         theirs = weights[source]
-        keep = dtype if theirs.dtype != torch.float32 else torch.float32
-        parameter.data = theirs.detach().to(keep, copy=True)
-    return student
+        begun[name] = theirs.detach().to(dtype if theirs.dtype != torch.float32 else torch.float32, copy=True)
+    student.load_state_dict(begun, assign=True)
+    return student.to(teacher.device)
 
 
 def save_weights(model: WanTransformer3DModel, state: Mapping[str, Any], place: Path) -> None:

@@ -7,21 +7,21 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from tiedquiet.distill.cache import Data
+from tiedquiet.distill.speed import keep_inputs, shard, speed_up
 from tiedquiet.distill.student import groups, new_student, save_weights
 from tiedquiet.distill.teacher import Expert, Teacher, compute_dtype
 
@@ -77,29 +77,6 @@ def distillation_loss(
         (weight * part for weight, part in zip(weights, parts.values(), strict=False)), torch.zeros_like(parts["task"])
     )
     return loss, {name: part.detach() for name, part in parts.items()}
-
-
-def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what self-attention gave, two thirds of all arithmetic at 32,760 tokens; compute the rest again."""
-    self_attention = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if self_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, args: Namespace) -> None:
-    """Choose what the student computes again in its backward pass, and compile the blocks of both.
-
-    With `--compile`, checkpointing is compiled along with the block: only then can the compiler see through it.
-    """
-    if args.compile:
-        teacher.compile_repeated_blocks()
-    if args.gradient_checkpointing:
-        keep: dict[str, Any] = {}
-        if args.gradient_checkpointing == "attention":
-            keep["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
-        again = partial(checkpoint, use_reentrant=False, **keep)
-        student.enable_gradient_checkpointing(torch.compile(again) if args.compile else again)
-    elif args.compile:
-        student.compile_repeated_blocks()
 
 
 class Distillation:
@@ -250,6 +227,9 @@ def train(
     frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
     dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
     student = new_student(frozen, args.student_blocks, dtype).train()
+    if accelerator.distributed_type is DistributedType.FSDP:  # pragma: no cover - needs a GPU
+        shard(frozen)
+        keep_inputs(accelerator)
     one = Distillation(args, frozen, student, expert)
     speed_up(frozen, student, args)
     optimizer: Any = torch.optim.AdamW(
