@@ -22,12 +22,14 @@ PROMPTS = [
 ]
 
 
-def draw(which: Tensor, generator: torch.Generator) -> Tensor:
+def draw(which: Tensor, generator: torch.Generator, smallest: float = 12, spread: float = 5) -> Tensor:
     """Draw one clip for each index into `PROMPTS`; size, speed and place are random.
 
     Args:
         which: (batch,) indices, on the device that shall draw.
         generator: of that device.
+        smallest: half the least height of a shape, in pixels; the largest has 13.
+        spread: how far from the middle, in pixels, the middle of a path may lie; up to 8 the whole path stays inside.
 
     Returns:
         (batch, 3, FRAMES, SIZE, SIZE), values from -1 to 1 as the VAE wants them.
@@ -42,10 +44,10 @@ def draw(which: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(which), generator=generator, device=device)
 
-    half, speed = uniform(12, 13), uniform(2, 2.75)  # pixels, pixels per frame
+    half, speed = uniform(smallest, 13), uniform(2, 2.75)  # pixels, pixels per frame
     step = torch.tensor(list(DIRECTIONS.values()), device=device)[direction] * speed[:, None]
     time = torch.arange(FRAMES, device=device) - (FRAMES - 1) / 2
-    middle = SIZE / 2 + torch.stack([uniform(-5, 5), uniform(-5, 5)], 1)  # the whole path stays inside
+    middle = SIZE / 2 + torch.stack([uniform(-spread, spread), uniform(-spread, spread)], 1)
     centre = middle[:, None] + step[:, None] * time[None, :, None]  # (batch, frames, 2)
 
     grid = torch.arange(SIZE, device=device) + 0.5

@@ -29,6 +29,10 @@ def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
 class Float8Attention(WanAttnProcessor):  # type: ignore[misc]
     """Self-attention whose two products are of 8-bit numbers, for a transformer that only runs forward.
 
+    What all keys or all values have in common is taken out before rounding (https://arxiv.org/abs/2411.10958): softmax
+    does not see it in the keys, and of the values it is added again. Left in, it would grow so large in the product's
+    sum over all tokens that the sum lost the rest.
+
     Args:
         attend: FlashAttention-3 (https://arxiv.org/abs/2407.08608) or its like: takes query, key and value in e4m3,
             (batch, tokens, heads, dim), and their scales, (batch, heads), as q_descale, k_descale and v_descale.
@@ -54,8 +58,9 @@ class Float8Attention(WanAttnProcessor):  # type: ignore[misc]
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
         pairs = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (query, key))
         query, key = (torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2) for a, b in pairs)
-        (query, q), (key, k), (value, v) = map(to_float8, (query, key, value))
-        out = self.attend(query, key, value, q_descale=q, k_descale=k, v_descale=v)
+        common = value.mean(1, keepdim=True)
+        (query, q), (key, k), (value, v) = map(to_float8, (query, key - key.mean(1, keepdim=True), value - common))
+        out = self.attend(query, key, value, q_descale=q, k_descale=k, v_descale=v) + common
         return cast(Tensor, attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states))))
 
 
