@@ -15,6 +15,7 @@ teacher's velocity; then the student is written as a pipeline folder that WanPip
 """
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -89,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_space(teacher, names, args.student_blocks / teacher.transformer["num_layers"], out)
 
+    # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

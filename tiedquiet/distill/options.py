@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +31,9 @@ FREE_ON_RESUME = {
 
 def fail(message: str) -> NoReturn:
     """Say in one line what is wrong, once in a distributed run, and end with status 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(f"tiedquiet.distill: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # if the first process fails, too, the launcher ends this one before it says the same
+    tqdm.write(f"tiedquiet.distill: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     raise SystemExit(2)
 
 

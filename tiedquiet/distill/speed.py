@@ -110,6 +110,8 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
         for block in student.blocks:
             block.forward = checkpointed(block.forward, **keep)
     if args.compile:
+        # It would split each block where DDP's buckets end; a block is small enough for them as it is.
+        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
         for block in (*teacher.blocks, *student.blocks):
             block.compile()
 
