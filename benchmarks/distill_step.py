@@ -58,8 +58,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="which of them (default: all)")
     parser.add_argument("--memory-limit", type=float, help="GiB that torch may hold; an arm that needs more says so")
     parser.add_argument("--scaling", action="store_true", help="the last of the arms on more than one GPU")
-    parser.add_argument("--kinds", nargs="+", choices=["ddp", "fsdp"], default=["ddp", "fsdp"], help="with --scaling")
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="with --scaling (default: 1 2)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["one", "ddp", "fsdp"], default=["one", "ddp", "fsdp"], help="with --scaling"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="of ddp and fsdp (default: %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shape not in SHAPES:
@@ -321,21 +323,20 @@ def ceiling(device: str) -> float:
 
 
 def scaling(options: Any) -> None:
-    """Run the same step in one process and in more, under DDP and FSDP, and write the results."""
+    """Run the same step on one GPU, and on more under DDP and FSDP, and write the results."""
     import torch
 
     found = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
     runs: list[dict[str, Any]] = []
     for kind in options.kinds:
-        for processes in options.processes:
-            if processes > found:
-                print(f"{processes} processes under {kind}: left out, there are {found} devices", file=sys.stderr)
-            elif run := launch(options, processes, kind):
-                runs.append(run)
-    single = {run["kind"]: run for run in runs if run["processes"] == 1}
+        processes = 1 if kind == "one" else options.processes
+        if processes > found:
+            print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
+        elif run := launch(options, processes, kind):
+            runs.append(run)
+    one = next((run["tokens_per_s"] for run in runs if run["kind"] == "one"), None)
     for run in runs:
-        one = single.get(run["kind"])
-        run["ratio_to_one"] = run["tokens_per_s"] / one["tokens_per_s"] if one else None
+        run["ratio_to_one"] = run["tokens_per_s"] / one if one else None
     if not runs:
         stop("nothing was measured")
     configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": ARMS[options.arms[-1]]}
@@ -360,7 +361,7 @@ def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
         command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
         command += ["--fsdp_transformer_layer_cls_to_wrap", "WanTransformerBlock"]
         command += ["--fsdp_cpu_ram_efficient_loading", "false"]
-    elif processes > 1:
+    elif kind == "ddp":
         command += ["--multi_gpu"]
     environment = {**os.environ, **({} if options.device == "cuda" else {"ACCELERATE_USE_CPU": "true"})}
     with tempfile.TemporaryDirectory() as folder:
@@ -369,7 +370,7 @@ def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
         command += ["--rounds", str(options.rounds), "--arms", options.arms[-1]]
         subprocess.run(command, env=environment, stdout=sys.stderr)
         if not answer.exists():
-            print(f"{processes} processes under {kind}: failed, as told above", file=sys.stderr)
+            print(f"{kind}: failed, as told above", file=sys.stderr)
             return None
         return {"kind": kind, "processes": processes, **json.loads(answer.read_text())}
 
@@ -380,7 +381,7 @@ def scaling_worker(options: Any) -> None:
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
 
-    from tiedquiet.distill.speed import keep_inputs, shard
+    from tiedquiet.distill.speed import shard
 
     accelerator = Accelerator()
     sharded, cuda = accelerator.distributed_type is DistributedType.FSDP, accelerator.device.type == "cuda"
@@ -388,8 +389,7 @@ def scaling_worker(options: Any) -> None:
     steps = Steps(SHAPES[options.shape], accelerator.device, "float32" if sharded else "bfloat16")
     steps.choose(options.arms[0])
     if sharded:
-        shard(steps.teacher)
-        keep_inputs(accelerator)
+        shard(steps.teacher, accelerator)
     steps.distillation.student, steps.optimizer = accelerator.prepare(steps.student, steps.optimizer)
     inputs, measured = steps.inputs(), []
     for number in range(options.rounds):
@@ -447,7 +447,7 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [f"{run['kind']}, {run['processes']}" for run in runs]
+    names = [f"{run['kind']}, {run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in runs]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
     for axis, key, label in zip(
         axes,

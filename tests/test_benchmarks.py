@@ -74,10 +74,10 @@ def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
 
 def test_a_distillation_step_in_two_processes(tmp_path: Path) -> None:
     small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--arms", "plain"]
-    done = run("distill_step", "--scaling", "--kinds", "ddp", *small)
+    done = run("distill_step", "--scaling", "--kinds", "one", "ddp", *small)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     runs = json.loads(path.read_text())["results"]["runs"]
-    assert [(run["kind"], run["processes"]) for run in runs] == [("ddp", 1), ("ddp", 2)]
+    assert [(run["kind"], run["processes"]) for run in runs] == [("one", 1), ("ddp", 2)]
     assert runs[0]["ratio_to_one"] == 1
     assert all(run["tokens_per_s"] > 0 for run in runs)

@@ -479,7 +479,7 @@ def test_the_saved_student_is_the_trained_module(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.01)
-    student.save_weights(trained, trained.state_dict(), tmp_path / "weights")
+    student.save_weights(trained.config, trained.state_dict(), tmp_path / "weights")
     student.write_pipeline(teacher, {"transformer_2": tmp_path / "weights"}, tmp_path / "student")
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 64))

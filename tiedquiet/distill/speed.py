@@ -111,24 +111,18 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
             block.forward = checkpointed(block.forward, **keep)
     if args.compile:
         # It would split each block where DDP's buckets end; a block is small enough for them as it is.
-        torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined]
+        torch._dynamo.config.optimize_ddp = False
         for block in (*teacher.blocks, *student.blocks):
             block.compile()
 
 
-def shard(teacher: WanTransformer3DModel) -> None:
-    """Spread a frozen teacher over all GPUs, of which each then has one or two blocks whole at a time."""
+def shard(teacher: WanTransformer3DModel, accelerator: Accelerator) -> None:
+    """Under FSDP: spread the frozen teacher over all GPUs, too, and leave every rounding of the student to autocast.
+
+    FSDP would compute in bfloat16 what Wan keeps in float32 (modulation, norms), and round the timesteps that it hands
+    in to multiples of four.
+    """
     for module in (*teacher.blocks, teacher):
         fully_shard(module)
-
-
-def keep_inputs(accelerator: Accelerator) -> None:
-    """Have FSDP compute in bfloat16 but leave the inputs alone: it would round timesteps to multiples of four.
-
-    Gradients are added up in float32.
-    """
-    plugin = accelerator.state.fsdp_plugin
-    if accelerator.mixed_precision == "bf16" and plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    if accelerator.state.fsdp_plugin.fsdp_version == 2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 
 from tiedquiet.distill.options import fail
 from tiedquiet.distill.teacher import Teacher
@@ -39,10 +40,13 @@ def new_student(teacher: WanTransformer3DModel, blocks: int, dtype: torch.dtype)
     return student.to(teacher.device)
 
 
-def save_weights(model: WanTransformer3DModel, state: Mapping[str, Any], place: Path) -> None:
-    """Write an expert's folder beside its place and move it there."""
+def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: Path) -> None:
+    """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config(dict(config))
+    model.load_state_dict(state, assign=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
-        model.save_pretrained(Path(beside) / place.name, state_dict=dict(state))
+        model.save_pretrained(Path(beside) / place.name)
         (Path(beside) / place.name).replace(place)
 
 

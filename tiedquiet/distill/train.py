@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from tiedquiet.distill.cache import Data
-from tiedquiet.distill.speed import keep_inputs, shard, speed_up
+from tiedquiet.distill.speed import shard, speed_up
 from tiedquiet.distill.student import groups, new_student, save_weights
 from tiedquiet.distill.teacher import Expert, Teacher, compute_dtype
 
@@ -228,8 +228,7 @@ def train(
     dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
     student = new_student(frozen, args.student_blocks, dtype).train()
     if accelerator.distributed_type is DistributedType.FSDP:  # pragma: no cover - needs a GPU
-        shard(frozen)
-        keep_inputs(accelerator)
+        shard(frozen, accelerator)
     one = Distillation(args, frozen, student, expert)
     speed_up(frozen, student, args)
     optimizer: Any = torch.optim.AdamW(
@@ -275,8 +274,9 @@ def train(
             start = time.perf_counter()
             told: dict[str, Tensor] = {}
             for part in range(micro):
-                with accelerator.accumulate(one.student), accelerator.autocast():
-                    loss, parts = one.loss(*ahead)
+                with accelerator.accumulate(one.student):
+                    with accelerator.autocast():
+                        loss, parts = one.loss(*ahead)
                     accelerator.backward(loss)
                 ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
                 for name, value in {"loss": loss.detach(), **parts}.items():
@@ -311,6 +311,6 @@ def train(
     state = accelerator.get_state_dict(one.student)
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(progress.losses))
-        save_weights(student, state, folder / "student")
+        save_weights(student.config, state, folder / "student")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
