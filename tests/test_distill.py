@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import UMT5Config
 
-from tiedquiet.distill import options, student, tiny_teacher
+from tiedquiet.distill import options, speed, student, tiny_teacher
 from tiedquiet.distill.__main__ import __doc__ as DOC
 from tiedquiet.distill.__main__ import main
 from tiedquiet.distill.cache import Data, read_clip
@@ -52,10 +54,19 @@ def prompts(tmp_path: Path) -> list[str]:
     return ["--prompts_file", str(tmp_path / "prompts.txt")]
 
 
-def run(*args: str | Path, launch: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`python -m tiedquiet.distill` or, with `launch`, that under another launcher."""
-    command = [sys.executable, *(launch or []), "-m", "tiedquiet.distill", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+# `accelerate launch --cpu` would want MPI for this; --multi_gpu is torchrun, and ACCELERATE_USE_CPU keeps it to CPUs.
+IN_TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+IN_TWO_PROCESSES += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def run(
+    *args: str | Path, launch: Sequence[str] = (), module: str = "tiedquiet.distill"
+) -> subprocess.CompletedProcess[str]:
+    """`python -m tiedquiet.distill`, maybe under another launcher."""
+    command = [sys.executable, *launch, "-m", module, *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=Path(__file__).parents[1]
+    )
 
 
 def interrupt(kind: signal.Signals, awaited: str, out: Path, *args: str) -> tuple[int, list[str]]:
@@ -175,30 +186,40 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
         load_file(kept)
 
 
-def test_fsdp_refuses_what_needs_whole_weights(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("--use_ema", "under FSDP no GPU has them"), ("--student_dtype=bf16", "FSDP wants weights of one dtype")],
+)
+def test_fsdp_refuses_what_it_cannot_do(
+    argument: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(SystemExit):
-        main(["--use_ema"])
-    assert "under FSDP no GPU has them" in capsys.readouterr().err
+        main([argument, "--output_dir", str(tmp_path / "out")])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -> None:
+    common = [*SHORT, *prompts, "--mixed_precision", "bf16", "--expert", "high", "--checkpointing_steps", "2"]
+    common += ["--gradient_checkpointing", "attention", "--cache_dir", str(tmp_path / "cache"), "--output_dir"]
+    sharded = run(*common, tmp_path / "fsdp", launch=IN_TWO_PROCESSES, module="tests.fsdp_on_cpu")
+    assert sharded.returncode == 0, sharded.stderr
+    assert json.loads((tmp_path / "fsdp/metrics.json").read_text())["distributed"] == "FSDP"
+    whole = run(*common, tmp_path / "ddp", launch=IN_TWO_PROCESSES)
+    assert whole.returncode == 0, whole.stderr
+    one, two = weights(tmp_path / "fsdp"), weights(tmp_path / "ddp")
+    teacher = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
+    begun = student.new_student(teacher, 4, torch.float32).state_dict()
+    moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
+    assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.1 * moved
 
 
 def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> None:
-    # `accelerate launch --cpu` would want MPI for this; --multi_gpu is torchrun, and ACCELERATE_USE_CPU keeps it to CPUs.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = run(
-        *SHORT,
-        *prompts,
-        "--output_dir",
-        tmp_path / "out",
-        "--expert",
-        "high",
-        "--checkpointing_steps",
-        "2",
-        launch=launch,
-    )
+        *SHORT, *prompts, "--output_dir", tmp_path / "out", "--expert", "high", "--checkpointing_steps", "2",
+        launch=IN_TWO_PROCESSES,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("teacher: adherence") == 1
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -346,11 +367,33 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert not (tmp_path / "out").exists()
 
 
-def test_other_processes_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_process_waits_for_the_first_to_say_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
+    silence: list[str] = []
+    monkeypatch.setattr(options.time, "sleep", lambda seconds: silence.append(capsys.readouterr().err))
     with pytest.raises(SystemExit):
-        options.fail("once is enough")
-    assert capsys.readouterr().err == ""
+        options.fail("only this one knows")
+    assert silence == [""]
+    assert capsys.readouterr().err == "tiedquiet.distill: only this one knows\n"
+
+
+@pytest.mark.parametrize(("capability", "words"), [((8, 0), "needs a Hopper GPU"), ((9, 0), "pip install fa3-fwd")])
+def test_attention_in_8_bits_needs(
+    capability: tuple[int, int],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["--teacher_attention", "float8", "--output_dir", str(tmp_path / "out")])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_expert_is_chosen_by_timestep() -> None:
@@ -382,7 +425,7 @@ def test_the_loss_by_hand() -> None:
 
 
 def step(
-    args: Namespace, checkpointing: str | None = None, empty: bool = False
+    args: Namespace, checkpointing: str | None = None, empty: bool = False, wrap: Callable[..., Any] = lambda it: it
 ) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """A student, the loss of one fixed batch, its parts."""
     torch.manual_seed(0)
@@ -392,6 +435,7 @@ def step(
     args.gradient_checkpointing = checkpointing
     distillation = Distillation(args, frozen, learner, expert)
     speed_up(frozen, learner, args)
+    distillation.student = wrap(learner)
     x0 = torch.randn(2, 16, 3, 8, 8)
     x, timesteps, task = distillation.noisy(x0, torch.Generator().manual_seed(1))
     sigma = (timesteps / 1000).view(-1, 1, 1, 1, 1)
@@ -412,6 +456,21 @@ def test_saving_memory_or_time_changes_nothing_else(checkpointing: str | None, c
     saving, other, _ = step(parse(DOC, compiled), checkpointing)
     torch.testing.assert_close(loss, other)
     for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiled_blocks_learn_under_ddp_where_its_buckets_are_smaller(tmp_path: Path) -> None:
+    plain, loss, _ = step(parse(DOC, []))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped, other, _ = step(
+            parse(DOC, ["--compile"]), wrap=lambda learner: DistributedDataParallel(learner, bucket_cap_mb=0.01)
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(loss, other)
+    for one, two in zip(plain.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
 
 

@@ -102,7 +102,7 @@ def _swap_copies(name: str, old: object, new: object) -> None:
 def _on_load(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `PreTrainedModel._load_pretrained_model`: record what was stored before anything is tied."""
     result = wrapped(*args, **kwargs)
-    if mode.current != "off":
+    if mode.current != "off" and not _left_empty():
         try:
             info = result[0] if isinstance(result, tuple) else result
             mismatched = (entry[0] for entry in info.mismatched_keys)
@@ -110,6 +110,12 @@ def _on_load(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
         except Exception as error:
             _aside(error)
     return result
+
+
+def _left_empty() -> bool:
+    """Whether this process has no weights yet: FSDP's RAM-efficient loading sends it those of the first one later."""
+    names = vars(sys.modules["transformers.modeling_utils"])
+    return bool(names.get("is_fsdp_enabled", bool)()) and not names.get("is_local_dist_rank_0", bool)()
 
 
 def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

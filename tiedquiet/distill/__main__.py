@@ -3,11 +3,16 @@ r"""Distil a Wan text-to-video pipeline into a student with half its blocks.
     python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
-    accelerate launch -m tiedquiet.distill \
-        --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high \
+    python -m tiedquiet.distill \
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --prompts_file prompts.txt --output_dir wan-half \
-        --mixed_precision bf16 --student_dtype bf16 --gradient_checkpointing attention --compile \
+        --mixed_precision bf16 --gradient_checkpointing attention --compile \
         --checkpointing_steps 500 --resume_from_checkpoint latest
+
+    accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
+    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+        --fsdp_transformer_layer_cls_to_wrap WanTransformerBlock -m tiedquiet.distill \
+        --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
 
 Down the page: the text encoder's ties are proven and the prompt embeddings cached; latents are encoded from clips
 (--train_data_dir) or sampled by the teacher (--prompts_file) and cached; then each expert's student learns the
@@ -100,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
     )
-    if accelerator.distributed_type is DistributedType.FSDP:  # pragma: no cover - needs a GPU
+    if accelerator.distributed_type is DistributedType.FSDP:
         if args.use_ema or args.validation_steps:
             fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
         if args.student_dtype == "bf16":

@@ -14,7 +14,7 @@ TINY_WAN = Path(__file__).with_name("tiny_wan")
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 12,
-    "sample_guidance_scale": 1.0, "train_batch_size": 16, "max_train_steps": 1500, "learning_rate": 5e-3,
+    "sample_guidance_scale": 1.0, "train_batch_size": 16, "max_train_steps": 1200, "learning_rate": 5e-3,
     "lr_scheduler": "cosine", "lr_warmup_steps": 100, "samples_per_prompt": 8, "feature_weight": 0.3,
 }  # fmt: skip
 WAN = {
@@ -113,7 +113,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     # Memory and speed.
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
-    add("--student_dtype", choices=["fp32", "bf16"], default="fp32", help="of the student's weights and optimizer")
+    add("--student_dtype", choices=["fp32", "bf16"], default="fp32",
+        help="of the student's weights and optimizer; bf16: half the memory, but small updates round away")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but self-attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
