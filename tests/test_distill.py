@@ -212,7 +212,7 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
     teacher = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
     begun = student.new_student(teacher, 4, torch.float32).state_dict()
     moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
-    assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.1 * moved
+    assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.015 * moved
 
 
 def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> None:
