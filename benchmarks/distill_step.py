@@ -244,7 +244,7 @@ def one_device(options: Any) -> None:
                     steps.choose(arm)
                     measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 0 else 1)
                 except ImportError as error:
-                    failed[arm] = f"needs {error.name}"
+                    failed[arm] = f"no module {error.name}"
                 except torch.OutOfMemoryError:
                     failed[arm] = f"needs more than {options.memory_limit or total:.0f} GiB"
                     steps.optimizer.zero_grad()

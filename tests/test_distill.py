@@ -188,7 +188,11 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("--use_ema", "under FSDP no GPU has them"), ("--student_dtype=bf16", "FSDP wants weights of one dtype")],
+    [
+        ("--use_ema", "under FSDP no GPU has them"),
+        ("--student_dtype=bf16", "FSDP wants weights of one dtype"),
+        ("--expert=high", "--fsdp_version 2"),
+    ],
 )
 def test_fsdp_refuses_what_it_cannot_do(
     argument: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -110,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
             fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
         if args.student_dtype == "bf16":
             fail("--student_dtype bf16: FSDP wants weights of one dtype, and Wan keeps some in float32; leave it out")
+        if not accelerator.is_fsdp2:
+            fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
     dtype = compute_dtype(args)
     set_seed(args.seed)
     told = settings(args)

@@ -124,5 +124,4 @@ def shard(teacher: WanTransformer3DModel, accelerator: Accelerator) -> None:
     """
     for module in (*teacher.blocks, teacher):
         fully_shard(module)
-    if accelerator.state.fsdp_plugin.fsdp_version == 2:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
