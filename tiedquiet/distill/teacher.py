@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
+from tqdm import tqdm
 
 import tiedquiet
 from tiedquiet.distill.options import fail
@@ -136,8 +138,11 @@ class Teacher:
         lost = sorted({*info["missing_keys"], *(tie.key for tie in ties)} - proven)
         if lost and not broken:
             fail(f"{place}: not proven to come from the checkpoint: {', '.join(lost[:3])}")
-        for tie in ties:
-            print(f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}")
+        if int(os.environ.get("RANK", 0)) == 0:
+            for tie in ties:
+                tqdm.write(
+                    f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}"
+                )  # above whatever bar is shown
         return encoder.eval()
 
     @torch.no_grad()
