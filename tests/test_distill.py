@@ -176,6 +176,16 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
     assert run(*common, "--output_dir", broken, "--resume_from_checkpoint", "latest").stdout.endswith("is finished\n")
 
 
+def test_a_run_that_diverges_stops_before_it_saves_that(tmp_path: Path, prompts: list[str]) -> None:
+    done = run(
+        *SHORT, *prompts, "--output_dir", tmp_path / "out", "--learning_rate", "1e38", "--lr_warmup_steps", "0",
+        "--checkpointing_steps", "1",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "transformer, step 2: the loss or its gradient is not finite" in done.stderr.splitlines()[-1]
+    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints/transformer")] == ["checkpoint-1"]
+
+
 def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]) -> None:
     many = [*SHORT, *prompts, "--samples_per_prompt", "10000"]
     status, lines = interrupt(signal.SIGINT, "cache/latents-*/*.safetensors", tmp_path / "out", *many)
@@ -391,6 +401,7 @@ def test_attention_in_8_bits_needs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The GPU that it runs on, and its kernels."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
@@ -398,6 +409,9 @@ def test_attention_in_8_bits_needs(
         main(["--teacher_attention", "float8", "--output_dir", str(tmp_path / "out")])
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    speed.check_float8()
 
 
 def test_the_expert_is_chosen_by_timestep() -> None:
@@ -628,8 +642,12 @@ def test_the_recipe_of_the_tiny_teacher(
     argv = ["tiny_teacher", "--output_dir", str(target), "--vae_steps", "2", "--vae_batch", "1", "--expert_steps", "2"]
     monkeypatch.setattr(sys, "argv", [*argv, "--expert_batch", "1", "--clips", "1"])
     monkeypatch.setattr(tiny_teacher, "PROMPTS", PROMPTS[:2])
-    with pytest.raises(SystemExit, match="nothing was written"):
+    with pytest.raises(SystemExit, match=r"the VAE's 0\.0% is under 90%; nothing was written"):
         tiny_teacher.main()
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_teacher, "reconstruction", lambda vae, generator: 1.0)
+        with pytest.raises(SystemExit, match=r"adherence .* is under 90%; nothing was written"):
+            tiny_teacher.main()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(tiny_teacher, "ADHERENCE", 0.0)
     (target / "before").mkdir(parents=True)

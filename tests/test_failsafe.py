@@ -43,6 +43,7 @@ FUNCTIONS = [
     (report, "_explain"),
     (report, "say"),
     (report, "is_main_process"),
+    (patch, "_left_empty"),
     (patch, "_bind"),
     (patch, "_conclude"),
     (patch, "_fold"),

@@ -50,9 +50,8 @@ class Float8Attention(WanAttnProcessor):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As `WanAttnProcessor`, but rounded once after rotation; cross-attention, which is cheap, stays as it is."""
-        if rotary_emb is None:
-            return cast(Tensor, super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask))
+        """As `WanAttnProcessor` where it is self-attention, but rounded once, after rotation."""
+        assert rotary_emb is not None
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]

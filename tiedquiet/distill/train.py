@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 import time
@@ -17,10 +18,12 @@ from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from tiedquiet.distill.cache import Data
+from tiedquiet.distill.options import fail
 from tiedquiet.distill.speed import shard, speed_up
 from tiedquiet.distill.student import groups, new_student, save_weights
 from tiedquiet.distill.teacher import Expert, Teacher, compute_dtype
@@ -222,6 +225,7 @@ def train(
 
     Raises:
         Stopped: after a signal; a checkpoint was saved.
+        SystemExit: with status 2, after one line, when the loss or its gradient is no longer finite.
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
     frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
@@ -281,7 +285,7 @@ def train(
                 ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     told[name] = told.get(name, torch.zeros_like(value)) + value / micro
-            accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
+            norm: Any = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -289,10 +293,17 @@ def train(
                 ema.step(student.parameters())
 
             done = step + 1
+            told["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
             told["stop"] = torch.tensor(float(bool(received)), device=device)  # whichever process was told to
             values = accelerator.reduce(torch.stack([*told.values()]), "mean").tolist()
             numbers = dict(zip(told, values, strict=True))
             stop = numbers.pop("stop") > 0
+            if not math.isfinite(numbers["loss"] + numbers.pop("norm")):  # before it gets into a checkpoint
+                bar.close()
+                fail(
+                    f"{expert.name}, step {done}: the loss or its gradient is not finite; what was saved stays, "
+                    "a lower --learning_rate may help"
+                )
             progress.losses.append(
                 {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
             )
