@@ -206,14 +206,11 @@ class Steps:
         self.optimizer.zero_grad()
         return loss.item(), ahead
 
-    def teacher_velocity(self, arm: str | None) -> Any:
-        """The teacher's velocity as an arm computes it, or untouched, in float32."""
+    def teacher_velocity(self, arm: str) -> Any:
+        """The teacher's velocity as an arm computes it, in float32."""
         import torch
 
-        if arm:
-            self.choose(arm)
-        else:
-            self.put(self.untouched)
+        self.choose(arm)
         with torch.no_grad():
             x, timesteps, _ = self.inputs()
             dtype = self.distillation.dtype
@@ -253,7 +250,7 @@ def one_device(options: Any) -> None:
             if number:
                 rounds.append(measured)
 
-    native = steps.teacher_velocity(None)
+    plain = steps.teacher_velocity("plain")
     flops, top = useful_flops(shape), max(ceilings)
     arms: dict[str, Any] = {}
     finished = [arm for arm in options.arms if arm not in failed]
@@ -266,7 +263,7 @@ def one_device(options: Any) -> None:
             "ratio_to_first": spread([m[arm]["seconds"] / m[finished[0]]["seconds"] for m in rounds]),
             "peak_gib": max(measured[arm]["peak_gib"] for measured in rounds),
             "loss": losses[arm],
-            "teacher_error": ((steps.teacher_velocity(arm) - native).norm() / native.norm()).item(),
+            "teacher_error": ((steps.teacher_velocity(arm) - plain).norm() / plain.norm()).item(),
         }
     results = {
         "useful_teraflop_per_step": flops / 1e12,
@@ -334,11 +331,11 @@ def scaling(options: Any) -> None:
             print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
         elif run := launch(options, processes, kind):
             runs.append(run)
+    if not runs:
+        stop("nothing was measured")
     one = next((run["tokens_per_s"] for run in runs if run["kind"] == "one"), None)
     for run in runs:
         run["ratio_to_one"] = run["tokens_per_s"] / one if one else None
-    if not runs:
-        stop("nothing was measured")
     configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": ARMS[options.arms[-1]]}
     path = write(f"distill-scaling-{options.shape}", configuration, {"runs": runs}, options.out)
     print("| | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
@@ -449,17 +446,13 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
 
     names = [f"{run['kind']}, {run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in runs]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
-    for axis, key, label in zip(
-        axes,
-        ("tokens_per_s", "peak_gib", "communication"),
-        ("tokens per second", "peak memory per GPU, GiB", "communication, % of a step (red: not hidden)"),
-        strict=True,
-    ):
-        scale = 100 if key == "communication" else 1
-        axis.bar(names, [scale * run[key] for run in runs], color="tab:blue")
-        if key == "communication":
-            axis.bar(names, [scale * run["communication_not_hidden"] for run in runs], color="tab:red")
-        axis.set(title=label)
+    axes[0].bar(names, [run["tokens_per_s"] for run in runs])
+    axes[0].set(title="tokens per second")
+    axes[1].bar(names, [run["peak_gib"] for run in runs])
+    axes[1].set(title="peak memory per GPU, GiB")
+    axes[2].bar(names, [100 * run["communication"] for run in runs])
+    axes[2].bar(names, [100 * run["communication_not_hidden"] for run in runs], color="tab:red")
+    axes[2].set(title="communication, % of a step (red: not hidden)")
     figure.suptitle(f"one distillation step, {shape}")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)

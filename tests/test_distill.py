@@ -478,15 +478,12 @@ def test_saving_memory_or_time_changes_nothing_else(checkpointing: str | None, c
 
 
 @pytest.mark.filterwarnings("default")
-def test_compiled_blocks_learn_under_ddp_where_its_buckets_are_smaller(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_compiled_blocks_learn_under_ddp_where_its_buckets_are_smaller() -> None:
     plain, loss, _ = step(parse(DOC, []))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        wrapped, other, _ = step(
-            parse(DOC, ["--compile"]), wrap=lambda learner: DistributedDataParallel(learner, bucket_cap_mb=0.01)
-        )
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped, other, _ = step(
+        parse(DOC, ["--compile"]), wrap=lambda learner: DistributedDataParallel(learner, bucket_cap_mb=0.01)
+    )
     torch.testing.assert_close(loss, other)
     for one, two in zip(plain.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)

@@ -51,7 +51,7 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
     if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
         must_match(args, args.output_dir / "args.json")
     if wanted == "latest":
-        return {name: ([None, *checkpoints(work / name)])[-1] for name in experts}
+        return {name: [None, *checkpoints(work / name)][-1] for name in experts}
     place = Path(wanted)
     if not place.is_dir() or place.parent.name not in experts:
         fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")

@@ -2,13 +2,14 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+from tiedquiet.mode import is_main_process
 
 TINY_WAN = Path(__file__).with_name("tiny_wan")
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
@@ -31,7 +32,7 @@ FREE_ON_RESUME = {
 
 def fail(message: str) -> NoReturn:
     """Say in one line what is wrong, once in a distributed run, and end with status 2."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_main_process():
         time.sleep(5)  # if the first process fails, too, the launcher ends this one before it says the same
     tqdm.write(f"tiedquiet.distill: {message}", file=sys.stderr)  # on a line of its own, whatever bar is shown
     raise SystemExit(2)

@@ -25,28 +25,31 @@ def groups(teacher_blocks: int, student_blocks: int) -> list[range]:
 
 def new_student(teacher: WanTransformer3DModel, blocks: int, dtype: torch.dtype) -> WanTransformer3DModel:
     """A transformer of `blocks` blocks with the teacher's weights, where they are; float32 where those are float32."""
-    with init_empty_weights():  # none are drawn only to be thrown away
-        student = WanTransformer3DModel.from_config({**teacher.config, "num_layers": blocks})
-    weights, begun = teacher.state_dict(), {}
     first = [group[0] for group in groups(len(teacher.blocks), blocks)]
-    for name in student.state_dict():
-        source = name
-        if name.startswith("blocks."):
-            number, rest = name.removeprefix("blocks.").split(".", 1)
-            source = f"blocks.{first[int(number)]}.{rest}"
-        theirs = weights[source]
+    begun = {}
+    for source, theirs in teacher.state_dict().items():
+        name = source
+        if source.startswith("blocks."):
+            number, rest = source.removeprefix("blocks.").split(".", 1)
+            if int(number) not in first:
+                continue
+            name = f"blocks.{first.index(int(number))}.{rest}"
         begun[name] = theirs.detach().to(dtype if theirs.dtype != torch.float32 else torch.float32, copy=True)
-    student.load_state_dict(begun, assign=True)
-    return student.to(teacher.device)
+    return assembled({**teacher.config, "num_layers": blocks}, begun).to(teacher.device)
+
+
+def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTransformer3DModel:
+    """A transformer of exactly these weights; none are drawn only to be thrown away."""
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config(dict(config))
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: Path) -> None:
     """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
-    with init_empty_weights():
-        model = WanTransformer3DModel.from_config(dict(config))
-    model.load_state_dict(state, assign=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
-        model.save_pretrained(Path(beside) / place.name)
+        assembled(config, state).save_pretrained(Path(beside) / place.name)
         (Path(beside) / place.name).replace(place)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 import tiedquiet
 from tiedquiet.distill.options import fail
+from tiedquiet.mode import is_main_process
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,9 @@ class Teacher:
         lost = sorted({*info["missing_keys"], *(tie.key for tie in ties)} - proven)
         if lost and not broken:
             fail(f"{place}: not proven to come from the checkpoint: {', '.join(lost[:3])}")
-        if int(os.environ.get("RANK", 0)) == 0:
-            for tie in ties:
-                tqdm.write(
-                    f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}"
-                )  # above whatever bar is shown
+        for tie in ties if is_main_process() else ():
+            # Above whatever bar is shown.
+            tqdm.write(f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}")
         return encoder.eval()
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ class Taps:
             model.blocks[number].register_forward_hook(self.take)
 
     def take(self, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        """Keep an output; not when gradient checkpointing computes it again."""
+        """Keep an output; not those of validation, which calls the same blocks."""
         if self.open:
             self.outputs.append(output)
 
@@ -295,7 +295,7 @@ def train(
             done = step + 1
             told["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
             told["stop"] = torch.tensor(float(bool(received)), device=device)  # whichever process was told to
-            values = accelerator.reduce(torch.stack([*told.values()]), "mean").tolist()
+            values = accelerator.reduce(torch.stack(list(told.values())), "mean").tolist()
             numbers = dict(zip(told, values, strict=True))
             stop = numbers.pop("stop") > 0
             if not math.isfinite(numbers["loss"] + numbers.pop("norm")):  # before it gets into a checkpoint
