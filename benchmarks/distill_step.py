@@ -14,6 +14,7 @@ counts against an arm.
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -197,24 +198,36 @@ class Steps:
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
         """One step; returns its loss and the next step's inputs, which the example, too, prepares meanwhile."""
         import torch
+        from torch.distributed.tensor import DTensor
 
         loss, _ = self.distillation.loss(*inputs, self.text)
         loss.backward()
         ahead = self.inputs()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(loss.item() + norm.item()):
+            stop(f"loss {loss.item()}, norm of its gradient {norm.item()}: the time of such a step says nothing")
         return loss.item(), ahead
 
-    def teacher_velocity(self, arm: str) -> Any:
-        """The teacher's velocity as an arm computes it, in float32."""
+    def computed(self, arm: str) -> tuple[Any, dict[str, Any]]:
+        """The teacher's velocity and the student's gradients as an arm computes them, in float32."""
         import torch
 
         self.choose(arm)
+        inputs, dtype = self.inputs(), self.distillation.dtype
         with torch.no_grad():
-            x, timesteps, _ = self.inputs()
-            dtype = self.distillation.dtype
-            return self.teacher(x.to(dtype), timesteps, self.text.to(dtype), return_dict=False)[0].float()
+            velocity = self.teacher(inputs[0].to(dtype), inputs[1], self.text.to(dtype), return_dict=False)[0].float()
+        self.distillation.loss(*inputs, self.text)[0].backward()
+        gradients = {
+            name: parameter.grad.float().cpu()
+            for name, parameter in self.student.named_parameters()
+            # The same for all of a query's logits, which softmax does not see: what is there is rounding.
+            if parameter.grad is not None and not name.endswith("to_k.bias")
+        }
+        self.optimizer.zero_grad()
+        return velocity, gradients
 
 
 def one_device(options: Any) -> None:
@@ -228,18 +241,28 @@ def one_device(options: Any) -> None:
         torch.cuda.set_per_process_memory_fraction(options.memory_limit / total)
     shape = SHAPES[options.shape]
     steps = Steps(shape, options.device)
-    inputs, failed, rounds, losses = steps.inputs(), {}, [], {}
+    inputs, failed, rounds, losses, errors = steps.inputs(), {}, [], {}, {}
     ceilings = [ceiling(options.device)]
+    # As plain, in less memory.
+    velocity, gradients = steps.computed("checkpointing")
     with tqdm(total=len(options.arms) * (options.rounds + 1), unit="step") as bar:
-        for number in range(options.rounds + 1):  # the first compiles and warms up
+        # The first compares, while there is much to learn: once there is not, gradients are little but rounding.
+        for number in range(options.rounds + 1):
             measured = {}
             for arm in options.arms[number % len(options.arms) :] + options.arms[: number % len(options.arms)]:
                 bar.update()
                 if arm in failed:
                     continue
                 try:
-                    steps.choose(arm)
-                    measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 0 else 1)
+                    if number == 0:
+                        its_velocity, its_gradients = steps.computed(arm)
+                        errors[arm] = {
+                            "teacher_error": ((its_velocity - velocity).norm() / velocity.norm()).item(),
+                            "gradient_error": gradient_error(its_gradients, gradients),
+                        }
+                    else:
+                        steps.choose(arm)
+                        measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 1 else 1)
                 except ImportError as error:
                     failed[arm] = f"no module {error.name}"
                 except torch.OutOfMemoryError:
@@ -250,7 +273,6 @@ def one_device(options: Any) -> None:
             if number:
                 rounds.append(measured)
 
-    plain = steps.teacher_velocity("plain")
     flops, top = useful_flops(shape), max(ceilings)
     arms: dict[str, Any] = {}
     finished = [arm for arm in options.arms if arm not in failed]
@@ -263,7 +285,7 @@ def one_device(options: Any) -> None:
             "ratio_to_first": spread([m[arm]["seconds"] / m[finished[0]]["seconds"] for m in rounds]),
             "peak_gib": max(measured[arm]["peak_gib"] for measured in rounds),
             "loss": losses[arm],
-            "teacher_error": ((steps.teacher_velocity(arm) - plain).norm() / plain.norm()).item(),
+            **errors[arm],
         }
     results = {
         "useful_teraflop_per_step": flops / 1e12,
@@ -279,6 +301,18 @@ def one_device(options: Any) -> None:
     if arms:
         plot(path, results, options.shape)
     print(path)
+
+
+def gradient_error(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """The relative error of a kind of parameter's gradients, all blocks together: that of the worst kind."""
+    off, size = dict[str, float](), dict[str, float]()
+    for name, gradient in reference.items():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        off[kind] = off.get(kind, 0.0) + (ours[name] - gradient).double().square().sum().item()
+        size[kind] = size.get(kind, 0.0) + gradient.double().square().sum().item()
+    errors = {kind: math.sqrt(off[kind] / size[kind]) for kind in size}
+    worst = max(errors, key=lambda kind: math.inf if math.isnan(errors[kind]) else errors[kind])
+    return {"of": worst, "error": errors[worst]}
 
 
 def timed(
@@ -406,6 +440,7 @@ def scaling_worker(options: Any) -> None:
             "seconds": spread(seconds),
             "tokens_per_s": tokens / statistics.median(seconds),
             "peak_gib": max(one["peak_gib"] for one in measured),
+            "loss": loss,
             **communication(profile, cuda),
         }
         Path(options.worker).write_text(json.dumps(told))
@@ -446,13 +481,16 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
 
     names = [f"{run['kind']}, {run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in runs]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
-    axes[0].bar(names, [run["tokens_per_s"] for run in runs])
+    speeds = axes[0].bar(names, [run["tokens_per_s"] for run in runs])
+    ratios = [run["ratio_to_one"] for run in runs]
+    axes[0].bar_label(speeds, [f"{ratio:.2f}x" if ratio else "" for ratio in ratios])
+    axes[0].margins(y=0.1)
     axes[0].set(title="tokens per second")
     axes[1].bar(names, [run["peak_gib"] for run in runs])
     axes[1].set(title="peak memory per GPU, GiB")
     axes[2].bar(names, [100 * run["communication"] for run in runs])
     axes[2].bar(names, [100 * run["communication_not_hidden"] for run in runs], color="tab:red")
-    axes[2].set(title="communication, % of a step (red: not hidden)")
+    axes[2].set(title="communication", ylabel="% of a step (red: not hidden)")
     figure.suptitle(f"one distillation step, {shape}")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
@@ -460,16 +498,16 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
 
 def report(results: dict[str, Any]) -> None:
     print(
-        "| arm | s/step | tokens/s | of the ceiling | peak GiB | teacher's error |\n"
-        "| --- | --- | --- | --- | --- | --- |"
+        "| arm | s/step | tokens/s | of the ceiling | peak GiB | teacher's error | gradients' |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for name, arm in results["arms"].items():
         print(
             f"| {name} | {show(arm['seconds'])} | {arm['tokens_per_s']:,.0f} | {arm['percent_of_ceiling']:.1f} % "
-            f"| {arm['peak_gib']:.1f} | {arm['teacher_error']:.1e} |"
+            f"| {arm['peak_gib']:.1f} | {arm['teacher_error']:.1e} | {arm['gradient_error']['error']:.1e} |"
         )
     for name, why in results["failed"].items():
-        print(f"| {name} | {why} | | | | |")
+        print(f"| {name} | {why} | | | | | |")
     print(f"ceiling: {results['ceiling_teraflop_per_s']['highest']:.0f} TFLOP/s")
 
 

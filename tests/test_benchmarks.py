@@ -1,11 +1,15 @@
 """The benchmarks start, refuse bad input in one line before any work, and find what they measure to be right."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.distill_step import SHAPES, Steps, gradient_error
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census", "distill_step")
@@ -70,6 +74,34 @@ def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
     linear = 2 * 32 * (6 * 128 * 128 + 2 * 128 * 64) + 2 * 8 * 2 * 128 * 128
     flops = 10 * (linear + 4 * 32 * 32 * 128 + 4 * 32 * 8 * 128)
     assert results["useful_teraflop_per_step"] == pytest.approx(flops / 1e12)
+
+
+def test_one_wrong_gradient_is_not_lost_among_many() -> None:
+    gradients = {
+        f"blocks.{n}.{name}": torch.full((3,), 10.0**n) for n in range(4) for name in ("table", "ffn.0.weight")
+    }
+    assert gradient_error(gradients, gradients)["error"] == 0
+    off = {**gradients, "blocks.3.table": torch.full((3,), 2000.0)}
+    told = gradient_error(off, gradients)
+    assert told == {"of": "blocks.table", "error": pytest.approx(1, rel=0.01)}
+    for wrong in (math.nan, math.inf):
+        told = gradient_error({**off, "blocks.0.ffn.0.weight": torch.full((3,), wrong)}, gradients)
+        assert told["of"] == "blocks.ffn.weight"
+        assert not math.isfinite(told["error"])
+
+
+@pytest.mark.parametrize("wrong", ["weight", "gradient"])
+def test_a_step_that_computes_nothing_is_not_timed(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = Steps(SHAPES["tiny"], "cpu")
+    parameter = next(steps.student.parameters())
+    if wrong == "weight":
+        parameter.data.fill_(math.nan)
+    else:  # finite itself, unlike its norm: clipped by that, it would be 0, and the loss would stay as it is
+        parameter.register_hook(lambda gradient: torch.full_like(gradient, 1e38))
+    with pytest.raises(SystemExit) as stopped:
+        steps(steps.inputs())
+    assert stopped.value.code == 2
+    assert "the time of such a step says nothing" in capsys.readouterr().err
 
 
 def test_a_distillation_step_in_two_processes(tmp_path: Path) -> None:

@@ -489,6 +489,23 @@ def test_compiled_blocks_learn_under_ddp_where_its_buckets_are_smaller() -> None
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_gets_gradients_of_the_modulation_wrong_on_gpus_is_off_where_blocks_are_compiled() -> None:
+    inductor, seen = torch._inductor.config, list[bool]()
+
+    def note(graph: Any) -> None:
+        seen.append(inductor.triton.mix_order_reduction)
+
+    if not hasattr(inductor.triton, "mix_order_reduction"):
+        pytest.skip("this torch does not have it")
+    torch._dynamo.reset()
+    with inductor.patch({"post_grad_custom_post_pass": note, "triton.mix_order_reduction": True}):
+        step(parse(DOC, ["--compile"]))
+        assert len(seen) >= 3  # teacher, student, its backward pass
+        assert not any(seen)
+        assert inductor.triton.mix_order_reduction  # elsewhere it is left as it was
+
+
 class Counting(TorchDispatchMode):
     """Counts forward attention over all pairs of tokens."""
 

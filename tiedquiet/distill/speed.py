@@ -111,8 +111,11 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
     if args.compile:
         # It would split each block where DDP's buckets end; a block is small enough for them as it is.
         torch._dynamo.config.optimize_ddp = False
+        # On GPUs it leaves gradients of Wan's modulation unwritten: https://github.com/pytorch/pytorch/issues/193061
+        wrong = "triton.mix_order_reduction"  # torch 2.10 to 2.13; older ones do not know it
+        options = {wrong: False} if wrong in torch._inductor.list_options() else {}
         for block in (*teacher.blocks, *student.blocks):
-            block.compile()
+            block.compile(options=options)
 
 
 def shard(teacher: WanTransformer3DModel, accelerator: Accelerator) -> None:
