@@ -8,7 +8,8 @@ A teacher of 30 blocks and a student of 15 with random weights, bf16, batch 1, A
 `tiedquiet.distill.train`, from noisy latents to updated weights. All arms share one process and one pair of models and
 take turns in rotating order; the ceiling, a large bf16 matrix product, is measured in every round. Only the arithmetic
 that the step needs is counted (teacher forward; student forward and twice that backward), so computing something again
-counts against an arm. What an arm computes, the teacher's velocity and the student's gradients, is held against plain's.
+counts against an arm. What an arm computes, the teacher's velocity and the student's gradients, is held
+against that of the plain one.
 """
 
 import argparse
