@@ -8,8 +8,8 @@ A teacher of 30 blocks and a student of 15 with random weights, bf16, batch 1, A
 `tiedquiet.distill.train`, from noisy latents to updated weights. All arms share one process and one pair of models and
 take turns in rotating order; the ceiling, a large bf16 matrix product, is measured in every round. Only the arithmetic
 that the step needs is counted (teacher forward; student forward and twice that backward), so computing something again
-counts against an arm. What an arm computes, the teacher's velocity and the student's gradients, is held
-against that of the plain one.
+counts against an arm. What an arm computes, the teacher's velocity and the student's gradients, is held against that of
+the plain one.
 """
 
 import argparse
@@ -199,18 +199,19 @@ class Steps:
     def __call__(self, inputs: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
         """One step; returns its loss and the next step's inputs, which the example, too, prepares meanwhile."""
         import torch
-        from torch.distributed.tensor import DTensor
+
+        from tiedquiet.distill.train import whole
 
         loss, _ = self.distillation.loss(*inputs, self.text)
         loss.backward()
         ahead = self.inputs()
-        norm: Any = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not math.isfinite(loss.item() + norm.item()):
-            stop(f"loss {loss.item()}, norm of its gradient {norm.item()}: the time of such a step says nothing")
-        return loss.item(), ahead
+        value, size = loss.item(), whole(norm).item()
+        if not math.isfinite(value + size):
+            stop(f"loss {value}, norm of its gradient {size}: the time of such a step says nothing")
+        return value, ahead
 
     def computed(self, arm: str) -> tuple[Any, dict[str, Any]]:
         """The teacher's velocity and the student's gradients as an arm computes them, in float32."""

@@ -138,6 +138,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor, also where FSDP gives each process a part; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Progress:
     """How far the expert under way is; registered with accelerate once, kept in every checkpoint."""
 
@@ -285,7 +290,7 @@ def train(
                 ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     told[name] = told.get(name, torch.zeros_like(value)) + value / micro
-            norm: Any = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -293,7 +298,7 @@ def train(
                 ema.step(student.parameters())
 
             done = step + 1
-            told["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+            told["norm"] = whole(norm).float()
             told["stop"] = torch.tensor(float(bool(received)), device=device)  # whichever process was told to
             values = accelerator.reduce(torch.stack(list(told.values())), "mean").tolist()
             numbers = dict(zip(told, values, strict=True))
