@@ -27,6 +27,7 @@ RELEASES = {
     "5.16.1": NEW,
     "5.20.2": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
     "5.23.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
+    "5.24.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
 }
 TESTS = ["tests/compat", "tests/test_ties.py", "tests/test_modes.py", "tests/test_seams.py", "tests/test_patch.py"]
 
