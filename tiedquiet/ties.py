@@ -15,21 +15,29 @@ class Declaration:
     Attributes:
         prefix: dotted path of the sub-model inside the loaded model with its last dot, empty for the model itself.
         keys: the attribute in whatever form its author chose (dict, list, None, ...).
-        off: the config flag that switches these ties off, in words; None where they are on.
+        flag: the config flag that switches these ties off, in words; empty where they are on.
     """
 
     prefix: str
     keys: object
-    off: str | None = None
+    flag: str = ""
 
 
 @dataclass
 class Group:
-    """Names that are meant to be one tensor; `sources` holds what each target was declared tied to."""
+    """Names that are meant to be one tensor.
+
+    Attributes:
+        members: all of them.
+        sources: what each target was declared tied to.
+        flags: for each name that a declaration mentions, on either side, the flag that switches it off, in words.
+        by_config: the class whose config asks for the tie, where nothing declares it.
+    """
 
     members: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
-    off: dict[str, str | None] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    by_config: str = ""
 
     def chain(self, key: str) -> Iterator[str]:
         """The source of `key`, the source of that, and so on; a ring is walked once."""
@@ -40,50 +48,49 @@ class Group:
             key = source
 
 
-def groups(declarations: Iterable[Declaration], names: Collection[str]) -> list[Group]:
-    """Expand declarations over the model's tensor `names` into disjoint tie groups.
+def groups(declarations: Iterable[Declaration], names: Collection[str]) -> dict[str, Group]:
+    """Expand declarations over the model's tensor `names` into disjoint tie groups, each under all of its members.
 
     A declaration that names what the model does not have, or whose two sides do not match up, declares
     nothing. So does a list (the form of transformers 4): it names targets without their sources.
     """
-    declared = [d for d in declarations if isinstance(d.keys, Mapping) and d.keys]
-    if not declared:
-        return []
     ordered: list[str] = []
-    sources: dict[str, str] = {}
-    off: dict[str, str | None] = {}
-    for declaration in declared:
-        for target, source in _pairs(declaration, names, ordered):
-            # A later line about the same target replaces an earlier one (Deformable DETR relies on it).
-            sources[target] = source
-            off[target] = declaration.off
-    group_of: dict[str, Group] = {}
-    for target, source in sources.items():
-        left = group_of.setdefault(source, Group([source]))
-        right = group_of.setdefault(target, Group([target]))
-        if left is not right:
-            if len(left.members) < len(right.members):
-                left, right = right, left
-            left.members += right.members
-            left.sources.update(right.sources)
-            left.off.update(right.off)
-            group_of.update(dict.fromkeys(right.members, left))
-        left.sources[target] = source
-        left.off[target] = off[target]
-    return list({id(group): group for group in group_of.values()}.values())
+    declared: dict[str, tuple[str, str]] = {}
+    for declaration in declarations:
+        if isinstance(declaration.keys, Mapping):
+            for target, source in _pairs(declaration, names, ordered):
+                # A later line about the same target replaces an earlier one (Deformable DETR relies on it).
+                declared[target] = source, declaration.flag
+    found: dict[str, Group] = {}
+    for target, (source, flag) in declared.items():
+        group, other = (found.get(name) or Group([name]) for name in (source, target))
+        if group is not other:
+            if len(group.members) < len(other.members):
+                group, other = other, group
+            group.members += other.members
+            group.sources.update(other.sources)
+            group.flags.update(other.flags)
+            found.update(dict.fromkeys([*other.members, source, target], group))
+        group.sources[target] = source
+        group.flags[target] = flag
+        group.flags.setdefault(source, flag)
+    return found
 
 
 def _pairs(declaration: Declaration, names: Collection[str], ordered: list[str]) -> Iterator[tuple[str, str]]:
-    prefix = declaration.prefix
     for target, source in cast(Mapping[object, object], declaration.keys).items():
-        targets = _matches(prefix, target, names, ordered)
-        sources = _matches(prefix, source, names, ordered)
+        targets = _matches(declaration.prefix, target, names, ordered)
+        sources = _matches(declaration.prefix, source, names, ordered)
         if sources and len(targets) % len(sources) == 0:
             yield from ((t, s) for t, s in zip(targets, cycle(sources), strict=False) if t != s)
 
 
 def _matches(prefix: str, pattern: object, names: Collection[str], ordered: list[str]) -> list[str]:
-    """Names that a side of a declaration stands for: itself, or all that start with a match, as in transformers."""
+    """The names that one side of a declaration stands for: a tensor's, or a regular expression's for it or its module.
+
+    transformers takes every name that starts with a match. Here the match has to end where a part of the name does:
+    `head.weight`, where there is none, is not `head.weight_v`.
+    """
     if not isinstance(pattern, str):
         return []
     if prefix + pattern in names:
@@ -91,7 +98,7 @@ def _matches(prefix: str, pattern: object, names: Collection[str], ordered: list
     if not ordered:  # sorted once, for the first pattern: most declarations name their tensors as they are
         ordered += sorted(names)
     try:
-        regex = re.compile(f"{re.escape(prefix)}(?:{pattern})")
+        regex = re.compile(rf"{re.escape(prefix)}(?:{pattern})(?=\.|$)")
     except re.error:
         return []
     # Only names that share the pattern's literal start can match: without this, many patterns over many

@@ -1,0 +1,112 @@
+"""Putting a load right: the only file of the shim that writes to a model."""
+
+import copy
+from typing import Any
+
+import torch
+
+from tiedquiet.load import BUFFER, Load, lies_at, rival_of
+from tiedquiet.survey import Survey, survey
+from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.watch import Watch
+
+
+def repair(load: Load, model: torch.nn.Module, findings: list[Finding]) -> tuple[list[Finding], list[Finding]]:
+    """Put right what can be without losing anything that was stored.
+
+    Returns:
+        The findings afterwards, and those before that are right now, judged by the same rules.
+    """
+    protected = [
+        Finding(name, Verdict.OVERWRITTEN, name, write.by, True)
+        for name, write in load.watch.writes.items()
+        if write.was_seen
+    ]
+    before = {f.key: f for f in [*protected, *findings] if f.verdict is not Verdict.TIED}
+    twin: dict[str, torch.Tensor] | None = None
+    for _ in range(2):  # what is tied to a stored tensor may have to wait until that is put back
+        now = survey(model)
+        for finding in findings:
+            key = finding.key
+            if finding.verdict is Verdict.OVERWRITTEN and key in load.held:
+                _put_back(load, model, key, now)
+            elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
+                _tie(load, model, finding, now)
+            elif finding.verdict is Verdict.TIED and now.state[key].is_meta and finding.source in load.offloaded:
+                # accelerate looks for it on disk under its own name.
+                load.offloaded.setdefault(key, load.offloaded[finding.source])
+            elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER:
+                twin = _buffers_of_a_twin(model) if twin is None else twin
+                _fill(load, model, key, twin.get(key), now)
+        findings = load.settle(model, load.reported)
+        before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
+    left = {f.key for f in findings if f.verdict not in (Verdict.TIED, Verdict.UNPROVEN)}
+    return findings, [before[key] for key in sorted(before) if key not in left]
+
+
+def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
+    tensor, read = load.held[key], load.read_to[key]
+    write = load.watch.writes.get(key)
+    if write is not None and write.before is not None:
+        read.copy_(write.before)
+    if not lies_at(tensor, read):
+        tensor.data = read
+    if now.state[key] is not tensor:
+        parent, _, name = key.rpartition(".")
+        setattr(model.get_submodule(parent), name, tensor)
+
+
+def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
+    key, source_key = finding.key, str(finding.source)
+    ours, source = now.state[key], now.state[source_key]
+    if source_key in load.lasting or (ours.shape, ours.dtype) != (source.shape, source.dtype):
+        return
+    if source_key in load.offloaded:  # what is to stay on disk is looked for there
+        load.offloaded[key] = load.offloaded[source_key]
+    if source.is_meta and not ours.is_meta:
+        if (values := load.ask_file(source_key)) is not None:
+            ours.data.copy_(values)
+        return
+    if ours.device != source.device and not ours.is_meta:
+        return
+    group = load.ties(now)[key]
+    if source_key not in group.chain(key) and rival_of(source_key, group, {n: now.state[n] for n in load.stored}):
+        return
+    # The module may carry a second, stored name: re-pointing it would lose what was stored under that one.
+    if any(tensor is ours and name in load.stored for name, tensor in now.state.items()):
+        return
+    parent, _, name = key.rpartition(".")
+    setattr(model.get_submodule(parent), name, source)
+
+
+def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Survey) -> None:
+    buffer = now.others[key] if key in now.others else now.state[key]
+    if values is None or (values.shape, values.dtype) != (buffer.shape, buffer.dtype):
+        return
+    if buffer.is_meta:
+        parent, _, name = key.rpartition(".")
+        setattr(model.get_submodule(parent), name, values.to(model.device))
+        return
+    load.watch.open = True  # so that it is seen to be written
+    buffer.copy_(values)
+    load.watch.open = False
+
+
+def _buffers_of_a_twin(model: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a second model of the same class and config, as its `__init__` computes them."""
+    watch, dtype = Watch({}, protect=False), torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)  # as `from_pretrained` does
+    try:
+        from accelerate import init_empty_weights
+
+        with torch.random.fork_rng(devices=[]), watch, init_empty_weights(include_buffers=False):
+            twin = type(model)(copy.deepcopy(model.config))
+    except Exception:
+        return {}  # it wants more than its config, or there is no accelerate: the buffers stay as loud as they are
+    finally:
+        torch.set_default_dtype(dtype)
+    return {
+        name: buffer
+        for name, buffer in twin.named_buffers(remove_duplicate=False)
+        if not buffer.is_meta and not watch.is_unwritten(buffer)
+    }

@@ -1,0 +1,303 @@
+"""The watch: from the end of reading to the report it sees what torch writes, and where.
+
+It notes writes to memory that holds stored values, with the line of code that wrote and what was there before, and
+memory that was allocated and never written since. A stored tensor is copied only once somebody reaches for it, which
+loading a well-behaved model never does.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
+from torch.utils._pytree import tree_map
+
+from tiedquiet.memory import Memory, plain
+
+_aten = torch.ops.aten
+_EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
+_COPY = (_aten.clone, _aten._to_copy, _aten.copy_, _aten.constant_pad_nd)  # the last pads a bias by nothing
+_MOST_KEPT = 1 << 30  # bytes of main memory for values that are about to be overwritten; what is beyond counts as lost
+_NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "functools"}
+
+
+@dataclass
+class Write:
+    """Somebody reached for a stored tensor.
+
+    Attributes:
+        by: the function, file and line: the first that was seen to write, or that reached for it while none was.
+        was_seen: whether a write was seen.
+        before: the values as they were read, in main memory; None where they were too many to keep.
+    """
+
+    by: str
+    was_seen: bool
+    before: torch.Tensor | None
+
+
+class _Operation(NamedTuple):
+    """What has to be known of an operator: the arguments that it writes to, by place and name, and what it makes."""
+
+    writes: tuple[tuple[int, str], ...]
+    returns_only_these: bool
+    makes_empty: bool
+    copies: bool
+    reaches: bool
+
+
+@cache
+def _operation(func: Any) -> _Operation | None:
+    """None for what neither writes nor makes empty memory."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+
+    def is_written(value: Any) -> bool:
+        return value.alias_info is not None and value.alias_info.is_write
+
+    writes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
+    if torch.Tag.inplace_view in func.tags:  # changes the tensor, not the memory
+        writes = ()
+    packet = func.overloadpacket
+    known = _Operation(
+        writes,
+        all(map(is_written, schema.returns)),
+        packet in _EMPTY and not writes,
+        packet in _COPY,
+        # `.data`, `.detach()` and `.numpy()`: the way to write to a tensor behind torch's back.
+        packet is _aten.detach,
+    )
+    return known if any((writes, *known[2:])) else None
+
+
+class Watch(TorchDispatchMode):
+    """Sees the torch operations of this thread while it is entered and open.
+
+    Args:
+        stored: the tensors that the checkpoint delivered, by name.
+        protect: let no write to them through.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise the first operation imports torch._dynamo, which takes a second. Where that is there already,
+        # compiled code may run under the watch: `_hide_from_dynamo`.
+        return False
+
+    def __init__(self, stored: Mapping[str, torch.Tensor], protect: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.writes: dict[str, Write] = {}
+        self.open = True
+        self.was_entered = False
+        self.error: Exception | None = None
+        self._stored = stored
+        self._protect = protect
+        self._memory: Memory | None = None
+        self._kept = 0
+        # Memory without values, by the address of its storage object; marks for the elements that were written of it.
+        self._placeholders: dict[int, StorageWeakRef] = {}
+        self._written: dict[int, torch.Tensor] = {}
+        self._samples: dict[int, torch.Tensor] = {}  # what lay in those that somebody may write to without torch
+
+    # Not the base class's: that also turns flags of the whole process, which two loads in two threads would leave on.
+    def __enter__(self) -> "Watch":
+        self.was_entered = True
+        if "torch._dynamo" in sys.modules:
+            _hide_from_dynamo()
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call = args, kwargs
+        operation: _Operation | None = None
+        written: list[torch.Tensor] = []
+        stand_ins: dict[int, torch.Tensor] = {}
+        try:
+            operation = _operation(func) if self.open else None
+            if operation is not None:
+                written = _written(operation, args, kwargs)
+                protected = self._look_at_stored(operation, written, args)
+                if protected and len(protected) == len(written) and operation.returns_only_these:
+                    return _returned(func, written)
+                if protected:  # it has to be run for the others, or for what else it returns
+                    stand_ins = {id(tensor): tensor.clone() for tensor in protected}
+                    call = tree_map(lambda value: stand_ins.get(id(value), value), call)
+        except Exception as error:
+            self.give_up(error)
+            call = args, kwargs
+        result = func(*call[0], **call[1])
+        if operation is not None:
+            try:
+                self._look_at_placeholders(operation, written, args, result)
+                if stand_ins:
+                    back = {id(stand_ins[id(tensor)]): tensor for tensor in written if id(tensor) in stand_ins}
+                    result = tree_map(lambda value: back.get(id(value), value), result)
+            except Exception as error:
+                self.give_up(error)
+        return result
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Look away from code that is known to write nothing, where no other mode was entered since."""
+        entered = _get_current_dispatch_mode() is self
+        if entered:
+            _pop_mode()
+        try:
+            yield
+        finally:
+            if entered:
+                _push_mode(self)
+
+    def add_placeholder(self, tensor: torch.Tensor) -> None:
+        """Take the memory of a tensor for allocated and not yet written."""
+        for piece in plain(tensor):
+            storage = piece.untyped_storage()
+            self._placeholders[storage._cdata] = StorageWeakRef(storage)
+
+    def is_unwritten(self, tensor: torch.Tensor) -> bool:
+        """Whether some of the tensor's memory was allocated under the watch and nothing was written to it since."""
+        for piece in plain(tensor) if self._placeholders else ():
+            if self._is_placeholder(piece):
+                storage = piece.untyped_storage()
+                marks, sample = self._written.get(storage._cdata), self._samples.get(storage._cdata)
+                if sample is not None and not torch.equal(sample, _sample(piece)):
+                    continue  # by numpy, say
+                if marks is None:
+                    return True
+                if marks.numel() == storage.nbytes() // piece.element_size():
+                    own = marks.as_strided(piece.shape, piece.stride(), piece.storage_offset())
+                    if not own.all():
+                        return True
+        return False
+
+    def give_up(self, error: Exception) -> None:
+        """From here on nothing is known; the program goes on."""
+        self.open, self.error = False, error
+
+    def _look_at_stored(
+        self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...]
+    ) -> list[torch.Tensor]:
+        """Note which stored tensors the operation reaches for; returns those that must not be written to."""
+        reached = written
+        if operation.reaches:
+            reached = [args[0]] if args[0].is_cpu else []
+        protected = []
+        for tensor in reached:
+            if self._memory is None:
+                self._memory = Memory(self._stored)
+            names = [name for piece in plain(tensor) for name, _ in self._memory.meeting(piece)]
+            for name in names:
+                self._note(name, is_written=bool(written))
+            if names and written and self._protect:
+                protected.append(tensor)
+        return protected
+
+    def _note(self, name: str, is_written: bool) -> None:
+        write = self.writes.get(name)
+        if write is None:
+            pieces = plain(self._stored[name])
+            size = sum(piece.numel() * piece.element_size() for piece in pieces)
+            before = None
+            if len(pieces) == 1 and self._kept + size <= _MOST_KEPT:
+                self._kept += size
+                before = pieces[0].detach().to("cpu", copy=True)
+            self.writes[name] = Write(_culprit(), is_written, before)
+        elif is_written and not write.was_seen:
+            write.by, write.was_seen = _culprit(), True
+
+    def _look_at_placeholders(
+        self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...], result: Any
+    ) -> None:
+        if operation.reaches and self._placeholders and args[0].is_cpu and self._is_untouched(args[0]):
+            for piece in plain(args[0]):
+                self._samples.setdefault(piece.untyped_storage()._cdata, _sample(piece))
+        # What is copied from memory without values has none either.
+        empty = operation.copies and bool(self._placeholders) and self._is_untouched(args[1] if written else args[0])
+        if operation.makes_empty or (empty and not written and result.numel() == args[0].numel()):
+            self.add_placeholder(result)
+        elif not empty:
+            for tensor in written:
+                for piece in plain(tensor):
+                    self._mark(piece)
+
+    def _is_placeholder(self, piece: torch.Tensor) -> bool:
+        found = self._placeholders.get(piece.untyped_storage()._cdata)
+        return found is not None and not found.expired()
+
+    def _is_untouched(self, tensor: object) -> bool:
+        pieces = plain(tensor) if isinstance(tensor, torch.Tensor) else []
+        return bool(pieces) and all(
+            self._is_placeholder(piece) and piece.untyped_storage()._cdata not in self._written for piece in pieces
+        )
+
+    def _mark(self, piece: torch.Tensor) -> None:
+        if not self._is_placeholder(piece):
+            return
+        storage = piece.untyped_storage()
+        elements, marks = storage.nbytes() // piece.element_size(), self._written.get(storage._cdata)
+        # Written whole; or through a view of another element size, after which nothing is claimed.
+        if piece.numel() >= elements or (marks is not None and marks.numel() != elements):
+            del self._placeholders[storage._cdata]
+            self._written.pop(storage._cdata, None)
+            return
+        if marks is None:
+            marks = self._written[storage._cdata] = torch.zeros(elements, dtype=torch.bool)
+        marks.as_strided(piece.shape, piece.stride(), piece.storage_offset()).fill_(True)
+        if storage._cdata in self._samples:  # what changes from here on changes unseen
+            self._samples[storage._cdata] = _sample(piece)
+
+
+def _written(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for place, name in operation.writes:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif value is not None:
+            found += value
+    return found
+
+
+@cache
+def _hide_from_dynamo() -> None:
+    Watch.__torch_dispatch__ = torch.compiler.disable(Watch.__torch_dispatch__)  # type: ignore[method-assign]
+
+
+def _sample(piece: torch.Tensor) -> torch.Tensor:
+    """Up to some 1,024 bytes of the memory that a tensor is in, evenly spaced."""
+    memory = torch.empty(0, dtype=torch.uint8).set_(piece.untyped_storage())
+    return memory[:: max(1, memory.numel() // 1024)].clone()
+
+
+def _returned(func: Any, written: list[torch.Tensor]) -> Any:
+    """What an operation that returns the tensors it wrote to returns."""
+    returned = written[: len(func._schema.returns)]
+    return returned[0] if len(returned) == 1 else tuple(returned) or None
+
+
+def _culprit() -> str:
+    """The innermost function outside torch that led here, as `by Class.function (file:line)`."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in _NOT_THE_CULPRIT and module != "transformers.initialization":
+            break
+        frame = frame.f_back
+    code = frame.f_code
+    owner = frame.f_locals.get("self")
+    name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_name)
+    return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})"
