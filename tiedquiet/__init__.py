@@ -1,6 +1,6 @@
-"""Proves tied weights and quiets the MISSING rows that are false. Importing it switches it on.
+"""Proves that a loaded model holds what its checkpoint stored, and quiets the MISSING rows that are false.
 
->>> import tiedquiet
+>>> import tiedquiet  # switches it on
 >>> from transformers import AutoModel
 """
 
@@ -9,22 +9,20 @@ from typing import TYPE_CHECKING
 
 from tiedquiet import mode as _modes
 from tiedquiet.switch import switch as _switch
+from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
 
 if TYPE_CHECKING:
     import torch
 
-    from tiedquiet.proof import Tie, Verdict
-    from tiedquiet.report import TieError
-
-__all__ = ["Tie", "TieError", "Verdict", "__version__", "check", "disable", "enable"]
-__version__ = "0.1.0"
+__all__ = ["Finding", "LoadError", "Proof", "Verdict", "__version__", "check", "disable", "enable"]
+__version__ = "0.2.0.dev0"
 
 
 class _Restore:
     """Puts back the mode that was in force, when left as a context manager."""
 
-    def __init__(self, previous: _modes.Mode) -> None:
-        self._previous = previous
+    def __init__(self, mode: _modes.Mode, origin: str) -> None:
+        self._mode, self._origin = mode, origin
 
     def __enter__(self) -> None:
         return None
@@ -32,7 +30,7 @@ class _Restore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _switch(self._previous)
+        _switch(self._mode, self._origin)
 
 
 def enable(mode: str | None = None) -> _Restore:
@@ -46,46 +44,32 @@ def enable(mode: str | None = None) -> _Restore:
 
     Raises:
         ValueError: the mode is none of these; the message lists them.
+        LoadError: the mode is `strict`, and the transformers that is imported cannot be guarded.
     """
-    chosen = _modes.from_environment() if mode is None else _modes.parse(mode, "mode")
-    previous = _modes.current
-    _switch(chosen)
-    return _Restore(previous)
+    chosen, origin = _modes.from_environment() if mode is None else (_modes.parse(mode, "mode"), "tiedquiet.enable")
+    previous = _Restore(_modes.current, _modes.origin)
+    _switch(chosen, origin)
+    return previous
 
 
 def disable() -> None:
-    """Put transformers' own functions back. Harmless when already disabled."""
-    _switch("off")
+    """Put transformers' own functions back. Harmless when there is nothing to put back."""
+    _switch("off", "tiedquiet.disable")
 
 
-def check(model: "torch.nn.Module") -> "list[Tie]":
-    """Judge the ties of a loaded model.
+def check(model: "torch.nn.Module") -> Proof:
+    """Say what is known of a loaded model.
 
     Args:
-        model: a model that transformers loaded while tiedquiet was enabled; of any other model, every
-            declared tie is `unproven`.
+        model: one that transformers loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`,
+            DDP or PEFT made of it, or a module that has several of them inside.
 
     Returns:
-        One `Tie` for each member of a tie that the checkpoint did not store, and for each stored member whose
-        values were lost while loading; sorted by key. A model that stores all its tensors gives none.
+        A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false.
     """
-    from tiedquiet import patch, proof
+    from tiedquiet import load, patch  # they import torch, which takes seconds and is needed only with a model
 
-    patch.warn_if_inert()
-    return sorted((finding.tie for finding in proof.check(model)), key=lambda tie: tie.key)
-
-
-def __getattr__(name: str) -> object:
-    # These live where they are used; importing that takes time, and nobody needs it before transformers is there.
-    if name in ("Tie", "Verdict"):
-        from tiedquiet import proof
-
-        return getattr(proof, name)
-    if name == "TieError":
-        from tiedquiet.report import TieError
-
-        return TieError
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return load.proof(model, patch.inert_because())
 
 
 enable()

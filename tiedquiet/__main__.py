@@ -1,4 +1,4 @@
-"""The command line: `python -m tiedquiet check PATH` and `python -m tiedquiet demo`."""
+"""The command line: `python -m tiedquiet check PATH`, `info` and `demo`."""
 
 import argparse
 import json
@@ -6,13 +6,15 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiedquiet
-from tiedquiet import patch
-from tiedquiet.proof import Verdict
-from tiedquiet.report import log
+from tiedquiet import mode
+from tiedquiet.verdict import WELL
+
+TESTED = "5.0.0 to 5.24.0"  # releases of transformers; tests/compat has the list
 
 
 class _Cannot(Exception):
@@ -20,33 +22,39 @@ class _Cannot(Exception):
 
 
 class _Component(NamedTuple):
-    """A model of the folder, and what its load left open besides ties."""
+    """A model of the folder, and which of its keys are missing for another reason than those in its proof."""
 
     name: str
-    cls: str
-    ties: list[tiedquiet.Tie]
+    proof: tiedquiet.Proof
     missing: list[str]
 
     @property
     def is_loud(self) -> bool:
-        return bool(self.missing) or any(tie.verdict is not Verdict.TIED for tie in self.ties)
+        return bool(self.missing) or any(finding.verdict not in WELL for finding in self.proof.findings)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0 all well, 1 something is loud, 2 it cannot be loaded or the call is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tiedquiet", description=tiedquiet.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"tiedquiet {tiedquiet.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|info|demo")
     check = commands.add_parser(
         "check",
-        help="load a checkpoint folder and judge its ties",
-        description="Load a transformers folder, or each transformers model of a diffusers pipeline folder, and judge "
-        "its ties. Exit status: 0 all well, 1 something is loud, 2 it cannot be loaded.",
+        help="load a checkpoint folder and say whether the model holds what it stores",
+        description="Load a transformers folder, or each transformers model of a diffusers pipeline folder, and say "
+        "whether the model holds what the checkpoint stores. Exit status: 0 all is well, 1 something is not, 2 it "
+        "cannot be loaded.",
     )
     check.add_argument("path", type=Path, metavar="PATH", help="folder with config.json or model_index.json")
     check.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
     check.add_argument("--json", action="store_true", help="print JSON for machines instead of a table")
     check.add_argument("--trust-remote-code", action="store_true", help="allow modelling code that lies in the folder")
+    commands.add_parser(
+        "info",
+        help="say what is wrapped, in which mode",
+        description="Say which versions are installed, which mode is in force, and what of transformers is wrapped. "
+        "Exit status: 0 all of it is understood, 1 something is not, 2 transformers is missing.",
+    )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
     options = parser.parse_args(arguments)
     try:
@@ -55,17 +63,43 @@ def main(arguments: list[str] | None = None) -> int:
 
             demo()
             return 0
-        return _check(options)
+        return _info() if options.command == "info" else _check(options)
     except _Cannot as error:
         print(f"tiedquiet: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"tiedquiet: {error}; python -m pip install 'tiedquiet[demo]' brings what is needed", file=sys.stderr)
+        needed = "python -m pip install transformers torch accelerate"
+        print(f"tiedquiet: {error}; {needed} brings what is needed", file=sys.stderr)
         return 2
+
+
+def _info() -> int:
+    # Without these no model is loaded, and nothing is wrapped before they are imported.
+    for name in ("transformers.modeling_utils", "transformers.trainer"):
+        import_module(name)
+    from tiedquiet import patch
+
+    for package in ("tiedquiet", "transformers", "torch", "wrapt", "diffusers", "accelerate", "peft"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} {tiedquiet.__version__ if package == 'tiedquiet' else '(not installed)'}")
+    print(f"mode: {mode.current} ({mode.origin})")
+    print(f"tested with transformers {TESTED}")
+    if reason := patch.inert_because():
+        print(reason)
+        return 1
+    states = patch.states()
+    for name, state, _ in states:
+        print(f"{name}: {state}")
+    return int(mode.current != "off" and not all(well for _, _, well in states))
 
 
 def _check(options: argparse.Namespace) -> int:
     import transformers
+
+    from tiedquiet import patch
+    from tiedquiet.report import log
 
     if reason := patch.inert_because():
         raise _Cannot(reason)
@@ -120,34 +154,31 @@ def _load_one(path: Path, name: str, cls: str | None, device: str, trust: bool) 
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _Cannot(f"{path} cannot be loaded as {cls or 'AutoModel'}: {first}") from error
-    ties = tiedquiet.check(model)
-    judged = {tie.key for tie in ties}
-    return _Component(name, type(model).__name__, ties, sorted(set(info["missing_keys"]) - judged))
+    proof = tiedquiet.check(model)
+    judged = {finding.key for finding in proof.findings}
+    return _Component(name, proof, sorted(set(info["missing_keys"]) - judged))
 
 
 def _as_json(component: _Component) -> dict[str, Any]:
     return {
         "component": component.name,
-        "class": component.cls,
+        "class": component.proof.model,
         "loud": component.is_loud,
-        "ties": [asdict(tie) for tie in component.ties],
+        "stored": component.proof.stored,
+        "findings": [asdict(finding) for finding in component.proof.findings],
         "missing": component.missing,
     }
 
 
 def _as_table(components: list[_Component]) -> str:
-    rows = [("component", "class", "key", "source", "verdict", "declared")]
+    lines = []
     for component in components:
-        rows += [
-            (component.name, component.cls, t.key, t.source or "-", t.verdict.value, "yes" if t.declared else "no")
-            for t in component.ties
-        ]
-        rows += [(component.name, component.cls, key, "-", "missing", "no") for key in component.missing]
-        if not component.ties and not component.missing:
-            rows.append((component.name, component.cls, "(all tensors stored)", "-", "-", "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-+-".join("-" * width for width in widths))
+        proof = component.proof
+        lines.append(f"{component.name}: {proof.model}, {proof.stored} stored tensors are held unchanged")
+        rows = [(f.key, f.verdict.value, f.source or "", f.why) for f in proof.findings]
+        rows += [(key, "missing", "", "not in the checkpoint") for key in component.missing]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 

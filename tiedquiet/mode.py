@@ -13,8 +13,8 @@ _WORDS: dict[str, Mode] = {
     "strict": "strict",
 }
 
-
 current: Mode = "off"
+origin = "not enabled"
 
 
 def parse(value: str, name: str = VARIABLE) -> Mode:
@@ -30,9 +30,10 @@ def parse(value: str, name: str = VARIABLE) -> Mode:
         raise ValueError(f"{name}={value!r} is not a mode of tiedquiet; valid values: {words}") from None
 
 
-def from_environment() -> Mode:
-    """Read the mode from `TIEDQUIET`; unset or empty means `on`."""
-    return parse(os.environ.get(VARIABLE, ""))
+def from_environment() -> tuple[Mode, str]:
+    """The mode that `TIEDQUIET` asks for, and where that came from; unset or empty means `on`."""
+    value = os.environ.get(VARIABLE, "")
+    return parse(value), f"{VARIABLE}={value}" if value else f"the default; {VARIABLE} is not set"
 
 
 def is_main_process() -> bool:

@@ -1,116 +1,139 @@
-"""From verdicts to words: the confirmation line, the loud lines, TieError."""
+"""From findings to words: the lines, and where they go."""
 
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import is_main_process
-from tiedquiet.proof import Finding, Tie, Verdict
+from tiedquiet.verdict import LOUD, Finding, Verdict
+
+log = logging.getLogger("tiedquiet")
+_theirs = logging.getLogger("transformers")
+_AT_MOST = 8
 
 Fold = Callable[[list[str]], Iterable[str]]
 
-log = logging.getLogger("tiedquiet")
-LOUD = (Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.AMBIGUOUS)
-_AT_MOST = 8
-_handler_lock = threading.Lock()
+
+def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -> str:
+    """What stands in place of the rows that were proven false, and what was put right; empty if there is neither."""
+    of = {v: [f for f in findings if f.verdict is v] for v in (Verdict.TIED, Verdict.COPIED)}
+    parts = [
+        ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
+        (
+            "reported missing but equal to what was loaded, in a tensor of its own, so that training will part them: ",
+            _pairs(of[Verdict.COPIED], "is a copy of", fold),
+        ),
+    ]
+    tied = [f for f in repaired if f.verdict in (Verdict.UNTIED, Verdict.COPIED)]
+    parts.append(("not tied by transformers, repaired: ", _pairs(tied, "is now", fold)))
+    for by, some in _by_cause(f for f in repaired if f.verdict is Verdict.OVERWRITTEN):
+        parts.append((f"kept as stored, although written to {by}: ", _keys(some, fold)))
+    unwritten = [f for f in repaired if f.verdict is Verdict.UNWRITTEN]
+    parts.append(("never written by transformers, repaired with what __init__ computes: ", _keys(unwritten, fold)))
+    return "; ".join(start + names for start, names in parts if names)
 
 
-class TieError(RuntimeError):
-    """A tie is broken and the mode is `strict`.
-
-    Attributes:
-        ties: the broken ones, each with its key, source and verdict.
-    """
-
-    def __init__(self, message: str, ties: Sequence[Tie] = ()) -> None:
-        super().__init__(message)
-        self.ties = tuple(ties)
-
-
-def confirmation(model: object, where: object, proven: list[Finding], repaired: list[Finding], fold: Fold) -> str:
-    """The line that stands in place of MISSING rows that were proven false."""
-    mended = {finding.tie.key for finding in repaired}
-    parts = []
-    if found := [f for f in proven if f.tie.key not in mended]:
-        parts.append(f"reported missing but tied to what was loaded: {_pairs(found, 'is', fold)}")
-    if repaired:
-        parts.append(f"not tied by transformers, repaired: {_pairs(repaired, 'is now', fold)}")
-    return f"{_where(model, where)}: {'; '.join(parts)}"
-
-
-def loud_lines(model: object, where: object, findings: list[Finding], fold: Fold) -> list[str]:
-    """One line per loud verdict and cause, with the cure."""
-    kinds: dict[tuple[Verdict, str], list[Finding]] = {}
-    for finding in findings:
-        if finding.tie.verdict in LOUD:
-            kinds.setdefault((finding.tie.verdict, finding.why), []).append(finding)
-    return [f"{_where(model, where)}: {_explain(*kind, some, fold)}" for kind, some in kinds.items()]
+def explanations(findings: Iterable[Finding], fold: Fold) -> list[str]:
+    """One or two sentences for each loud verdict and cause: what is wrong, why, and what to do."""
+    lines = []
+    for verdict in LOUD:
+        some = [finding for finding in findings if finding.verdict is verdict]
+        if verdict is Verdict.OVERWRITTEN and some:
+            where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in _by_cause(some))
+            lines.append(
+                f"overwritten, stored values were LOST after they were read: {where}. "
+                "Set TIEDQUIET=repair to keep what was stored, or have that code leave loaded tensors alone "
+                "(the functions of transformers.initialization do)"
+            )
+        else:
+            for broken in (True, False):
+                causes = _by_cause(finding for finding in some if finding.broken is broken)
+                lines += [_explain(verdict, why, alike, fold) for why, alike in causes]
+    return lines
 
 
 def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold) -> str:
-    if verdict is Verdict.UNTIED:
-        cause = f"because {why}" if why else "although its config asks for it"
+    if verdict is Verdict.UNTIED and not findings[0].broken:
         return (
-            f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {cause}. "
+            f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {why}, so it is a new "
+            "head. Load a checkpoint that has the head, or train it"
+        )
+    if verdict is Verdict.UNTIED:
+        return (
+            f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {why}. "
             "If it should be one tensor, set TIEDQUIET=repair or correct config.json; "
             "ignore this only if you mean to train it from scratch"
         )
-    if verdict is Verdict.OVERWRITTEN:
-        keys = _join(fold(sorted({f.tie.key for f in findings})))
+    if verdict is Verdict.AMBIGUOUS:
         return (
-            f"overwritten, stored values were LOST after they were loaded: {keys}. "
-            "Use another transformers release (modules shared in __init__ are safe from 5.13.1 on), "
-            "or copy the stored tensor back with load_state_dict(..., strict=False)"
+            "ambiguous, the checkpoint stores two different tensors for what is one in the model: "
+            f"{_pairs(findings, 'has the values of', fold)}, {why}. "
+            "Find out which one the model was trained with, and store that one alone"
+        )
+    if why == "a buffer":
+        return (
+            f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}. transformers 5 makes such buffers "
+            "anew, and what __init__ computed for them is gone. Set TIEDQUIET=repair, or compute them in "
+            "_init_weights as well"
         )
     return (
-        f"ambiguous, the checkpoint stores two different tensors for one tie: {_pairs(findings, 'follows', fold)}, "
-        f"not {why}. Find out which one the model was trained with and store it under the missing key"
+        f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
+        "initialiser wrote to it. Load a checkpoint that has it, or initialise it after loading"
     )
 
 
-def unproven_lines(model: object, where: object, findings: list[Finding]) -> list[str]:
-    """For DEBUG: why a row stays although a tie may hold."""
-    return [
-        f"{_where(model, where)}: unproven: {f.tie.key}: {f.why}" for f in findings if f.tie.verdict is Verdict.UNPROVEN
-    ]
+def unproven(findings: list[Finding]) -> list[str]:
+    """For DEBUG: what cannot be known, and why."""
+    return [f"unproven: {f.key}: {f.why}" for f in findings if f.verdict is Verdict.UNPROVEN]
+
+
+def name_of(model: object, where: object) -> str:
+    """What a line begins with."""
+    return f"{type(model).__name__} from {where}" if where else type(model).__name__
 
 
 def say(level: int, message: str) -> None:
-    """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it."""
-    import sys
+    """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it.
 
+    While nobody has set a level for it either, whoever silences transformers' warnings silences these lines.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         if distributed.get_rank() != 0:
             return
     elif not is_main_process():
         return
+    if log.level == logging.NOTSET and not _theirs.isEnabledFor(logging.WARNING):
+        return
     if log.hasHandlers():
         log.log(level, message)
-        return
-    with _handler_lock:
+    elif not log.disabled and level >= (log.level or logging.INFO) and level > log.manager.disable:
+        # A handler of its own, never attached: another thread's line would find it, or miss it.
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[tiedquiet] %(levelname)s %(message)s"))
-        previous = log.level
-        log.addHandler(handler)
-        try:
-            if previous == logging.NOTSET:
-                log.setLevel(logging.INFO)
-            log.log(level, message)
-        finally:
-            log.setLevel(previous)
-            log.removeHandler(handler)
+        record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
+        if log.filter(record):
+            handler.handle(record)
 
 
-def _where(model: object, where: object) -> str:
-    return f"{type(model).__name__} from {where}" if where else type(model).__name__
+def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
+    causes: dict[str, list[Finding]] = {}
+    for finding in findings:
+        causes.setdefault(finding.why, []).append(finding)
+    return list(causes.items())
 
 
 def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
-    return _join(fold([f"{f.tie.key} {verb} {f.tie.source}" for f in sorted(findings, key=lambda f: f.tie.key)]))
+    return _join([f"{f.key} {verb} {f.source}" for f in findings], fold)
 
 
-def _join(folded: Iterable[str]) -> str:
-    items = list(folded)
+def _keys(findings: list[Finding], fold: Fold) -> str:
+    followers = [f for f in findings if f.source not in (None, f.key)]
+    keys = _join([f.key for f in findings if f not in followers] or [str(f.source) for f in followers], fold)
+    return keys + (f" (and with it {_join([f.key for f in followers], fold)})" if followers else "")
+
+
+def _join(names: list[str], fold: Fold) -> str:
+    items = list(fold(sorted(set(names)))) if names else []
     more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
     return ", ".join(items[:_AT_MOST]) + more

@@ -7,37 +7,44 @@ import wrapt
 
 from tiedquiet import mode
 
-REPORT = "transformers.utils.loading_report"
-MODELS = "transformers.modeling_utils"
-TRAINER = "transformers.trainer"
+WRAPPED = ("transformers.utils.loading_report", "transformers.modeling_utils", "transformers.trainer")
 
 _hooked = False
 
 
-def switch(new: mode.Mode) -> None:
-    """Wrap transformers' seams, now or as soon as it is imported; with `off`, put the originals back."""
+def switch(new: mode.Mode, origin: str) -> None:
+    """Wrap transformers' functions, now or as soon as it is imported; with `off`, put the originals back.
+
+    Raises:
+        LoadError: the new mode is `strict`, and the transformers that is imported cannot be guarded.
+    """
     global _hooked
-    mode.current = new
+    mode.current, mode.origin = new, origin
     if new == "off":
         if "tiedquiet.patch" in sys.modules:
             from tiedquiet import patch
 
             patch.unwrap()
         return
-    for name in (REPORT, MODELS, TRAINER):
+    for name in WRAPPED:
         if not _hooked:
             wrapt.register_post_import_hook(_on_import, name)
         elif name in sys.modules:
-            _on_import(sys.modules[name])
+            _wrap(sys.modules[name])
     _hooked = True
 
 
-def _on_import(module: ModuleType) -> None:
-    if mode.current == "off":
-        return
-    try:
-        from tiedquiet import patch
+def _wrap(module: ModuleType) -> None:
+    from tiedquiet import patch
 
-        patch.wrap(module)
-    except Exception as error:  # an import of transformers must not fail for it
-        print(f"tiedquiet stays off: {error}", file=sys.stderr)
+    patch.wrap(module)
+
+
+def _on_import(module: ModuleType) -> None:
+    if mode.current != "off":
+        try:
+            _wrap(module)
+        except Exception as error:  # an import of transformers must not fail for it, unless a guard was asked for
+            if mode.current == "strict":
+                raise SystemExit(f"tiedquiet: {error}") from error
+            print(f"tiedquiet stays off: {error}", file=sys.stderr)

@@ -131,16 +131,16 @@ class Teacher:
         try:
             with tiedquiet.enable("repair" if repair else "on" if broken else "strict"):
                 encoder, info = cls.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True)
-        except tiedquiet.TieError as error:
+        except tiedquiet.LoadError as error:
             fail(f"{error}; --repair_ties ties it and goes on")
-        ties = tiedquiet.check(encoder)
-        proven = {tie.key for tie in ties if tie.verdict is tiedquiet.Verdict.TIED}
-        lost = sorted({*info["missing_keys"], *(tie.key for tie in ties)} - proven)
+        findings = tiedquiet.check(encoder).findings
+        proven = {finding.key for finding in findings if finding.verdict is tiedquiet.Verdict.TIED}
+        lost = sorted({*info["missing_keys"], *(finding.key for finding in findings)} - proven)
         if lost and not broken:
             fail(f"{place}: not proven to come from the checkpoint: {', '.join(lost[:3])}")
-        for tie in ties if is_main_process() else ():
+        for finding in findings if is_main_process() else ():
             # Above whatever bar is shown.
-            tqdm.write(f"text encoder: {tie.key} is {tie.source}: {tie.verdict.value}")
+            tqdm.write(f"text encoder: {finding.key} is {finding.source}: {finding.verdict.value}")
         return encoder.eval()
 
     @torch.no_grad()

@@ -13,10 +13,31 @@ def start() -> None:
     """Enable tiedquiet where the environment asks for it; whatever goes wrong, the interpreter starts."""
     global _started
     # In a virtual environment Python may read its `.pth` files twice.
-    if _started or os.environ.get("TIEDQUIET", "").strip().lower() in ("", "0", "off", "false", "no"):
+    if _started or _word() in ("", "0", "off", "false", "no"):
         return
     _started = True
     try:
         __import__("tiedquiet")
-    except Exception as error:
+    except ValueError as error:  # the word is no mode
         print(f"tiedquiet stays off: {error}", file=sys.stderr)
+    except Exception:
+        # What it needs may lie in a folder that Python adds later: a virtual environment's system packages, say.
+        sys.meta_path.insert(0, _AtTransformers())
+
+
+def _word() -> str:
+    return os.environ.get("TIEDQUIET", "").strip().lower()
+
+
+class _AtTransformers:
+    """Finds nothing; but it is asked when transformers is imported, and then imports tiedquiet first."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "transformers":
+            sys.meta_path.remove(self)
+            try:
+                __import__("tiedquiet")
+            except Exception as error:
+                if _word() == "strict":
+                    raise SystemExit(f"tiedquiet: no guard, although TIEDQUIET=strict asks for one: {error}") from error
+                print(f"tiedquiet stays off: {error}", file=sys.stderr)
