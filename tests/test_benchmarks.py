@@ -12,6 +12,7 @@ import torch
 from benchmarks.distill_step import SHAPES, Steps, gradient_error
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census", "distill_step")
 
 

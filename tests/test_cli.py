@@ -1,18 +1,22 @@
 """`python -m tiedquiet`."""
 
+import functools
 import json
 import runpy
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, Trainer
 
 import tiedquiet
 from tests.checkpoints import gpt2, save
 from tests.compat import cases
+from tests.test_patch import run
 from tests.test_seams import wan_pipeline
+from tiedquiet import patch
 from tiedquiet.__main__ import main
 
 
@@ -23,15 +27,9 @@ def check(path: Path, *options: str) -> int:
 def test_a_checkpoint_that_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(GPT2LMHeadModel(gpt2()), tmp_path)
     assert check(tmp_path) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0].split() == ["component", "|", "class", "|", "key", "|", "source", "|", "verdict", "|", "declared"]
-    assert out[2].split(" | ") == [
-        ".        ",
-        "GPT2LMHeadModel",
-        "lm_head.weight",
-        "transformer.wte.weight",
-        "tied   ",
-        "yes",
+    assert capsys.readouterr().out.splitlines() == [
+        ".: GPT2LMHeadModel, 16 stored tensors are held unchanged",
+        "  lm_head.weight  tied  transformer.wte.weight",
     ]
 
 
@@ -42,7 +40,7 @@ def test_a_checkpoint_that_is_loud(name: str, tmp_path: Path, capsys: pytest.Cap
     (component,) = json.loads(capsys.readouterr().out)
     assert component["loud"] is True
     assert component["class"] == "GPT2LMHeadModel"
-    found = {tie["key"]: tie["verdict"] for tie in component["ties"]}
+    found = {finding["key"]: finding["verdict"] for finding in component["findings"]}
     assert (
         found
         == {
@@ -61,7 +59,7 @@ def test_a_model_without_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     save(BertModel(cases.bert()), tmp_path)
     assert check(tmp_path) == 0
-    assert "(all tensors stored)" in capsys.readouterr().out
+    assert "BertModel, 23 stored tensors are held unchanged" in capsys.readouterr().out
 
 
 def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,9 +67,9 @@ def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.Ca
     (component,) = json.loads(capsys.readouterr().out)
     assert component["component"] == "text_encoder"
     assert component["class"] == "UMT5EncoderModel"
-    (tie,) = component["ties"]
-    assert tie["key"] == "encoder.embed_tokens.weight"
-    assert status == (0 if tie["verdict"] == "tied" else 1)
+    (found,) = component["findings"]
+    assert found["key"] == "encoder.embed_tokens.weight"
+    assert status == (0 if found["verdict"] == "tied" else 1)
 
 
 def write(path: Path, text: str) -> Path:
@@ -117,9 +115,34 @@ def test_transformers_4_is_told(
 def test_without_transformers_it_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert main(["check", "."]) == 2
-    assert "pip install 'tiedquiet[demo]'" in capsys.readouterr().err
+    for name in ("transformers", "transformers.modeling_utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for command in (["check", "."], ["info"], ["demo"]):
+        assert main(command) == 2
+        assert "python -m pip install transformers torch" in capsys.readouterr().err
+
+
+def test_info_says_what_is_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"transformers {metadata.version('transformers')}" in out
+    assert "mode: on (tiedquiet.enable)" in out
+    assert out.count(": wrapped\n") == len(patch.SEAMS)
+    with monkeypatch.context() as changed:
+        ours = Trainer.__dict__["_issue_warnings_after_load"]
+        changed.setattr(Trainer, "_issue_warnings_after_load", functools.wraps(ours)(lambda *_: None))
+        assert main(["info"]) == 0
+        assert "_issue_warnings_after_load: wrapped, and again by " in capsys.readouterr().out
+    tiedquiet.disable()
+    monkeypatch.delattr(Trainer, "_issue_warnings_after_load")
+    with tiedquiet.enable("on"):
+        assert main(["info"]) == 1
+    assert "_issue_warnings_after_load: not wrapped: not understood" in capsys.readouterr().out
+
+
+def test_info_knows_where_the_mode_came_from() -> None:
+    done = run("import sys; sys.argv = ['tiedquiet', 'info']; import runpy; runpy.run_module('tiedquiet', run_name='__main__')", TIEDQUIET="repair")  # fmt: skip
+    assert "mode: repair (TIEDQUIET=repair)" in done.stdout
 
 
 def test_the_demo_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:

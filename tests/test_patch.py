@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +17,15 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 import tiedquiet
 from tests.checkpoints import Printed, gpt2
 from tests.compat import cases
-from tiedquiet import patch
+from tiedquiet import LoadError, patch
 
 ORIGINALS = """
 import transformers.utils.loading_report as r, transformers.modeling_utils as m, transformers.trainer as t
 import transformers.integrations.peft as p
 def seams():
     return (r.log_state_dict_report, m.log_state_dict_report, p.log_state_dict_report,
-            m.PreTrainedModel.__dict__['_load_pretrained_model'], t.Trainer.__dict__['_issue_warnings_after_load'])
+            *(m.PreTrainedModel.__dict__[n] for n in m.PreTrainedModel.__dict__ if n.startswith((
+                '_load_pretrained_model', '_finalize_', '_move_missing_keys_from_meta'))), t.Trainer.__dict__['_issue_warnings_after_load'])
 """
 SAME = "assert all(a is b for a, b in zip(before, seams())), 'a seam is not the original'\n"
 OTHER = "assert not any(a is b for a, b in zip(before, seams())), 'a seam is not wrapped'\n"
@@ -139,13 +139,37 @@ def test_a_form_that_is_not_known_is_left_untouched_and_said_once(
 
 
 def test_a_seam_that_is_gone_is_said(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiedquiet.disable()
     monkeypatch.setattr(patch, "_said", set())
-    seam = next(s for s in patch._SEAMS if not s.owner)
-    patch._wrap(seam, types.ModuleType("transformers.empty"))
-    assert "left untouched" in printed.loud[0]
+    monkeypatch.delattr(transformers.trainer.Trainer, "_issue_warnings_after_load")
+    with tiedquiet.enable("on"):
+        assert "left untouched" in printed.loud[0]
+        states = {name.rsplit(".")[-1]: (state, well) for name, state, well in patch.states()}
+        assert states["_issue_warnings_after_load"] == ("not wrapped: not understood", False)
 
 
-def test_transformers_4_is_left_alone(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strict_does_not_go_on_without_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiedquiet.disable()
+    monkeypatch.delattr(transformers.trainer.Trainer, "_issue_warnings_after_load")
+    with pytest.raises(LoadError, match=r"no guard, although the mode is strict: .*_issue_warnings_after_load"):
+        tiedquiet.enable("strict")
+
+
+def test_what_cannot_be_watched_is_not_judged(
+    tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release whose finishing function has another name: no row is dropped, nothing is confirmed."""
+    cls, _ = cases.CASES["DeclaresNothing"](tmp_path)
+    tiedquiet.disable()
+    monkeypatch.setattr(patch, "SEAMS", tuple(s for s in patch.SEAMS if s is not patch._FINALIZE))
+    with tiedquiet.enable("on"):
+        model = cls.from_pretrained(tmp_path)
+        assert printed.shows("lm_head.weight")
+        assert printed.confirmed == []
+        assert not tiedquiet.check(model).ok
+
+
+def test_transformers_4_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     tiedquiet.disable()
@@ -154,8 +178,23 @@ def test_transformers_4_is_left_alone(printed: Printed, monkeypatch: pytest.Monk
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
     with tiedquiet.enable("on"):
         assert transformers.trainer.Trainer.__dict__["_issue_warnings_after_load"] is before
-        assert tiedquiet.check(torch.nn.Linear(1, 1)) == []
-    assert "transformers 4.57.6 has no loading report" in printed.loud[0]
+        proof = tiedquiet.check(torch.nn.Linear(1, 1))
+        assert not proof.ok
+        assert "transformers 4.57.6 has no loading report" in proof.findings[0].why
+    with pytest.raises(LoadError, match="no loading report"):
+        tiedquiet.enable("strict")
+
+
+def test_under_strict_a_guard_that_fails_stops_the_program() -> None:
+    code = """
+import sys, tiedquiet
+sys.modules['tiedquiet.patch'] = None
+try:
+    import transformers.modeling_utils
+except SystemExit as stop:
+    print(stop)
+"""
+    assert run(code, TIEDQUIET="strict").stdout.startswith("tiedquiet: import of tiedquiet.patch halted")
 
 
 def test_what_fails_while_transformers_is_imported_does_not_stop_the_import() -> None:
@@ -168,19 +207,23 @@ def test_what_fails_while_transformers_is_imported_does_not_stop_the_import() ->
 
 def test_the_whole_api() -> None:
     assert {name for name in tiedquiet.__all__ if getattr(tiedquiet, name)} == set(tiedquiet.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'tie'"):
-        _ = tiedquiet.tie
+    assert {name for name in dir(tiedquiet) if not name.startswith("_")} >= set(tiedquiet.__all__) - {"__version__"}
 
 
-def test_without_wrapt_s_compiled_part() -> None:
-    """Its Python frames stand between a failing load and ours: they must not hide whose exception is in flight."""
+@pytest.mark.parametrize("between", ["", "functools", "wrapt"])
+def test_whose_exception_is_in_flight(between: str) -> None:
+    """Other frames may stand between a failing load and tiedquiet: wrapt's in Python, or those of a plain wrapper."""
     code = """
-import tempfile, tiedquiet, wrapt
+import functools, sys, tempfile, tiedquiet
+import transformers.modeling_utils as m
+if "functools" in sys.argv:
+    report = m.log_state_dict_report
+    m.log_state_dict_report = functools.wraps(report)(lambda *args, **kwargs: report(*args, **kwargs))
 from pathlib import Path
 from tests.compat.cases import CASES
 from transformers import GPT2LMHeadModel
 path = Path(tempfile.mkdtemp())
-cls, _ = CASES["Clones"](path)
+cls, _ = CASES["DoesNothing"](path)
 class Fails(cls):
     def _initialize_missing_keys(self, *_, **__):
         raise ArithmeticError
@@ -190,7 +233,9 @@ with tiedquiet.enable("strict"):
     except ArithmeticError:
         try:
             cls.from_pretrained(path)
-        except tiedquiet.TieError:
+        except tiedquiet.LoadError:
             print("both")
 """
-    assert run(code, WRAPT_DISABLE_EXTENSIONS="true").stdout.strip() == "both"
+    code = code.replace("sys.argv", repr([between]))
+    environment = {"WRAPT_DISABLE_EXTENSIONS": "true"} if between == "wrapt" else {}
+    assert run(code, **environment).stdout.strip() == "both"

@@ -2,24 +2,32 @@
 
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
+import tiedquiet
 from tests.test_logging import LINE, LOAD
 
 SITE = Path(sysconfig.get_path("purelib"))
-pytestmark = pytest.mark.skipif(not (SITE / "tiedquiet.pth").exists(), reason="tiedquiet is not installed here")
+pytestmark = [
+    pytest.mark.skipif(not (SITE / "tiedquiet.pth").exists(), reason="tiedquiet is not installed here"),
+    pytest.mark.slow,
+]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TIEDQUIET", "AUTOWRAPT_BOOTSTRAP")}
     root = str(Path(__file__).parents[1])
     environment = {**clean, "PYTHONPATH": root, **environment}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=SITE)
+    # The start-up files name what lies beside them; and `-c` looks there first.
+    where = environment.pop("cwd", str(SITE))
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=where)
 
 
 def brought(**environment: str) -> set[str]:
@@ -48,11 +56,50 @@ def test_a_bad_value_gives_one_line_and_stays_off() -> None:
     assert done.stderr.startswith("tiedquiet stays off: TIEDQUIET='loud' is not a mode of tiedquiet; valid values: ")
 
 
-def test_a_broken_installation_does_not_stop_python(tmp_path: Path) -> None:
+@pytest.fixture
+def broken(tmp_path: Path) -> dict[str, str]:
+    """A wrapt that cannot be imported."""
     (tmp_path / "wrapt.py").write_text("raise RuntimeError('broken')")
-    done = python("-c", "print('alive')", TIEDQUIET="1", PYTHONPATH=str(tmp_path))
+    return {"PYTHONPATH": str(tmp_path), "cwd": str(tmp_path)}
+
+
+@pytest.mark.parametrize("mode", ["1", "strict"])
+def test_a_broken_installation_does_not_stop_python(mode: str, broken: dict[str, str]) -> None:
+    done = python("-c", "print('alive')", TIEDQUIET=mode, **broken)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "alive", "")
+
+
+def test_a_broken_installation_is_told_when_transformers_is_imported(broken: dict[str, str]) -> None:
+    done = python("-c", "import transformers; print('alive')", TIEDQUIET="1", **broken)
     assert (done.returncode, done.stdout.strip()) == (0, "alive")
-    assert "tiedquiet stays off: broken" in done.stderr
+    assert done.stderr.startswith("tiedquiet stays off: broken")
+
+
+def test_under_strict_transformers_is_not_imported_without_a_guard(broken: dict[str, str]) -> None:
+    done = python("-c", "import transformers; print('alive')", TIEDQUIET="strict", **broken)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "tiedquiet: no guard, although TIEDQUIET=strict asks for one: broken\n"
+
+
+@pytest.mark.parametrize("mode", ["1", "strict"])
+def test_wrapt_may_come_from_a_later_site_directory(mode: str, tmp_path: Path) -> None:
+    """As in a virtual environment with --system-site-packages, or after `pip install --user`."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    own = tmp_path / "venv/bin/python"
+    site = Path(subprocess.check_output([own, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())  # fmt: skip
+    for name in ("tiedquiet.pth", "_tiedquiet_startup.py"):
+        shutil.copy(SITE / name, site / name)
+    package = Path(tiedquiet.__file__).parent
+    (site / "tiedquiet").symlink_to(package)
+    (site / "zz_later.pth").write_text(f"{SITE}\n")  # wrapt, torch, transformers
+    script = tmp_path / "program.py"
+    script.write_text("import sys\nassert 'tiedquiet' not in sys.modules\n" + LOAD)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TIEDQUIET")}
+    done = subprocess.run([own, script], env={**environment, "TIEDQUIET": mode}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert LINE in done.stderr
+    assert "LOAD REPORT" not in done.stderr
 
 
 def test_a_program_without_a_line_of_it_is_quiet() -> None:

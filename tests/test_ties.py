@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiedquiet.ties import Declaration, groups
+from tiedquiet.ties import Declaration, Group, groups
 
 NAMES = [
     "shared.weight",
@@ -23,7 +23,12 @@ KINDS = ("bias", "weight")
 
 
 def members(keys: object, prefix: str = "", names: list[str] = NAMES) -> list[list[str]]:
-    return sorted(sorted(group.members) for group in groups([Declaration(prefix, keys)], names))
+    return sorted(sorted(group.members) for group in distinct(groups([Declaration(prefix, keys)], names)))
+
+
+def distinct(found: dict[str, Group]) -> list[Group]:
+    assert all(name in group.members for name, group in found.items())
+    return list({id(group): group for group in found.values()}.values())
 
 
 def test_exact_names_that_share_a_source_are_one_group() -> None:
@@ -41,7 +46,7 @@ def test_a_regular_expression_and_a_module_name_stand_for_every_tensor_below() -
 
 def test_a_chain_is_one_group_and_keeps_each_declared_source() -> None:
     keys = {"lm_head.weight": "encoder.embed.weight", "encoder.embed.weight": "shared.weight"}
-    (group,) = groups([Declaration("", keys)], NAMES)
+    (group,) = distinct(groups([Declaration("", keys)], NAMES))
     assert group.sources == keys
 
 
@@ -86,6 +91,21 @@ def test_two_declarations_merge_where_they_meet() -> None:
     a = Declaration("", {"lm_head.weight": "shared.weight"}, "flag is false")
     b = Declaration("encoder.", {"embed.weight": "embed.weight"})
     c = Declaration("", {"encoder.embed.weight": "lm_head.weight"})
-    (group,) = groups([a, b, c], NAMES)
+    (group,) = distinct(groups([a, b, c], NAMES))
     assert sorted(group.members) == ["encoder.embed.weight", "lm_head.weight", "shared.weight"]
-    assert group.off == {"lm_head.weight": "flag is false", "encoder.embed.weight": None}
+    assert group.flags == {
+        "lm_head.weight": "flag is false",
+        "shared.weight": "flag is false",
+        "encoder.embed.weight": "",
+    }
+
+
+def test_a_name_that_is_not_there_is_not_the_start_of_another() -> None:
+    """`head.weight_v` is what weight normalisation leaves of `head.weight`; nobody declared it tied."""
+    assert members({"head.weight": "shared.weight"}, names=["head.weight_v", "shared.weight"]) == []
+    assert members({"head": "shared"}, names=["header.weight", "shared.weight"]) == []
+
+
+def test_a_flag_is_known_of_both_sides_of_a_tie() -> None:
+    group = groups([Declaration("", {"lm_head.weight": "shared.weight"}, "because it is off")], NAMES)["shared.weight"]
+    assert group.flags == {"lm_head.weight": "because it is off", "shared.weight": "because it is off"}

@@ -13,6 +13,8 @@ import venv
 from collections import Counter
 from pathlib import Path
 
+from tiedquiet import Verdict
+
 ROOT = Path(__file__).parents[2]
 OLD = ["diffusers==0.37.1", "huggingface_hub==1.5.0", "peft==0.18.1", "accelerate==1.12.0"]
 NEW = ["diffusers==0.42.1", "huggingface_hub==1.33.0", "peft==0.21.2", "accelerate==1.15.0"]
@@ -29,7 +31,10 @@ RELEASES = {
     "5.23.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
     "5.24.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
 }
-TESTS = ["tests/compat", "tests/test_ties.py", "tests/test_modes.py", "tests/test_seams.py", "tests/test_patch.py"]
+TESTS = [
+    "tests/compat",
+    *(f"tests/test_{name}.py" for name in ("ties", "modes", "seams", "patch", "idioms", "watch_property")),
+]
 
 
 def interpreter(folder: Path) -> Path:
@@ -92,7 +97,7 @@ def run(release: str) -> tuple[bool, str]:
     rows = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     verdicts = Counter(verdict for row in rows for verdict in row["verdicts"])
     reported, dropped = (sum(row[what] for row in rows) for what in ("reported", "dropped"))
-    counts = " | ".join(str(verdicts[v]) for v in ("tied", "untied", "overwritten", "absent", "ambiguous", "unproven"))
+    counts = " | ".join(str(verdicts[v]) for v in Verdict)
     closing = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else "did not run"
     return done.returncode == 0, f"| {release} | {len(rows)} | {counts} | {reported} | {dropped} | {closing} |"
 
@@ -103,9 +108,8 @@ def main() -> int:
     chosen = parser.parse_args().release or list(RELEASES)
     if unknown := [release for release in chosen if release not in RELEASES]:
         parser.error(f"no pins for transformers {', '.join(unknown)}; known: {', '.join(RELEASES)}")
-    print("| transformers | cases | tied | untied | overwritten | absent | ambiguous | unproven "
-          "| MISSING rows | dropped, proven false | tests |")  # fmt: skip
-    print("|" + " --- |" * 11, flush=True)
+    print(f"| transformers | cases | {' | '.join(Verdict)} | MISSING rows | dropped, proven false | tests |")
+    print("|" + " --- |" * (5 + len(Verdict)), flush=True)
     well = True
     for release in chosen:
         passed, row = run(release)
