@@ -10,6 +10,7 @@ REPORT records, and `set_verbosity_error()`. Ratios are taken within a round. Ev
 what was stored.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -17,6 +18,7 @@ import mmap
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clocks import Clocks
 from benchmarks.record import arguments, show, spread, stop, write
 from benchmarks.silencers import nothing, record_filter, verbosity_error
 
@@ -43,7 +46,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="warm rounds (default: %(default)s)")
     parser.add_argument("--cold-rounds", type=int, default=2, help="rounds with the page cache dropped (default: 2)")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/tiedquiet-benchmarks").expanduser())
+    parser.add_argument("--hooks", type=Path, help=argparse.SUPPRESS)  # how it calls itself
     options = parser.parse_args()
+    if options.hooks:
+        time_hooks(options.hooks, options.device, options.rounds)
+        return
     if options.size not in SIZES:
         stop(f"no size {options.size!r}; there are {', '.join(SIZES)}")
     if options.rounds < 1 or options.cold_rounds < 0:
@@ -70,10 +77,15 @@ def main() -> None:
             names = names[number % len(names) :] + names[: number % len(names)]
             measured: dict[str, Any] = {"cold": cold, "order": names, "arms": {}}
             for name in names:
-                resident = drop_from_page_cache(folder / "model.safetensors") if cold else None
+                before = drop_from_page_cache(folder / "model.safetensors") if cold else None
                 with ARMS[name]():
-                    seconds, peak = load(folder, options.device)
-                measured["arms"][name] = {"seconds": seconds, "peak_bytes": peak, "resident_before": resident}
+                    seconds, peak, after = load(folder, options.device)
+                measured["arms"][name] = {
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "resident_before": before,
+                    "resident_after": after,
+                }
                 bar.update()
             rounds.append(measured)
 
@@ -91,10 +103,11 @@ def main() -> None:
             "gigabytes_per_s": rate / 1e9,
             "percent_of_pinned": 100 * rate / bandwidth if bandwidth else None,
             "cold_seconds": spread([arms[name]["seconds"] for arms in cold]) if cold else None,
+            "cold_resident_after": spread([arms[name]["resident_after"] for arms in cold]) if cold else None,
             "peak_bytes": sorted({arms[name]["peak_bytes"] for arms in warm}),
         }
     results["hooks_microseconds"] = hooks(folder, options.device, options.rounds)
-    configuration = {**vars(options), "cache": None, "out": None, "model": SIZES[options.size]}
+    configuration = {**vars(options), "cache": None, "out": None, "hooks": None, "model": SIZES[options.size]}
     path = write(f"gpu-load-{options.size}", configuration, results, options.out)
     plot(path, results)
     report(path, results)
@@ -133,8 +146,12 @@ def checkpoint(size: str, cache: Path, device: str) -> Path:
     return folder
 
 
-def load(folder: Path, device: str) -> tuple[float, int]:
-    """One load, checked; returns its seconds and the peak bytes that torch allocated on the GPU."""
+def load(folder: Path, device: str) -> tuple[float, int, float]:
+    """One load, checked.
+
+    Returns its seconds, the peak bytes that torch allocated on the GPU, and the share of the file in the page cache
+    after it.
+    """
     import torch
     from safetensors import safe_open
     from transformers import UMT5EncoderModel
@@ -148,6 +165,7 @@ def load(folder: Path, device: str) -> tuple[float, int]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    after = resident(folder / "model.safetensors")
     embedding = model.get_parameter(KEY)
     with safe_open(folder / "model.safetensors", "pt") as file:
         rows = file.get_slice(SOURCE)[:8]
@@ -157,7 +175,7 @@ def load(folder: Path, device: str) -> tuple[float, int]:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    return seconds, peak
+    return seconds, peak, after
 
 
 @contextmanager
@@ -178,41 +196,32 @@ ARMS: dict[str, Callable[[], Any]] = {
 }
 
 
-def hooks(folder: Path, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds that tiedquiet's own part of a load takes, in loads of their own.
+def hooks(folder: Path, device: str, rounds: int) -> dict[str, Any]:
+    """What tiedquiet's own part of a load takes, the first load of a process and later ones, in loads of their own."""
+    code = [sys.executable, __file__, "--hooks", str(folder), "--device", device, "--rounds", str(rounds)]
+    loads = json.loads(subprocess.check_output(code, text=True).splitlines()[-1])
+    later = loads[1:]
+    return {
+        "first": loads[0]["own"],
+        "later": spread([load["own"] for load in later]),
+        "operations": loads[0]["watched"],
+        "watching": spread([load["watching"] for load in later]),
+    }
 
-    The GPU is brought to rest before each: what the loader still has to copy is not the hook's cost.
-    """
-    import torch
 
-    import tiedquiet
-    from tiedquiet import patch
+def time_hooks(folder: Path, device: str, rounds: int) -> None:
+    """In a process of its own: print one line of JSON, microseconds of each load."""
+    import transformers
 
-    spent: dict[str, list[float]] = {"record": [], "report": []}
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            spent[name].append((time.perf_counter() - start) * 1e6)
-            return result
-
-        return wrapper
-
-    begin, plan = patch.proof.begin, patch._plan_report
-    patch.proof.begin, patch._plan_report = timed("record", begin), timed("report", plan)
-    try:
-        with tiedquiet.enable("on"):
-            for _ in range(rounds):
-                load(folder, device)
-    finally:
-        patch.proof.begin, patch._plan_report = begin, plan
-        tiedquiet.disable()
-    assert len(spent["record"]) == len(spent["report"]) == rounds
-    both = [a + b for a, b in zip(spent["record"], spent["report"], strict=True)]
-    return {"record": spread(spent["record"]), "report": spread(spent["report"]), "both": spread(both)}
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    clocks = Clocks()
+    loads = []
+    for _ in range(rounds + 1):
+        clocks.clear()
+        load(folder, device)
+        loads.append({"own": 1e6 * clocks.own, "watched": clocks.watched, "watching": 1e6 * clocks.watching})
+    print(json.dumps(loads))
 
 
 def pinned_bandwidth() -> float:
@@ -237,6 +246,15 @@ def drop_from_page_cache(path: Path) -> float:
     try:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return resident(path)
+
+
+def resident(path: Path) -> float:
+    """The share of a file that the page cache has, by mincore."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
         size = os.fstat(descriptor).st_size
         with mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
             pages = -(-size // mmap.PAGESIZE)
@@ -291,9 +309,13 @@ def report(path: Path, results: dict[str, Any]) -> None:
         print(f"| {' | '.join(cells)} |")
     for name, arm in results["arms"].items():
         if cold := arm["cold_seconds"]:
-            print(f"cold, {name}: {cold['median']:.2f} s ({cold['min']:.2f} to {cold['max']:.2f})")
-    own = results["hooks_microseconds"]["both"]
-    print(f"tiedquiet's hooks: {own['median']:.0f} µs per load ({own['min']:.0f} to {own['max']:.0f})")
+            pages = f"{100 * arm['cold_resident_after']['median']:.3f} % of the file read"
+            print(f"cold, {name}: {cold['median']:.2f} s ({cold['min']:.2f} to {cold['max']:.2f}), {pages}")
+    own = results["hooks_microseconds"]
+    print(
+        f"tiedquiet's own part of a load: {show(own['later'], digits=0)} µs, of a process's first {own['first']:.0f} µs"
+    )
+    print(f"operations watched: {own['operations']}, {show(own['watching'], digits=0)} µs in all")
     if bandwidth := results["pinned_host_to_device_bytes_per_s"]:
         print(f"pinned host-to-device: {bandwidth / 1e9:.1f} GB/s")
     print(path)

@@ -18,12 +18,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.clocks import Clocks
 from benchmarks.record import arguments, spread, stop, write
 
 LAYER = ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2", "norm3")
@@ -41,10 +40,8 @@ def main() -> None:
     import transformers
     from tqdm import tqdm
 
-    import tiedquiet
-
     transformers.logging.disable_progress_bar()
-    clocks = install_clocks(tiedquiet)
+    clocks = Clocks()
     keys = [(10**i, 0, "none") for i in range(7) if 10**i <= options.max_keys]
     ties = [(0, 10**i, form) for form in FORMS for i in range(5) if 10**i <= options.max_ties]
     points = []
@@ -71,36 +68,7 @@ def main() -> None:
     print(path)
 
 
-def install_clocks(tiedquiet: Any) -> dict[str, float]:
-    """Put a clock below and above each of tiedquiet's wrappers; returns the seconds they add up."""
-    from transformers import modeling_utils
-    from transformers.utils import loading_report
-
-    clocks: dict[str, float] = {}
-
-    def clock(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                clocks[name] = clocks.get(name, 0) + time.perf_counter() - start
-
-        return timed
-
-    model = modeling_utils.PreTrainedModel
-    tiedquiet.disable()
-    loading_report.log_state_dict_report = clock("report", loading_report.log_state_dict_report)
-    modeling_utils.log_state_dict_report = loading_report.log_state_dict_report
-    model._load_pretrained_model = staticmethod(clock("record", model._load_pretrained_model))
-    tiedquiet.enable("on")
-    modeling_utils.log_state_dict_report = clock("report with own", modeling_utils.log_state_dict_report)
-    model._load_pretrained_model = staticmethod(clock("record with own", model._load_pretrained_model))
-    return clocks
-
-
-def load(missing: int, ties: int, form: str, clocks: dict[str, float]) -> dict[str, float]:
+def load(missing: int, ties: int, form: str, clocks: Clocks) -> dict[str, float]:
     """Load a model with so many MISSING keys and so many ties, checked; returns seconds per part."""
     import torch
     from safetensors.torch import save_file
@@ -161,8 +129,7 @@ def load(missing: int, ties: int, form: str, clocks: dict[str, float]) -> dict[s
     assert all(model.tied[i].weight is model.stored[i].weight for i in range(ties))
     # Newer releases leave declared ties out of the missing keys themselves: then there is no row to confirm.
     assert len(printed.confirmed) == (len(info["missing_keys"]) > missing), printed.confirmed
-    own = {name: clocks[f"{name} with own"] - clocks[name] for name in ("record", "report")}
-    return {"own": sum(own.values()), "report": clocks["report"], "load": seconds}
+    return {"own": clocks.own, "report": clocks.below["report"], "watching": clocks.watching, "load": seconds}
 
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:

@@ -277,7 +277,7 @@ def cells() -> dict[str, dict[str, dict[str, Any]]]:
                 with printing() as printed, applied(situation):
                     try:
                         loaded = load()
-                    except tiedquiet.TieError as error:
+                    except tiedquiet.LoadError as error:
                         told.append(str(error))
                 if loaded is None:
                     with printing():
