@@ -1,11 +1,11 @@
-r"""Distil a Wan text-to-video pipeline into a student with half its blocks.
+r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four unguided steps, or with fewer blocks.
 
     python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
     python -m tiedquiet.distill \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --prompts_file prompts.txt --output_dir wan-half \
+        --prompts_file prompts.txt --output_dir wan-4-steps --student_steps 4 --student_blocks 15 \
         --mixed_precision bf16 --gradient_checkpointing attention --compile \
         --checkpointing_steps 500 --resume_from_checkpoint latest
 
@@ -14,9 +14,10 @@ r"""Distil a Wan text-to-video pipeline into a student with half its blocks.
         --fsdp_transformer_layer_cls_to_wrap WanTransformerBlock -m tiedquiet.distill \
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
 
-Down the page: the text encoder's ties are proven and the prompt embeddings cached; latents are encoded from clips
-(--train_data_dir) or sampled by the teacher (--prompts_file) and cached; then each expert's student learns the
-teacher's velocity; then the student is written as a pipeline folder that WanPipeline.from_pretrained loads.
+Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
+teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side;
+without it, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
+student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads.
 """
 
 import json
@@ -30,7 +31,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from tiedquiet.distill.options import check, fail, must_match, parse, settings
+from tiedquiet.distill.options import check, fail, must_match, parse, settings, write_text
 
 
 def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
@@ -47,6 +48,8 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
             fail(
                 f"{work}: an unfinished run; --resume_from_checkpoint latest goes on, another --output_dir begins anew"
             )
+        if (args.output_dir / "student").exists():
+            fail(f"{args.output_dir / 'student'} is finished; choose another --output_dir, or delete it yourself")
         return dict.fromkeys(experts)
     if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
         must_match(args, args.output_dir / "args.json")
@@ -93,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
         print(f"{out / 'student'} is finished")
         return 0
-    check_space(teacher, names, args.student_blocks / teacher.transformer["num_layers"], out)
+    share = args.student_blocks / teacher.transformer["num_layers"]
+    check_space(teacher, names, share, out, args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1)
 
     # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -108,8 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.distributed_type is DistributedType.FSDP:
         if args.use_ema or args.validation_steps:
             fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
-        if args.student_dtype == "bf16":
-            fail("--student_dtype bf16: FSDP wants weights of one dtype, and Wan keeps some in float32; leave it out")
         if not accelerator.is_fsdp2:
             fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
     dtype = compute_dtype(args)
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     told = settings(args)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(told, indent=1) + "\n")
+        write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
 
@@ -147,21 +149,37 @@ def main(argv: list[str] | None = None) -> int:
                 return 128 + stopped.number
 
     if accelerator.is_main_process:
-        write_pipeline(teacher, {name: work / name / "student" for name in names}, out / "student")
-        metrics = judge.report(experts)
+        try:
+            if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
+                trained = {name: work / name / "student" for name in names}
+                write_pipeline(teacher, trained, out / "student", args.student_steps)
+            metrics = judge.report(experts)
+        except KeyboardInterrupt:
+            done = "the student is complete" if (out / "student").exists() else "training is complete"
+            print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
+            return 128 + signal.SIGINT
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
         metrics["seconds"] = round(time.perf_counter() - start, 1)
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         shutil.rmtree(work)
-        print(f"student: {out / 'student'}; beside it loss.png, samples.png, samples.gif, metrics.json, args.json")
+        print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); beside it pictures, metrics.json, args.json")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """`main`, with one line instead of a traceback where the world is not as it should be; returns the exit status."""
     try:
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:  # outside training, which saves a checkpoint
         print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        fail(f"no module {error.name}; pip install 'tiedquiet[distill]'")
+    except OSError as error:  # a full or read-only disk, at any moment
+        fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    sys.exit(run())

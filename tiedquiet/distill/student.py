@@ -1,6 +1,8 @@
 """The student: fewer blocks, begun from the teacher's, and written as a pipeline folder of its own."""
 
+import errno
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor
 
 from tiedquiet.distill.options import fail
@@ -53,28 +55,57 @@ def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: 
         (Path(beside) / place.name).replace(place)
 
 
+def few_steps(config: Mapping[str, Any], steps: int, order: int = 1) -> UniPCMultistepScheduler:
+    """The scheduler with which plain `WanPipeline` takes exactly the steps that a student was trained for.
+
+    UniPC of order 1 without its corrector is Euler's method, and its sigmas, s u / (1 + (s - 1) u) for u = 1, 1 - 1/n,
+    ..., 1/n, are every k-th of those that a teacher with k n steps takes. `FlowMatchEulerDiscreteScheduler` would space
+    them differently, and waste its last step (https://github.com/huggingface/diffusers/issues/13243).
+
+    Args:
+        config: of the teacher's scheduler; its `flow_shift`, or `shift`, is s.
+        steps: n.
+        order: of the solver; 2, with its corrector, is how a teacher is sampled at its own many steps.
+    """
+    return UniPCMultistepScheduler(
+        num_train_timesteps=config.get("num_train_timesteps", 1000),
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=config.get("flow_shift", config.get("shift", 1.0)),
+        solver_order=order,
+        disable_corrector=list(range(steps)) if order == 1 else [],
+    )
+
+
 def size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: Path) -> None:
-    """Stop where the disk cannot hold the student: its parts of the teacher, and weights in float32 with a checkpoint.
+def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: Path, checkpoints: int) -> None:
+    """Stop where the disk cannot hold the student: its parts of the teacher, and weights in float32 with checkpoints.
+
+    Args:
+        teacher: everything but the trained experts is copied from there.
+        experts: the names of those that are trained.
+        share: of their blocks that the student has.
+        output_dir: where it is written.
+        checkpoints: how many are kept of each expert, the one being written included.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
     copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
-    # Stored in 16 bits as Wan is, kept in 32; the larger of the two has a checkpoint with Adam's moments beside it.
-    trained = [2 * share * size(teacher.folder / name) for name in experts]
-    need = int(copied + 2 * sum(trained) + 3 * max(trained))
-    there = next(parent for parent in [output_dir.absolute(), *output_dir.absolute().parents] if parent.exists())
+    # Stored in 16 bits as Wan is, kept in 32; a checkpoint has Adam's two moments as well.
+    trained = sum(2 * share * size(teacher.folder / name) for name in experts)
+    need = int(copied + 2 * trained + 3 * checkpoints * trained)
+    there = next(parent for parent in [output_dir.absolute(), *output_dir.absolute().parents] if parent.is_dir())
     free = shutil.disk_usage(there).free
     if need > free:
         fail(f"--output_dir {output_dir}: needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
-def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path) -> None:
+def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, steps: int = 0) -> None:
     """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
 
     Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
@@ -83,18 +114,26 @@ def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path) 
     Args:
         teacher: everything but the experts comes from there.
         trained: the folders of the trained experts, by the names of the teacher's; others are copied.
-        target: the folder to make; one of that name is replaced.
+        target: the folder to make.
+        steps: how many the student was trained for; its scheduler takes them. 0 keeps the teacher's scheduler.
+
+    Raises:
+        FileExistsError: `target` is there already; nothing is written.
     """
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as beside:
         made = Path(beside) / target.name
         made.mkdir()
-        shutil.copy(teacher.folder / "model_index.json", made)
+        index = dict(teacher.index)
         for name in teacher.parts:
             shutil.copytree(trained.get(name, teacher.folder / name), made / name)
+        if steps:
+            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
+            index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         config = made / "text_encoder" / "config.json"
         told = json.loads(config.read_text())
         if told.get("tie_word_embeddings") is False:
             config.write_text(json.dumps({**told, "tie_word_embeddings": True}, indent=2) + "\n")
-        if target.exists():
-            target.rename(Path(beside) / "before")
         made.rename(target)

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tiedquiet
-from tiedquiet.distill.options import fail
-from tiedquiet.mode import is_main_process
+from tiedquiet.distill.options import fail, is_main_process
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,9 @@ class Teacher:
         self.parts = [part for part in self.index if (self.folder / part).is_dir()]
         self.transformer = self.config(names[0])
         self.vae = self.config("vae")
-        scheduler = self.config("scheduler", "scheduler_config.json")
-        steps = int(scheduler.get("num_train_timesteps", 1000))
-        shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+        self.scheduler = self.config("scheduler", "scheduler_config.json")
+        steps = int(self.scheduler.get("num_train_timesteps", 1000))
+        shift = float(self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0)))
         edge = (self.index.get("boundary_ratio") or 0.0) * steps
         spans = [(edge, float(steps)), (0.0, edge)]
         self.experts = [Expert(n, low, high, steps, shift) for n, (low, high) in zip(names, spans, strict=False)]
@@ -191,7 +190,7 @@ class Teacher:
 
 def compute_dtype(args: Namespace) -> torch.dtype:
     """What the teacher is stored in and everything but the VAE is computed in."""
-    return torch.bfloat16 if "bf16" in (args.mixed_precision, args.student_dtype) else torch.float32
+    return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
 
 def padded(embeddings: Sequence[Tensor], length: int) -> Tensor:

@@ -5,11 +5,13 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -53,17 +55,17 @@ class Taps:
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
-    task: Tensor,
+    target: Tensor,
+    task: Tensor | None,
     features: Sequence[tuple[Tensor, Tensor]],
     weights: tuple[float, float, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of three squared errors, in float32.
+    """The weighted sum of up to three squared errors, in float32.
 
     Args:
         student: its velocity, (batch, channels, frames, height, width).
-        teacher: the velocity to match, as `student`.
-        task: the velocity of the data itself, noise - x0, as `student`.
+        target: the velocity to match, as `student`.
+        task: the velocity of the data itself, noise - x0, as `student`; None leaves that term out.
         features: outputs of a student block and of the teacher block that teaches it, (batch, tokens, dim) each. Their
             error is relative to the teacher's mean square, for it grows from block to block.
         weights: of velocity, task and features.
@@ -71,14 +73,15 @@ def distillation_loss(
     Returns:
         The loss, and its parts without their weights.
     """
-    student, teacher = student.float(), teacher.float()
-    parts = {"velocity": mse_loss(student, teacher), "task": mse_loss(student, task.float())}
+    student = student.float()
+    parts = {"velocity": mse_loss(student, target.float())}
+    if task is not None:
+        parts["task"] = mse_loss(student, task.float())
     if features:
         errors = [mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in features]
         parts["features"] = torch.stack(errors).mean()
-    loss = sum(
-        (weight * part for weight, part in zip(weights, parts.values(), strict=False)), torch.zeros_like(parts["task"])
-    )
+    weight = dict(zip(("velocity", "task", "features"), weights, strict=True))
+    loss = torch.stack([weight[name] * part for name, part in parts.items()]).sum()
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -100,31 +103,40 @@ class Distillation:
         stood_for = groups(len(teacher.blocks), len(student.blocks)) if args.feature_weight else []
         self.taps = Taps(student, range(len(stood_for))), Taps(teacher, [group[-1] for group in stood_for])
 
-    def noisy(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents x = (1 - sigma) x0 + sigma noise; returns x, timesteps of this expert, noise - x0."""
+    def noisy(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noisy latents x = (1 - sigma) x0 + sigma noise, timesteps of this expert, and the task: noise - x0."""
         sigma = self.expert.sigmas(torch.rand(len(x0), generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         wide = sigma.view(-1, 1, 1, 1, 1)
-        return (1 - wide) * x0 + wide * noise, sigma * self.expert.steps, noise - x0
+        return {"x": (1 - wide) * x0 + wide * noise, "timesteps": sigma * self.expert.steps, "task": noise - x0}
 
     def loss(
-        self, x: Tensor, timesteps: Tensor, task: Tensor, text: Tensor, empty: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        target: Tensor | None = None,
+        task: Tensor | None = None,
+        empty: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch.
 
         Args:
             x: noisy latents (batch, channels, frames, height, width).
             timesteps: (batch,).
-            task: noise - x0, as `x`.
             text: embeddings (batch, tokens, text_dim).
-            empty: those of the negative prompt, for guidance distillation.
+            target: the velocity to learn, as `x`; None asks the teacher for its own.
+            task: noise - x0, as `x`.
+            empty: embeddings of the negative prompt, for guidance distillation.
         """
         x, text = x.to(self.dtype), text.to(self.dtype)
         ours, theirs = self.taps
-        with torch.no_grad():
-            with theirs as theirs_out:
-                target = self.teacher(x, timesteps, text, return_dict=False)[0]
-            if empty is not None:
+        with torch.no_grad(), theirs as theirs_out:
+            if target is None or self.args.feature_weight:
+                velocity = self.teacher(x, timesteps, text, return_dict=False)[0]
+                target = velocity if target is None else target
+        if empty is not None:
+            with torch.no_grad():
                 away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
                 target = away + self.args.guidance_scale * (target - away)
         with ours as ours_out:
@@ -185,6 +197,25 @@ def noticing_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+@contextlib.contextmanager
+def warnings_above_the_bar() -> Iterator[None]:
+    """Warnings, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _write_warning
+        yield
+
+
+def _write_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    tqdm.write(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), file=sys.stderr)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """An expert's checkpoints, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -234,8 +265,8 @@ def train(
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
     frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
-    dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
-    student = new_student(frozen, args.student_blocks, dtype).train()
+    # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
+    student = new_student(frozen, args.student_blocks, torch.float32).train()
     if accelerator.distributed_type is DistributedType.FSDP:
         shard(frozen, accelerator)
     one = Distillation(args, frozen, student, expert)
@@ -262,12 +293,23 @@ def train(
     if ema:
         ema.to(device)
 
-    negative = data.text([len(data.prompts) - 1] * args.train_batch_size) if args.guidance_scale > 1 else None
+    empty = len(data.prompts) - 1
+    guided = args.guidance_scale > 1
+    # A student that is sampled with guidance has to know where that leads away from.
+    dropped = 0.0 if args.student_steps or guided or args.sample_guidance_scale == 1 else args.empty_prompt_probability
 
-    def batch(draw: int) -> tuple[Tensor, ...]:
-        x0, prompts, generator = data.batch(draw, accelerator.process_index, processes)
-        inputs = (*one.noisy(x0.float(), generator), data.text(prompts))
-        return tuple(send(tensor, device) for tensor in (*inputs, *([] if negative is None else [negative])))
+    def batch(draw: int) -> dict[str, Tensor]:
+        latents, prompts, generator = data.batch(draw, accelerator.process_index, processes)
+        if args.student_steps:
+            inputs = data.segments(latents.float(), expert, generator)
+        else:
+            inputs = one.noisy(latents.float(), generator)
+            drop = torch.rand(len(prompts), generator=generator) < dropped
+            prompts = [empty if gone else n for n, gone in zip(prompts, drop.tolist(), strict=True)]
+        inputs["text"] = data.text(prompts)
+        if guided:
+            inputs["empty"] = data.text([empty] * len(prompts))
+        return {name: send(tensor, device) for name, tensor in inputs.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
     ahead = batch(len(progress.losses) * micro)
@@ -278,19 +320,26 @@ def train(
         initial=len(progress.losses),
         disable=not accelerator.is_local_main_process,
     )
-    with noticing_signals() as received:
+    if accelerator.is_main_process:
+        per_step = args.train_batch_size * processes * micro
+        tqdm.write(
+            f"***** Training {expert.name}: {args.student_blocks} of {len(frozen.blocks)} blocks, "
+            f"{sum(p.numel() for p in student.parameters()):,} parameters; {args.max_train_steps} steps of {per_step} "
+            f"({args.train_batch_size} x {processes} processes x {micro} accumulated), {len(data.which)} samples *****"
+        )
+    with noticing_signals() as received, warnings_above_the_bar():
         for step in bar:
             start = time.perf_counter()
             told: dict[str, Tensor] = {}
             for part in range(micro):
                 with accelerator.accumulate(one.student):
                     with accelerator.autocast():
-                        loss, parts = one.loss(*ahead)
+                        loss, parts = one.loss(**ahead)
                     accelerator.backward(loss)
                 ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     told[name] = told.get(name, torch.zeros_like(value)) + value / micro
-            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -320,7 +369,9 @@ def train(
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
             if args.validation_steps and done % args.validation_steps == 0:
-                validate(accelerator.unwrap_model(one.student), done)
+                if accelerator.is_main_process:
+                    validate(accelerator.unwrap_model(one.student), done)
+                accelerator.wait_for_everyone()
 
     if ema:
         ema.copy_to(student.parameters())
