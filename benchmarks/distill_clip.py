@@ -49,7 +49,31 @@ def main() -> None:
     print("| | seconds |\n| --- | --- |")
     for name, value in results.items():
         print(f"| {name.replace('_', ' ')} | {show(value) if isinstance(value, dict) else f'{value:.3g}'} |")
+    plot(path, results, options.shape)
     print(path)
+
+
+def plot(path: Path, results: dict[str, Any], shape: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
+    for name, colour in ("teacher", "tab:blue"), ("student", "tab:orange"):
+        left.barh(name, results[f"{name}_denoising"]["median"], color=colour)
+        left.barh(name, results["decoding"], left=results[f"{name}_denoising"]["median"], color="tab:grey")
+    left.set(
+        xlabel="seconds per clip (grey: decoding)", title=f"{shape}: {results['times_as_fast']['median']:.0f} times"
+    )
+    left.invert_yaxis()
+    steps = {name.removeprefix("training step, "): v["median"] for name, v in results.items() if "training" in name}
+    right.barh(list(steps), list(steps.values()), color="tab:green")
+    right.set(xlabel="seconds per training step")
+    right.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(figure)
 
 
 def timed(work: Callable[[], Any], device: Any) -> float:
@@ -113,7 +137,7 @@ def training(options: Any, shape: dict[str, int], device: Any, teacher: Any) -> 
     import torch
     from torch.nn.functional import mse_loss
 
-    from tiedquiet.distill.student import new_student
+    from tiedquiet.distill.pipeline import new_student
 
     student = new_student(teacher, shape["blocks"] // 2, torch.float32).float().train().requires_grad_(True)
     student.enable_gradient_checkpointing()

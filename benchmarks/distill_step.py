@@ -116,7 +116,7 @@ def models(shape: dict[str, int], device: Any, dtype: str) -> tuple[Any, Any]:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from tiedquiet.distill.student import new_student
+    from tiedquiet.distill.pipeline import new_student
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -152,7 +152,7 @@ class Steps:
     def __init__(self, shape: dict[str, int], device: Any) -> None:
         import torch
 
-        from tiedquiet.distill.teacher import Expert
+        from tiedquiet.distill.pipeline import Expert
         from tiedquiet.distill.train import Distillation
 
         self.device = torch.device(device)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tiedquiet.distill.judge import measure
+from tiedquiet.distill.evaluate import measure
 from tiedquiet.distill.tiny.clips import COLOURS, DIRECTIONS, FRAMES, HALF, PROMPTS, SHAPES, SIZE, SPEED, draw, read
 
 

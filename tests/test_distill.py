@@ -28,17 +28,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import UMT5Config
 
-from tiedquiet.distill import judge, options, speed, student
-from tiedquiet.distill.__main__ import __doc__ as DOC
-from tiedquiet.distill.__main__ import main
-from tiedquiet.distill.__main__ import run as run_main
-from tiedquiet.distill.cache import Cache, Data, read_clip
+from tiedquiet.distill import evaluate, options, pipeline, speed, train
+from tiedquiet.distill.checkpoint import checkpoints
+from tiedquiet.distill.data import Cache, Data, read_clip
 from tiedquiet.distill.options import TINY_WAN, parse
+from tiedquiet.distill.pipeline import Expert, Teacher
 from tiedquiet.distill.speed import Float8Attention, speed_up
-from tiedquiet.distill.teacher import Expert, Teacher
 from tiedquiet.distill.tiny import recipe
 from tiedquiet.distill.tiny.clips import PROMPTS
-from tiedquiet.distill.train import Distillation, checkpoints, distillation_loss, warnings_above_the_bar
+from tiedquiet.distill.train import Distillation, distillation_loss, main, warnings_above_the_bar
+from tiedquiet.distill.train import __doc__ as DOC
+from tiedquiet.distill.train import run as run_main
 
 TWO = "a red circle moving left\na blue square moving up\n"
 ENVIRONMENT = {
@@ -137,7 +137,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(tmp_path: Path, promp
     clip = pipe(PROMPTS[0], height=64, width=64, num_frames=5, num_inference_steps=1, guidance_scale=1).frames
     assert clip.shape == (1, 5, 64, 64, 3)
     # A student that learnt is neither its beginning nor the same in both experts.
-    begun = student.new_student(Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32), 3, torch.float32)
+    begun = pipeline.new_student(Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32), 3, torch.float32)
     assert not same(weights(out), begun.state_dict())
     assert not same(weights(out), weights(out, "transformer_2"))
 
@@ -244,7 +244,7 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
     assert whole.returncode == 0, whole.stderr
     one, two = weights(tmp_path / "fsdp"), weights(tmp_path / "ddp")
     teacher = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
-    begun = student.new_student(teacher, 6, torch.float32).state_dict()
+    begun = pipeline.new_student(teacher, 6, torch.float32).state_dict()
     moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
     assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.015 * moved
 
@@ -270,9 +270,12 @@ def test_clips_from_a_folder(tmp_path: Path) -> None:
     iio.imwrite(folder / "one.mp4", np.repeat(np.repeat(movie, 2, 1), 2, 2), fps=8)
     iio.imwrite(folder / "two.gif", movie, duration=100)
     (folder / "metadata.csv").write_text("file_name,text\none.mp4,a red circle moving left\ntwo.gif,something else\n")
-    done = run(*SHORT, "--train_data_dir", folder, "--output_dir", tmp_path / "out")
+    done = run(*SHORT, "--train_data_dir", folder, "--output_dir", tmp_path / "out", "--num_inference_steps", "5")
     assert done.returncode == 0, done.stderr
-    assert "adherence" not in json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["teacher, 4 steps"]
+    arms = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]
+    assert list(arms) == ["teacher, 5 steps", "untrained, 5 steps", "student, 5 steps", "student, 4 steps"]
+    assert "adherence" not in arms["teacher, 5 steps"]
+    assert arms["student, 5 steps"]["psnr"] > 0
     kept = sorted((tmp_path / "out/cache").glob("latents-*/*.safetensors"))
     assert len(kept) == 2
 
@@ -293,7 +296,7 @@ def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
     assert torch.equal(clip, torch.ones(3, 1, 64, 64))
 
 
-def pipeline(folder: Path, **index: Any) -> Path:
+def copied(folder: Path, **index: Any) -> Path:
     """A copy of the tiny teacher with another `model_index.json`."""
     shutil.copytree(TINY_WAN, folder)
     told = json.loads((folder / "model_index.json").read_text())
@@ -376,9 +379,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="latin-1")
     iio.imwrite(folder / "short/short.png", np.zeros((64, 64, 3), dtype=np.uint8))
-    pipeline(folder / "one", transformer_2=[None, None], boundary_ratio=None)
-    pipeline(folder / "image", _class_name="WanImageToVideoPipeline")
-    shutil.rmtree(pipeline(folder / "part") / "vae")
+    copied(folder / "one", transformer_2=[None, None], boundary_ratio=None)
+    copied(folder / "image", _class_name="WanImageToVideoPipeline")
+    shutil.rmtree(copied(folder / "part") / "vae")
     return folder
 
 
@@ -410,7 +413,7 @@ def test_bad_input_leaves_no_traceback(bad: Path, tmp_path: Path) -> None:
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(student.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "out")])
     assert "GB, 0.0 GB are free" in capsys.readouterr().err
@@ -485,7 +488,7 @@ def step(
     torch.manual_seed(0)
     expert = experts()[0]
     frozen = Teacher(str(TINY_WAN)).expert(expert, torch.float32)
-    learner = student.new_student(frozen, 4, torch.float32).train()
+    learner = pipeline.new_student(frozen, 4, torch.float32).train()
     args.gradient_checkpointing, args.task_weight, args.feature_weight = checkpointing, 0.05, 0.3
     distillation = Distillation(args, frozen, learner, expert)
     speed_up(frozen, learner, args)
@@ -589,26 +592,26 @@ def test_guidance_distillation_learns_the_guided_velocity() -> None:
 
 
 def test_a_student_begins_with_the_teachers_blocks() -> None:
-    assert student.groups(8, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    assert student.groups(7, 3) == [range(2), range(2, 4), range(4, 7)]
+    assert pipeline.groups(8, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+    assert pipeline.groups(7, 3) == [range(2), range(2, 4), range(4, 7)]
     frozen = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
-    begun = student.new_student(frozen, 3, torch.float32)
+    begun = pipeline.new_student(frozen, 3, torch.float32)
     assert torch.equal(begun.blocks[1].ffn.net[2].weight, frozen.blocks[2].ffn.net[2].weight)
-    whole = student.new_student(frozen, 6, torch.float32)
+    whole = pipeline.new_student(frozen, 6, torch.float32)
     assert same(whole.state_dict(), frozen.state_dict())
-    small = student.new_student(Teacher(str(TINY_WAN)).expert(experts()[0], torch.bfloat16), 2, torch.bfloat16)
+    small = pipeline.new_student(Teacher(str(TINY_WAN)).expert(experts()[0], torch.bfloat16), 2, torch.bfloat16)
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16, torch.float32}
     assert small.blocks[0].scale_shift_table.dtype == torch.float32
 
 
 def test_the_saved_student_is_the_trained_module(tmp_path: Path) -> None:
     teacher = Teacher(str(TINY_WAN))
-    trained = student.new_student(teacher.expert(experts()[1], torch.float32), 3, torch.float32).eval()
+    trained = pipeline.new_student(teacher.expert(experts()[1], torch.float32), 3, torch.float32).eval()
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.01)
-    student.save_weights(trained.config, trained.state_dict(), tmp_path / "weights")
-    student.write_pipeline(teacher, {"transformer_2": tmp_path / "weights"}, tmp_path / "student")
+    pipeline.save_weights(trained.config, trained.state_dict(), tmp_path / "weights")
+    pipeline.write_pipeline(teacher, {"transformer_2": tmp_path / "weights"}, tmp_path / "student")
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 64))
     with torch.no_grad():
@@ -626,23 +629,23 @@ def test_a_student_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError("disk full")
         copied.append(copytree(source, place))
 
-    monkeypatch.setattr(student.shutil, "copytree", fails_later)
+    monkeypatch.setattr(pipeline.shutil, "copytree", fails_later)
     with pytest.raises(OSError, match="disk full"):
-        student.write_pipeline(teacher, {}, target)
+        pipeline.write_pipeline(teacher, {}, target)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    student.write_pipeline(teacher, {}, target)
+    pipeline.write_pipeline(teacher, {}, target)
     (target / "mine").write_text("")
     with pytest.raises(FileExistsError, match="student"):
-        student.write_pipeline(teacher, {}, target)
+        pipeline.write_pipeline(teacher, {}, target)
     assert (target / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    student.write_pipeline(Teacher(str(target)), {}, tmp_path / "its_own")  # its config tells the truth already
+    pipeline.write_pipeline(Teacher(str(target)), {}, tmp_path / "its_own")  # its config tells the truth already
     assert json.loads((tmp_path / "its_own/text_encoder/config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_an_encoder_without_its_embedding_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = pipeline(tmp_path / "teacher")
+    folder = copied(tmp_path / "teacher")
     file = folder / "text_encoder/model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "shared.weight"}, file, metadata={"format": "pt"})
     argv = ["--pretrained_model_name_or_path", str(folder), "--prompts_file", str(tmp_path / "prompts.txt")]
@@ -731,7 +734,7 @@ def test_what_ships_needs_its_steps_and_its_guidance() -> None:
     assert recipe.adherence(pipe, recipe.STEPS, recipe.GUIDANCE, seeds=1) >= 0.9
     assert recipe.adherence(pipe, recipe.STEPS, 1.0, seeds=1) <= 0.6
     for steps, at_most in ((2, 0.75), (1, 0.3)):
-        pipe.scheduler = student.few_steps(pipe.scheduler.config, steps)
+        pipe.scheduler = pipeline.few_steps(pipe.scheduler.config, steps)
         assert recipe.adherence(pipe, steps, recipe.GUIDANCE, seeds=1) <= at_most
 
 
@@ -780,7 +783,7 @@ def test_a_student_of_few_steps_is_what_plain_wan_pipeline_draws(tmp_path: Path,
 
 def test_the_nodes_of_the_student_lie_on_the_teachers_path() -> None:
     config = Teacher(str(TINY_WAN)).scheduler
-    few, many = student.few_steps(config, 4), student.few_steps(config, 24, order=2)
+    few, many = pipeline.few_steps(config, 4), pipeline.few_steps(config, 24, order=2)
     few.set_timesteps(4)
     many.set_timesteps(24)
     torch.testing.assert_close(few.sigmas, many.sigmas[::6])
@@ -789,7 +792,7 @@ def test_the_nodes_of_the_student_lie_on_the_teachers_path() -> None:
 
 def segments_of(teacher: Teacher, paths: torch.Tensor, expert: Expert) -> dict[str, torch.Tensor]:
     data = Data(parse(DOC, []), PROMPTS, [])
-    nodes = student.few_steps(teacher.scheduler, 4)
+    nodes = pipeline.few_steps(teacher.scheduler, 4)
     nodes.set_timesteps(4)
     data.timesteps, data.sigmas = nodes.timesteps.float(), nodes.sigmas.float()
     return data.segments(paths, expert, torch.Generator().manual_seed(0))
@@ -804,7 +807,7 @@ def test_one_step_of_a_segments_velocity_leads_from_node_to_node() -> None:
         for k, timestep in enumerate((999, 937, 833, 625)):
             rows = chosen["timesteps"] == timestep
             if timestep in its:
-                scheduler = student.few_steps(teacher.scheduler, 4)
+                scheduler = pipeline.few_steps(teacher.scheduler, 4)
                 scheduler.set_timesteps(4)
                 scheduler.set_begin_index(k)
                 reached = scheduler.step(chosen["target"][rows], timestep, chosen["x"][rows], return_dict=False)[0]
@@ -840,9 +843,9 @@ def test_clips_are_read_at_16_frames_a_second(tmp_path: Path) -> None:
 
 def test_a_large_film_is_no_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = [torch.rand(2, 5, 3, 64, 64)]
-    assert judge.write_film(film, tmp_path / "a.gif") == tmp_path / "a.gif"
-    monkeypatch.setattr(judge, "GIF_LIMIT", 1000)
-    assert judge.write_film(film, tmp_path / "b.gif") == tmp_path / "b.mp4"
+    assert evaluate.write_film(film, tmp_path / "a.gif") == tmp_path / "a.gif"
+    monkeypatch.setattr(evaluate, "GIF_LIMIT", 1000)
+    assert evaluate.write_film(film, tmp_path / "b.gif") == tmp_path / "b.mp4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "b.mp4"]
     assert (tmp_path / "b.mp4").read_bytes()[4:8] == b"ftyp"
 
@@ -852,7 +855,6 @@ def test_a_large_film_is_no_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (OSError(28, "No space left on device", "x/args.json"), "x/args.json: No space left on device"),
         (OSError(30, "Read-only file system"), "the disk: Read-only file system"),
-        (ModuleNotFoundError("no", name="diffusers"), "no module diffusers; pip install 'tiedquiet[distill]'"),
     ],
 )
 def test_whatever_the_world_lacks_is_told_in_one_line(
@@ -861,7 +863,7 @@ def test_whatever_the_world_lacks_is_told_in_one_line(
     def fails() -> int:
         raise error
 
-    monkeypatch.setattr("tiedquiet.distill.__main__.main", fails)
+    monkeypatch.setattr("tiedquiet.distill.train.main", fails)
     with pytest.raises(SystemExit):
         run_main()
     assert capsys.readouterr().err == f"tiedquiet.distill: {words}\n"
@@ -888,11 +890,11 @@ def test_ctrl_c_while_the_samples_are_drawn_says_what_is_there(
 
     argv = [*SHORT, *prompts, "--expert", "low", "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
-        patched.setattr(student, "write_pipeline", interrupted)
+        patched.setattr(train, "write_pipeline", interrupted)
         assert main(argv) == 130
     assert "interrupted; training is complete; --resume_from_checkpoint latest finishes" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr(judge.Judge, "report", interrupted)
+        patched.setattr(evaluate.Judge, "report", interrupted)
         assert main([*argv, "--resume_from_checkpoint", "latest"]) == 130
     assert "interrupted; the student is complete" in capsys.readouterr().err
     written = (tmp_path / "out/student/model_index.json").stat().st_mtime_ns
@@ -916,13 +918,13 @@ def test_the_space_for_checkpoints_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher, asked = Teacher(str(TINY_WAN)), []
-    monkeypatch.setattr(student.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
     for kept in (1_000, 3_000):
         with pytest.raises(SystemExit):
-            student.check_space(teacher, ["transformer"], 1.0, tmp_path, kept)
+            pipeline.check_space(teacher, ["transformer"], 1.0, tmp_path, kept)
         asked.append(float(re.findall(r"about ([\d.]+) GB", capsys.readouterr().err)[0]))
     # Each has the weights and Adam's two moments in float32, of what is stored in 16 bits.
-    assert asked[1] - asked[0] == pytest.approx(2_000 * 3 * 2 * student.size(TINY_WAN / "transformer") / 1e9, abs=0.1)
+    assert asked[1] - asked[0] == pytest.approx(2_000 * 3 * 2 * pipeline.size(TINY_WAN / "transformer") / 1e9, abs=0.1)
     assert parse(DOC, []).checkpoints_total_limit == 2
 
 
@@ -937,7 +939,7 @@ def test_the_empty_prompt_is_learnt_where_it_will_be_needed(
         return text(self, numbers)
 
     monkeypatch.setattr(Data, "text", note)
-    monkeypatch.setattr(judge.Judge, "report", lambda self, experts: {})
+    monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
     for name, flags, learnt in (
         ("always", [*VELOCITY, "--empty_prompt_probability", "1"], True),
         ("unguided", [*VELOCITY, "--empty_prompt_probability", "1", "--sample_guidance_scale", "1"], False),
@@ -963,15 +965,24 @@ def test_the_curves_are_in_fixed_order_and_every_shown_prompt_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(judge, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
     step = {"features": 1.0, "lr": 0.1, "loss": 3.0, "seconds": 1.0, "velocity": 2.0}
-    judge.draw_loss({"transformer": [step, step]}, tmp_path / "loss.png")
+    evaluate.draw_loss({"transformer": [step, step]}, tmp_path / "loss.png")
     (axis,) = figures[0].axes
     assert [line.get_label() for line in axis.lines] == ["loss", "velocity", "features"]
     assert [line.get_color() for line in axis.lines] == ["black", "tab:blue", "tab:green"]
     assert axis.get_ylabel() == "mean squared error"
     clips = torch.rand(2, 5, 3, 8, 8)
-    judge.draw_samples({"teacher": clips, "student": clips}, PROMPTS[:2], tmp_path / "samples.png")
+    evaluate.draw_samples({"teacher": clips, "student": clips}, PROMPTS[:2], tmp_path / "samples.png")
     axes = figures[1].axes
     assert [axis.get_ylabel().replace("\n", " ") for axis in axes if axis.get_ylabel()] == PROMPTS[:2]
     assert [axis.get_title() for axis in axes if axis.get_title()] == ["teacher", "student"]
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "diffusers.py").write_text("raise ModuleNotFoundError('No module named diffusers', name='diffusers')\n")
+    command = [sys.executable, "-m", "tiedquiet.distill"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "tiedquiet.distill: no module diffusers; pip install 'tiedquiet[distill]'\n"

@@ -24,8 +24,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from tiedquiet.distill.student import few_steps
-from tiedquiet.distill.teacher import Expert
+from tiedquiet.distill.pipeline import Expert, few_steps
 from tiedquiet.distill.tiny.clips import FRAMES, PROMPTS, SIZE, adhering, draw
 
 BOUNDARY = 0.875  # as Wan2.2-T2V-A14B

@@ -18,16 +18,16 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from tqdm import tqdm
 
-from tiedquiet.distill.cache import Data, decode, sample
+from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.options import write_text
-from tiedquiet.distill.student import few_steps, new_student
-from tiedquiet.distill.teacher import Expert, Teacher
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, new_student
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SEEDS = (1_000, 1_001, 1_002, 1_003)  # of the clips that are judged
+FEW = 4  # at which a student that learnt the velocity is judged as well
 SHOWN = {  # in the pictures: every colour, shape and direction
     "a red circle moving left",
     "a green square moving up",
@@ -207,6 +207,8 @@ class Judge:
             arms[f"teacher, {steps} steps"] = Arm(steps, guided, blocks, True)
         arms[f"untrained, {steps} steps"] = Arm(steps, guidance, args.student_blocks, few, untrained)
         arms[f"student, {steps} steps"] = Arm(steps, guidance, args.student_blocks, few, trained)
+        if not few and many > FEW:
+            arms[f"student, {FEW} steps"] = Arm(FEW, guidance, args.student_blocks, True, trained)
         return arms
 
     def report(self, experts: Sequence[Expert]) -> dict[str, Any]:
@@ -239,7 +241,9 @@ class Judge:
             self.draw(broken, "broken_tie")
         print(table(metrics))
         write_card(self.teacher, args, metrics, out)
-        return {"arms": metrics, "losses": {name: steps[-1] for name, steps in losses.items()}}
+        spent = sum(step["seconds"] for steps in losses.values() for step in steps)
+        last = {name: steps[-1] for name, steps in losses.items()}
+        return {"arms": metrics, "losses": last, "training_seconds": round(spent, 1)}
 
     def draw(self, clips: Mapping[str, Tensor], name: str) -> None:
         """Pictures of the shown clips of the first seed, still and moving."""

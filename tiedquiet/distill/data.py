@@ -19,8 +19,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from tiedquiet.distill.options import fail
-from tiedquiet.distill.student import few_steps
-from tiedquiet.distill.teacher import Expert, Teacher, padded
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
