@@ -778,6 +778,8 @@ def test_a_student_of_few_steps_is_what_plain_wan_pipeline_draws(tmp_path: Path,
         "student_steps: 4",
     ):
         assert told in card
+    assert str(tmp_path) not in card
+    assert str(TINY_WAN) not in card
     assert (out / "student/samples.png").stat().st_size == (out / "samples.png").stat().st_size
 
 

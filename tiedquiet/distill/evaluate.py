@@ -230,6 +230,7 @@ class Judge:
             metrics[name] = measure(clips[name], prompts, clips[first]) | spent
         metrics[first].pop("psnr")
         self.draw(clips, "samples")
+        write_card(self.teacher, args, metrics, out)
         losses = {e.name: json.loads((out / "checkpoints" / e.name / "losses.json").read_text()) for e in experts}
         draw_loss(losses, out / "loss.png")
         if args.show_broken_tie:
@@ -240,7 +241,6 @@ class Judge:
                 metrics[name] = measure(broken[name], prompts, clips[first]) | spent
             self.draw(broken, "broken_tie")
         print(table(metrics))
-        write_card(self.teacher, args, metrics, out)
         spent = sum(step["seconds"] for steps in losses.values() for step in steps)
         last = {name: steps[-1] for name, steps in losses.items()}
         return {"arms": metrics, "losses": last, "training_seconds": round(spent, 1)}
@@ -279,10 +279,11 @@ def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, f
     """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
     steps = f"num_inference_steps={args.student_steps}, guidance_scale=1.0" if args.student_steps else ""
     call = f"height={args.height}, width={args.width}, num_frames={args.num_frames}" + (f", {steps}" if steps else "")
-    told = {k: v for k, v in vars(args).items() if v not in (None, [], False) and not isinstance(v, Path)}
+    hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *(["pretrained_model_name_or_path"] * args.tiny)}
+    told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
     base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"
     pictures = [path for path in sorted(out.glob("samples.*")) if path.suffix in (".png", ".gif")]
-    settings = "\n".join(f"{name}: {value}" for name, value in sorted(told.items()))
+    settings = "\n".join(f"{name}: {value}" for name, value in sorted(told.items()) if not isinstance(value, Path))
     for picture in pictures:
         (out / "student" / picture.name).write_bytes(picture.read_bytes())
     shown = "\n\n".join(f"![{' | '.join(metrics)}]({picture.name})" for picture in pictures)
@@ -348,7 +349,8 @@ def draw_loss(losses: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
     """The loss and its parts, step by step, one panel for each expert."""
     figure, axes = plt.subplots(1, len(losses), figsize=(5 * len(losses), 3.2), squeeze=False)
     for axis, (name, steps) in zip(axes[0], losses.items(), strict=True):
-        for part in (name for name in PARTS if name in steps[0]):
+        parts = [name for name in PARTS if name in steps[0]]
+        for part in parts if len(parts) > 2 else parts[:1]:  # a loss of one term is that term
             values = [step[part] for step in steps]
             axis.plot(range(1, len(steps) + 1), values, label=part, color=PARTS[part], lw=1)
         axis.set(title=name, xlabel="step", ylabel="mean squared error", yscale="log")
