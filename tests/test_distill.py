@@ -104,6 +104,7 @@ def experts() -> tuple[Expert, Expert]:
     return high, low
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_pipeline_pictures_and_measurements(tmp_path: Path, prompts: list[str]) -> None:
     out = tmp_path / "out"
     done = run(
@@ -167,6 +168,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(tmp_path: Path, promp
     assert len(list((out / "cache").glob("latents-*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path: Path, prompts: list[str]) -> None:
     common = [*SHORT, *prompts, "--max_train_steps", "8", "--use_ema", "--cache_dir", str(tmp_path / "cache")]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -197,6 +199,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(tmp_path
     assert run(*common, "--output_dir", broken, "--resume_from_checkpoint", "latest").stdout.endswith("is finished\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_before_it_saves_that(tmp_path: Path, prompts: list[str]) -> None:
     done = run(
         *SHORT, *prompts, "--output_dir", tmp_path / "out", "--learning_rate", "1e38", "--lr_warmup_steps", "0",
@@ -207,6 +210,7 @@ def test_a_run_that_diverges_stops_before_it_saves_that(tmp_path: Path, prompts:
     assert [path.name for path in checkpoints(tmp_path / "out/checkpoints/transformer")] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]) -> None:
     many = [*SHORT, *prompts, "--samples_per_prompt", "10000"]
     status, lines = interrupt(signal.SIGINT, "cache/paths-*/*.safetensors", tmp_path / "out", *many)
@@ -234,6 +238,7 @@ def test_fsdp_refuses_what_it_cannot_do(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -> None:
     common = [*SHORT, *prompts, "--mixed_precision", "bf16", "--expert", "high", "--checkpointing_steps", "2"]
     common += ["--gradient_checkpointing", "attention", "--cache_dir", str(tmp_path / "cache"), "--output_dir"]
@@ -249,6 +254,7 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
     assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.015 * moved
 
 
+@pytest.mark.slow
 def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> None:
     done = run(
         *SHORT, *prompts, "--output_dir", tmp_path / "out", "--expert", "high", "--checkpointing_steps", "2",
@@ -263,6 +269,7 @@ def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> N
     WanPipeline.from_pretrained(tmp_path / "out/student")
 
 
+@pytest.mark.slow
 def test_clips_from_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
@@ -402,6 +409,7 @@ def test_bad_input_gets_one_line(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bad_input_leaves_no_traceback(bad: Path, tmp_path: Path) -> None:
     done = run("--num_frames", "10")
     assert (done.returncode, done.stdout) == (2, "")
@@ -738,6 +746,7 @@ def test_what_ships_needs_its_steps_and_its_guidance() -> None:
         assert recipe.adherence(pipe, steps, recipe.GUIDANCE, seeds=1) <= at_most
 
 
+@pytest.mark.slow
 def test_a_student_of_few_steps_is_what_plain_wan_pipeline_draws(tmp_path: Path, prompts: list[str]) -> None:
     out = tmp_path / "out"
     done = run(*SHORT, *prompts, "--output_dir", out, "--num_inference_steps", "8", "--student_blocks", "3")
@@ -884,6 +893,7 @@ def test_a_full_disk_while_the_latents_are_made(
     assert capsys.readouterr().err.splitlines()[-1] == f"tiedquiet.distill: {tmp_path}: No space left on device"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_samples_are_drawn_says_what_is_there(
     tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

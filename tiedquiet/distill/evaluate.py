@@ -277,8 +277,11 @@ def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
 
 def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
-    steps = f"num_inference_steps={args.student_steps}, guidance_scale=1.0" if args.student_steps else ""
-    call = f"height={args.height}, width={args.width}, num_frames={args.num_frames}" + (f", {steps}" if steps else "")
+    call = f"prompt, height={args.height}, width={args.width}, num_frames={args.num_frames}"
+    if args.max_sequence_length != 512:  # the pipeline's own; padded otherwise, a prompt is another one to the student
+        call += f", max_sequence_length={args.max_sequence_length}"
+    if args.student_steps:
+        call += f", num_inference_steps={args.student_steps}, guidance_scale=1.0"
     hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *(["pretrained_model_name_or_path"] * args.tiny)}
     told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
     base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"
@@ -303,7 +306,7 @@ tags:
 from diffusers import WanPipeline
 
 pipe = WanPipeline.from_pretrained("this folder")
-frames = pipe(prompt, {call}).frames
+frames = pipe({call}).frames
 ```
 
 {table(metrics)}
