@@ -781,7 +781,7 @@ def test_a_student_of_few_steps_is_what_plain_wan_pipeline_draws(tmp_path: Path,
     card = (out / "student/README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-video\n")
     for told in (
-        "num_inference_steps=4, guidance_scale=1.0",
+        "max_sequence_length=16, num_inference_steps=4, guidance_scale=1.0",
         "| student, 4 steps",
         "](samples.png)",
         "student_steps: 4",
