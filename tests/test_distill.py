@@ -512,6 +512,7 @@ def step(
     return learner, loss.detach(), parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "compiled"),
     [("blocks", []), ("attention", []), (None, ["--compile"]), ("attention", ["--compile"])],
@@ -537,6 +538,7 @@ def test_compiled_blocks_learn_under_ddp_where_its_buckets_are_smaller() -> None
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_what_gets_gradients_of_the_modulation_wrong_on_gpus_is_off_where_blocks_are_compiled() -> None:
     inductor, seen = torch._inductor.config, list[bool]()
@@ -699,6 +701,7 @@ def test_samples_do_not_depend_on_interruptions() -> None:
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_tiny_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -940,6 +943,7 @@ def test_the_space_for_checkpoints_is_asked_for(
     assert parse(DOC, []).checkpoints_total_limit == 2
 
 
+@pytest.mark.slow
 def test_the_empty_prompt_is_learnt_where_it_will_be_needed(
     tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -998,3 +1002,15 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "tiedquiet.distill: no module diffusers; pip install 'tiedquiet[distill]'\n"
+
+
+def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:
+    args = parse(DOC, ["--pretrained_model_name_or_path", "someone/wan", "--prompts_file", str(tmp_path / "p.txt")])
+    args.student_blocks = 3
+    (tmp_path / "student").mkdir()
+    evaluate.write_card(Teacher(str(TINY_WAN)), args, {"teacher": {"psnr": 20.0}}, tmp_path)
+    card = (tmp_path / "student/README.md").read_text()
+    assert "base_model: someone/wan\n---\n" in card
+    assert "pipe(prompt, height=480, width=832, num_frames=81).frames" in card
+    assert "| teacher | 20.0 dB |" in card
+    assert str(tmp_path) not in card
