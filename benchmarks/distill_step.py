@@ -4,12 +4,12 @@
     python benchmarks/distill_step.py --scaling           # one and two GPUs: DDP and FSDP through accelerate
     python benchmarks/distill_step.py --shape tiny --device cpu --rounds 2
 
-A teacher of 30 blocks and a student of 15 with random weights, bf16, batch 1, AdamW: the step of
-`tiedquiet.distill.train`, from noisy latents to updated weights. All arms share one process and one pair of models and
-take turns in rotating order; the ceiling, a large bf16 matrix product, is measured in every round. Only the arithmetic
-that the step needs is counted (teacher forward; student forward and twice that backward), so computing something again
-counts against an arm. What an arm computes, the teacher's velocity and the student's gradients, is held against that of
-the plain one.
+A teacher of 30 blocks in bf16 and a student of 15 kept in float32, computed in bf16, with random weights, batch 1,
+AdamW: the step of velocity distillation in `tiedquiet.distill.train`, from noisy latents to updated weights. All arms
+share one process and one pair of models and take turns in rotating order; the ceiling, a large bf16 matrix product, is
+measured in every round. Only the arithmetic that the step needs is counted (teacher forward; student forward and twice
+that backward), so computing something again counts against an arm. What an arm computes, the teacher's velocity and
+the student's gradients, is held against that of the plain one.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def settings(arm: dict[str, Any]) -> Namespace:
     """The example's own settings for such a run."""
     from tiedquiet.distill.options import parse
 
-    args = parse("", ["--pretrained_model_name_or_path", "none", "--student_dtype", "bf16"])
-    vars(args).update({"feature_weight": 0.0, **arm})
+    args = parse("", ["--pretrained_model_name_or_path", "none", "--mixed_precision", "bf16", "--task_weight", "0.05"])
+    vars(args).update(arm)
     return args
 
 
@@ -115,7 +116,7 @@ def models(shape: dict[str, int], device: Any, dtype: str) -> tuple[Any, Any]:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from tiedquiet.distill.student import new_student
+    from tiedquiet.distill.pipeline import new_student
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -146,17 +147,16 @@ class Steps:
     Args:
         shape: of the models and the latents.
         device: where they are.
-        dtype: of the student's weights.
     """
 
-    def __init__(self, shape: dict[str, int], device: Any, dtype: str = "bfloat16") -> None:
+    def __init__(self, shape: dict[str, int], device: Any) -> None:
         import torch
 
-        from tiedquiet.distill.teacher import Expert
+        from tiedquiet.distill.pipeline import Expert
         from tiedquiet.distill.train import Distillation
 
         self.device = torch.device(device)
-        self.teacher, self.student = models(shape, self.device, dtype)
+        self.teacher, self.student = models(shape, self.device, "float32")
         expert = Expert("transformer", 0.0, 1000.0, 1000, 3.0)
         self.distillation = Distillation(settings({}), self.teacher, self.student, expert)
         fused = True if self.device.type == "cuda" else None
@@ -187,22 +187,30 @@ class Steps:
             block._compiled_call_impl, block.forward = compiled, forward
             block.attn1.set_processor(processor)
 
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> dict[str, Any]:
         import torch
 
         from tiedquiet.distill.train import send
 
         generator = torch.Generator().manual_seed(0)
         drawn = self.distillation.noisy(torch.randn(self.size, generator=generator), generator)
-        return tuple(send(tensor, self.device) for tensor in drawn)
+        return {name: send(tensor, self.device) for name, tensor in drawn.items()}
 
-    def __call__(self, inputs: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
+    def loss(self, inputs: dict[str, Any]) -> Any:
+        """Computed as the example does, under accelerate's autocast."""
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Mismatch dtype")  # on CPUs, where layer norm is not fused then
+            return self.distillation.loss(**inputs, text=self.text)[0]
+
+    def __call__(self, inputs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         """One step; returns its loss and the next step's inputs, which the example, too, prepares meanwhile."""
         import torch
 
         from tiedquiet.distill.train import whole
 
-        loss, _ = self.distillation.loss(*inputs, self.text)
+        loss = self.loss(inputs)
         loss.backward()
         ahead = self.inputs()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -220,8 +228,9 @@ class Steps:
         self.choose(arm)
         inputs, dtype = self.inputs(), self.distillation.dtype
         with torch.no_grad():
-            velocity = self.teacher(inputs[0].to(dtype), inputs[1], self.text.to(dtype), return_dict=False)[0].float()
-        self.distillation.loss(*inputs, self.text)[0].backward()
+            x, text = inputs["x"].to(dtype), self.text.to(dtype)
+            velocity = self.teacher(x, inputs["timesteps"], text, return_dict=False)[0].float()
+        self.loss(inputs).backward()
         gradients = {
             name: parameter.grad.float().cpu()
             for name, parameter in self.student.named_parameters()
@@ -318,8 +327,8 @@ def gradient_error(ours: dict[str, Any], reference: dict[str, Any]) -> dict[str,
 
 
 def timed(
-    steps: Steps, inputs: tuple[Any, ...], cuda: bool, warm: int
-) -> tuple[dict[str, float], tuple[Any, ...], float]:
+    steps: Steps, inputs: dict[str, Any], cuda: bool, warm: int
+) -> tuple[dict[str, float], dict[str, Any], float]:
     """One step, after some that are not timed: another arm's memory and caches went before."""
     import torch
 
@@ -418,8 +427,7 @@ def scaling_worker(options: Any) -> None:
 
     accelerator = Accelerator()
     sharded, cuda = accelerator.distributed_type is DistributedType.FSDP, accelerator.device.type == "cuda"
-    # FSDP wants one dtype: the student is kept in float32 and computed in bfloat16.
-    steps = Steps(SHAPES[options.shape], accelerator.device, "float32" if sharded else "bfloat16")
+    steps = Steps(SHAPES[options.shape], accelerator.device)
     steps.choose(options.arms[0])
     if sharded:
         shard(steps.teacher, accelerator)

@@ -39,6 +39,6 @@ def on_cpus(module: Any, **kwargs: Any) -> Any:
 AcceleratorState.__init__, fsdp.fully_shard = allow, on_cpus
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # as its launcher has them
 
-from tiedquiet.distill.__main__ import main  # noqa: E402 - it takes fully_shard by name
+from tiedquiet.distill.train import main  # noqa: E402 - it takes fully_shard by name
 
 sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,19 +10,25 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from tiedquiet.mode import is_main_process
 
-TINY_WAN = Path(__file__).with_name("tiny_wan")
+def is_main_process() -> bool:
+    """Whether this process is the first of a distributed launch, or not part of one."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+TINY_WAN = Path(__file__).with_name("tiny") / "wan"
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
-    "height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 12,
-    "sample_guidance_scale": 1.0, "train_batch_size": 16, "max_train_steps": 1200, "learning_rate": 5e-3,
-    "lr_scheduler": "cosine", "lr_warmup_steps": 100, "samples_per_prompt": 8, "feature_weight": 0.3,
+    "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 24,
+    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 700,
+    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 20,
+    "feature_weight": 0.0,
 }  # fmt: skip
 WAN = {
-    "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 50,
-    "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000, "learning_rate": 1e-5,
-    "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1, "feature_weight": 0.1,
+    "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
+    "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
+    "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
+    "feature_weight": 0.0,
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
@@ -54,6 +61,14 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 0")
+    return number
+
+
 def weight(text: str) -> float:
     """A number that is not negative."""
     number = float(text)
@@ -80,7 +95,11 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--revision", help="of the teacher on the hub")
     add("--output_dir", type=Path, default=Path("distilled"), help="student/, pictures, metrics.json, args.json")
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
-    add("--student_blocks", type=positive, help="blocks per student (default: half the teacher's)")
+    add("--student_steps", type=count, metavar="N",
+        help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
+        "learns the teacher's velocity and takes as many steps (default: 4 with the tiny teacher, else 0)")  # fmt: skip
+    add("--student_blocks", type=positive,
+        help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # Data: a folder of clips, or latents that the teacher samples for prompts.
@@ -94,28 +113,29 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
     # The loss.
-    add("--velocity_weight", type=weight, default=1.0, help="student's velocity against the teacher's")
-    add("--task_weight", type=weight, default=0.05, help="student's velocity against noise - x0")
+    add("--velocity_weight", type=weight, default=1.0, help="student's velocity against the teacher's, or its path's")
+    add("--task_weight", type=weight,
+        help="student's velocity against noise - x0 (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
     add("--feature_weight", type=weight, help="each student block's output against its teacher block's")
     add("--guidance_scale", type=weight, default=1.0, help="above 1: distil the guided teacher; the student needs none")
+    add("--empty_prompt_probability", type=weight, default=0.1,
+        help="how often a student that is sampled with guidance sees the negative prompt")  # fmt: skip
     # The steps.
     add("--train_batch_size", type=positive, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
     add("--max_train_steps", type=positive, help="optimizer steps for each expert")
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
-    add("--lr_warmup_steps", type=int)
+    add("--lr_warmup_steps", type=count)
     add("--adam_beta1", type=weight, default=0.9)
     add("--adam_beta2", type=weight, default=0.99)
     add("--adam_weight_decay", type=weight, default=0.01)
-    add("--max_grad_norm", type=weight, default=1.0)
+    add("--max_grad_norm", type=weight, default=1.0, help="0: gradients are not clipped")
     add("--use_ema", action="store_true", help="the student is the moving average of its weights")
     add("--ema_decay", type=weight, default=0.999)
     add("--seed", type=int, default=0)
     # Memory and speed.
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
-    add("--student_dtype", choices=["fp32", "bf16"], default="fp32",
-        help="of the student's weights and optimizer; bf16: half the memory, but small updates round away")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but self-attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
@@ -123,7 +143,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
     add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=positive)
+    add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
     add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
     add("--validation_prompts", nargs="+", default=[])
@@ -133,6 +153,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**(TINY | {"pretrained_model_name_or_path": str(TINY_WAN)} if tiny else WAN))
     args = parser.parse_args(argv)
     args.tiny = tiny
+    if args.student_steps is None:
+        args.student_steps = 4 if tiny and not args.train_data_dir else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
     return args
 
@@ -153,7 +175,7 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
     if args.expert != "both" and index.get("boundary_ratio") is None:
         fail(f"--expert {args.expert}: {name} has one transformer, not a high- and a low-noise expert")
     blocks = transformer["num_layers"]
-    args.student_blocks = args.student_blocks or max(1, blocks // 2)
+    args.student_blocks = args.student_blocks or (blocks if args.student_steps else max(1, blocks // 2))
     if args.student_blocks > blocks:
         fail(f"--student_blocks {args.student_blocks}: the teacher has {blocks}")
     time, space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
@@ -164,6 +186,17 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         # WanPipeline itself wants multiples of 16.
         if getattr(args, side) % (multiple := max(16, space * patch)):
             fail(f"--{side} {getattr(args, side)}: must be a multiple of {multiple}")
+    if args.task_weight is None:
+        args.task_weight = 0.0 if args.student_steps or args.guidance_scale > 1 else 0.05
+    if args.student_steps:
+        if args.num_inference_steps % args.student_steps:
+            fail(f"--num_inference_steps {args.num_inference_steps}: must be a multiple of --student_steps")
+        if args.train_data_dir:
+            fail("--student_steps learns from the teacher's own paths: --prompts_file instead of --train_data_dir")
+        if args.task_weight or args.guidance_scale > 1:
+            fail("--student_steps learns guided paths: it has no --task_weight, and --sample_guidance_scale guides")
+    if args.empty_prompt_probability > 1:
+        fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
         fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
     if not args.velocity_weight + args.task_weight + args.feature_weight:
@@ -174,18 +207,45 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail("--train_data_dir and --prompts_file: the clips bring their own prompts, choose one")
     if not args.tiny and not args.train_data_dir and not args.prompts_file:
         fail("say what to train on: --train_data_dir, or --prompts_file to let the teacher sample")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        fail(f"--output_dir {args.output_dir}: is a file")
+    for folder in (args.output_dir, args.cache_dir):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            fail(f"{there}: is a file, not a folder")
+    if args.report_to and args.report_to not in (trackers := available_trackers()):
+        fail(f"--report_to {args.report_to}: not a tracker that is installed here; there are {', '.join(trackers)}")
+
+
+def available_trackers() -> list[str]:
+    """The names of the trackers that accelerate can use here."""
+    from accelerate.tracking import get_available_trackers
+
+    return [tracker.value for tracker in get_available_trackers()]
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings as `args.json` holds them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+    return {**told, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there."""
+    part = path.with_name(f".part-{path.name}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def must_match(args: argparse.Namespace, before: Path) -> None:
-    """Stop unless the run that wrote `before` (its `args.json`) had the same settings."""
-    then, now = json.loads(before.read_text()), settings(args)
+    """Stop unless the run that wrote `before` (its `args.json`) had the same settings, in as many processes.
+
+    Raises:
+        SystemExit: with status 2, after one line.
+    """
+    try:
+        then = dict(json.loads(before.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so nothing tells what that run was")
+    now = settings(args)
     for key in now.keys() - FREE_ON_RESUME:
         if then.get(key) != now[key]:
             fail(f"--resume_from_checkpoint: that run had --{key} {then.get(key)}, this one has {now[key]}")

@@ -1,19 +1,46 @@
-"""Distil one expert: the loss, the loop, and what makes an interrupted run go on as if nothing had happened."""
+r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four unguided steps, or with fewer blocks.
+
+    python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
+    python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
+
+    python -m tiedquiet.distill \
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
+        --prompts_file prompts.txt --output_dir wan-4-steps --student_steps 4 --student_blocks 15 \
+        --mixed_precision bf16 --gradient_checkpointing attention --compile \
+        --checkpointing_steps 500 --resume_from_checkpoint latest
+
+    accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
+    accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+        --fsdp_transformer_layer_cls_to_wrap WanTransformerBlock -m tiedquiet.distill \
+        --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
+
+Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
+teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side;
+without it, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
+student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads.
+"""
 
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
+import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -22,11 +49,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from tiedquiet.distill.cache import Data
-from tiedquiet.distill.options import fail
-from tiedquiet.distill.speed import shard, speed_up
-from tiedquiet.distill.student import groups, new_student, save_weights
-from tiedquiet.distill.teacher import Expert, Teacher, compute_dtype
+from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
+from tiedquiet.distill.data import Data, read_metadata, read_prompts
+from tiedquiet.distill.evaluate import Judge
+from tiedquiet.distill.options import check, fail, parse, settings, write_text
+from tiedquiet.distill.pipeline import (
+    Expert,
+    Teacher,
+    check_space,
+    compute_dtype,
+    groups,
+    new_student,
+    save_weights,
+    write_pipeline,
+)
+from tiedquiet.distill.speed import check_float8, shard, speed_up
 
 
 class Taps:
@@ -53,17 +90,17 @@ class Taps:
 
 def distillation_loss(
     student: Tensor,
-    teacher: Tensor,
-    task: Tensor,
+    target: Tensor,
+    task: Tensor | None,
     features: Sequence[tuple[Tensor, Tensor]],
     weights: tuple[float, float, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of three squared errors, in float32.
+    """The weighted sum of up to three squared errors, in float32.
 
     Args:
         student: its velocity, (batch, channels, frames, height, width).
-        teacher: the velocity to match, as `student`.
-        task: the velocity of the data itself, noise - x0, as `student`.
+        target: the velocity to match, as `student`.
+        task: the velocity of the data itself, noise - x0, as `student`; None leaves that term out.
         features: outputs of a student block and of the teacher block that teaches it, (batch, tokens, dim) each. Their
             error is relative to the teacher's mean square, for it grows from block to block.
         weights: of velocity, task and features.
@@ -71,14 +108,15 @@ def distillation_loss(
     Returns:
         The loss, and its parts without their weights.
     """
-    student, teacher = student.float(), teacher.float()
-    parts = {"velocity": mse_loss(student, teacher), "task": mse_loss(student, task.float())}
+    student = student.float()
+    parts = {"velocity": mse_loss(student, target.float())}
+    if task is not None:
+        parts["task"] = mse_loss(student, task.float())
     if features:
         errors = [mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in features]
         parts["features"] = torch.stack(errors).mean()
-    loss = sum(
-        (weight * part for weight, part in zip(weights, parts.values(), strict=False)), torch.zeros_like(parts["task"])
-    )
+    weight = dict(zip(("velocity", "task", "features"), weights, strict=True))
+    loss = torch.stack([weight[name] * part for name, part in parts.items()]).sum()
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -100,31 +138,40 @@ class Distillation:
         stood_for = groups(len(teacher.blocks), len(student.blocks)) if args.feature_weight else []
         self.taps = Taps(student, range(len(stood_for))), Taps(teacher, [group[-1] for group in stood_for])
 
-    def noisy(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents x = (1 - sigma) x0 + sigma noise; returns x, timesteps of this expert, noise - x0."""
+    def noisy(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noisy latents x = (1 - sigma) x0 + sigma noise, timesteps of this expert, and the task: noise - x0."""
         sigma = self.expert.sigmas(torch.rand(len(x0), generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
         wide = sigma.view(-1, 1, 1, 1, 1)
-        return (1 - wide) * x0 + wide * noise, sigma * self.expert.steps, noise - x0
+        return {"x": (1 - wide) * x0 + wide * noise, "timesteps": sigma * self.expert.steps, "task": noise - x0}
 
     def loss(
-        self, x: Tensor, timesteps: Tensor, task: Tensor, text: Tensor, empty: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        target: Tensor | None = None,
+        task: Tensor | None = None,
+        empty: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch.
 
         Args:
             x: noisy latents (batch, channels, frames, height, width).
             timesteps: (batch,).
-            task: noise - x0, as `x`.
             text: embeddings (batch, tokens, text_dim).
-            empty: those of the negative prompt, for guidance distillation.
+            target: the velocity to learn, as `x`; None asks the teacher for its own.
+            task: noise - x0, as `x`.
+            empty: embeddings of the negative prompt, for guidance distillation.
         """
         x, text = x.to(self.dtype), text.to(self.dtype)
         ours, theirs = self.taps
-        with torch.no_grad():
-            with theirs as theirs_out:
-                target = self.teacher(x, timesteps, text, return_dict=False)[0]
-            if empty is not None:
+        with torch.no_grad(), theirs as theirs_out:
+            if target is None or self.args.feature_weight:
+                velocity = self.teacher(x, timesteps, text, return_dict=False)[0]
+                target = velocity if target is None else target
+        if empty is not None:
+            with torch.no_grad():
                 away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
                 target = away + self.args.guidance_scale * (target - away)
         with ours as ours_out:
@@ -143,65 +190,23 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Progress:
-    """How far the expert under way is; registered with accelerate once, kept in every checkpoint."""
-
-    def begin(self, **parts: Any) -> None:
-        """Start an expert; `parts` have a state of their own, such as its learning-rate schedule."""
-        self.losses: list[dict[str, float]] = []
-        self.parts = parts
-
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"losses": self.losses, **{name: part.state_dict() for name, part in self.parts.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.losses = state["losses"]
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
-class Stopped(Exception):
-    """A signal asked the run to end, and a checkpoint was saved."""
-
-    def __init__(self, number: int, place: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; saved {place}; go on with --resume_from_checkpoint latest"
-        )
-        self.number = number
-
-
 @contextlib.contextmanager
-def noticing_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM only leave a note, so that the step under way is finished and saved."""
-    received: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
-    try:
-        yield received
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
+def warnings_above_the_bar() -> Iterator[None]:
+    """Warnings, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _write_warning
+        yield
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """An expert's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) -> None:
-    """Save all state beside its place and move it there; then drop the oldest over the limit."""
-    part = place.with_name(f".part-{place.name}")
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if place.exists():
-            shutil.rmtree(place)
-        part.rename(place)
-        for old in checkpoints(place.parent)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def _write_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    tqdm.write(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), file=sys.stderr)
 
 
 def train(
@@ -234,8 +239,8 @@ def train(
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
     frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
-    dtype = torch.bfloat16 if args.student_dtype == "bf16" else torch.float32
-    student = new_student(frozen, args.student_blocks, dtype).train()
+    # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
+    student = new_student(frozen, args.student_blocks, torch.float32).train()
     if accelerator.distributed_type is DistributedType.FSDP:
         shard(frozen, accelerator)
     one = Distillation(args, frozen, student, expert)
@@ -262,12 +267,23 @@ def train(
     if ema:
         ema.to(device)
 
-    negative = data.text([len(data.prompts) - 1] * args.train_batch_size) if args.guidance_scale > 1 else None
+    empty = len(data.prompts) - 1
+    guided = args.guidance_scale > 1
+    # A student that is sampled with guidance has to know where that leads away from.
+    dropped = 0.0 if args.student_steps or guided or args.sample_guidance_scale == 1 else args.empty_prompt_probability
 
-    def batch(draw: int) -> tuple[Tensor, ...]:
-        x0, prompts, generator = data.batch(draw, accelerator.process_index, processes)
-        inputs = (*one.noisy(x0.float(), generator), data.text(prompts))
-        return tuple(send(tensor, device) for tensor in (*inputs, *([] if negative is None else [negative])))
+    def batch(draw: int) -> dict[str, Tensor]:
+        latents, prompts, generator = data.batch(draw, accelerator.process_index, processes)
+        if args.student_steps:
+            inputs = data.segments(latents.float(), expert, generator)
+        else:
+            inputs = one.noisy(latents.float(), generator)
+            drop = torch.rand(len(prompts), generator=generator) < dropped
+            prompts = [empty if gone else n for n, gone in zip(prompts, drop.tolist(), strict=True)]
+        inputs["text"] = data.text(prompts)
+        if guided:
+            inputs["empty"] = data.text([empty] * len(prompts))
+        return {name: send(tensor, device) for name, tensor in inputs.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
     ahead = batch(len(progress.losses) * micro)
@@ -278,19 +294,26 @@ def train(
         initial=len(progress.losses),
         disable=not accelerator.is_local_main_process,
     )
-    with noticing_signals() as received:
+    if accelerator.is_main_process:
+        per_step = args.train_batch_size * processes * micro
+        tqdm.write(
+            f"***** Training {expert.name}: {args.student_blocks} of {len(frozen.blocks)} blocks, "
+            f"{sum(p.numel() for p in student.parameters()):,} parameters; {args.max_train_steps} steps of {per_step} "
+            f"({args.train_batch_size} x {processes} processes x {micro} accumulated), {len(data.which)} samples *****"
+        )
+    with noticing_signals() as received, warnings_above_the_bar():
         for step in bar:
             start = time.perf_counter()
             told: dict[str, Tensor] = {}
             for part in range(micro):
                 with accelerator.accumulate(one.student):
                     with accelerator.autocast():
-                        loss, parts = one.loss(*ahead)
+                        loss, parts = one.loss(**ahead)
                     accelerator.backward(loss)
                 ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     told[name] = told.get(name, torch.zeros_like(value)) + value / micro
-            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -320,7 +343,9 @@ def train(
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
             if args.validation_steps and done % args.validation_steps == 0:
-                validate(accelerator.unwrap_model(one.student), done)
+                if accelerator.is_main_process:
+                    validate(accelerator.unwrap_model(one.student), done)
+                accelerator.wait_for_everyone()
 
     if ema:
         ema.copy_to(student.parameters())
@@ -330,3 +355,105 @@ def train(
         save_weights(student.config, state, folder / "student")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; returns the exit status."""
+    start = time.perf_counter()
+    args = parse(__doc__, argv)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # those of loading; ours remain
+    teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
+    check(args, teacher.index, teacher.transformer, teacher.vae)
+    if args.teacher_attention == "float8":
+        check_float8()
+    experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
+    names = [expert.name for expert in experts]
+    clips = read_metadata(args) if args.train_data_dir else []
+    prompts = [text for _, text in clips] or read_prompts(args)
+    out, work = args.output_dir, args.output_dir / "checkpoints"
+    resume = resume_from(args, names)
+    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
+        print(f"{out / 'student'} is finished")
+        return 0
+    share = args.student_blocks / teacher.transformer["num_layers"]
+    check_space(teacher, names, share, out, args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1)
+
+    # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        # The others wait while one writes and samples; torch gives up on them after ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
+    )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        if args.use_ema or args.validation_steps:
+            fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+        if not accelerator.is_fsdp2:
+            fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+    dtype = compute_dtype(args)
+    set_seed(args.seed)
+    told = settings(args)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
+
+    data = Data(args, prompts, [path for path, _ in clips])
+    data.prepare(teacher, accelerator, dtype)
+    judge = Judge(teacher, data, accelerator.device, dtype)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    for expert in experts:
+        if not (work / expert.name / "student").exists():
+            validate = partial(judge.validate, expert.name)
+            try:
+                train(
+                    args,
+                    accelerator,
+                    teacher,
+                    expert,
+                    data,
+                    work / expert.name,
+                    resume[expert.name],
+                    progress,
+                    validate,
+                )
+            except Stopped as stopped:
+                accelerator.end_training()
+                accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
+                return 128 + stopped.number
+
+    if accelerator.is_main_process:
+        try:
+            if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
+                trained = {name: work / name / "student" for name in names}
+                write_pipeline(teacher, trained, out / "student", args.student_steps)
+            metrics = judge.report(experts)
+        except KeyboardInterrupt:
+            done = "the student is complete" if (out / "student").exists() else "training is complete"
+            print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
+            return 128 + signal.SIGINT
+        metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
+        metrics["seconds"] = round(time.perf_counter() - start, 1)
+        write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        shutil.rmtree(work)
+        print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); beside it pictures, metrics.json, args.json")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+def run() -> int:
+    """`main`, with one line instead of a traceback where the world is not as it should be; returns the exit status."""
+    try:
+        return main()
+    except KeyboardInterrupt:  # outside training, which saves a checkpoint
+        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:  # a full or read-only disk, at any moment
+        fail(f"{error.filename or 'the disk'}: {error.strerror or error}")

@@ -6,21 +6,24 @@ import json
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from tiedquiet.distill.clips import PROMPTS
 from tiedquiet.distill.options import fail
-from tiedquiet.distill.teacher import Teacher, padded
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, padded
+from tiedquiet.distill.tiny.clips import PROMPTS
+
+FPS = 16  # frames a second of what Wan was trained on
+DECODED_AT_ONCE = 4  # more is slower on a CPU, and a long clip fills a GPU by itself
 
 
 class Cache:
@@ -53,8 +56,15 @@ class Cache:
         part.replace(self.path(name))
 
     def get(self, name: str) -> Tensor:
-        """A tensor that was kept."""
-        return load_file(self.path(name))["tensor"]
+        """A tensor that was kept.
+
+        Raises:
+            SystemExit: with status 2, after one line that names the file, if it is torn.
+        """
+        try:
+            return load_file(self.path(name))["tensor"]
+        except (SafetensorError, KeyError) as error:
+            fail(f"{self.path(name)}: is torn ({error}); delete it, and the next run makes it again")
 
 
 def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
@@ -108,20 +118,26 @@ def read_prompts(args: Namespace) -> list[str]:
 
 
 def read_clip(path: Path, args: Namespace) -> Tensor:
-    """The first frames of a clip, scaled and cut to size: (3, frames, height, width), -1 to 1.
+    """The first frames of a clip at `FPS`, scaled and cut to size: (3, frames, height, width), -1 to 1.
 
     Raises:
         SystemExit: with status 2, after one line, if it cannot be read or is too short.
     """
-    frames = []
+    frames: list[Tensor] = []
     try:
         with iio.imopen(path, "r") as file:
-            for frame in islice(file.iter(), args.num_frames):
-                frames.append(torch.from_numpy(frame[..., :3].copy()))
+            told = file.metadata()
+            # A gif tells how many milliseconds a frame is shown, a film how many frames a second has.
+            rate = told.get("fps") or 1000 / (told.get("duration") or 1000 / FPS)
+            for number, frame in enumerate(file.iter()):
+                while len(frames) < args.num_frames and round(len(frames) * rate / FPS) <= number:
+                    frames.append(torch.from_numpy(frame[..., :3].copy()))
+                if len(frames) == args.num_frames:
+                    break
     except (OSError, ValueError, ImportError) as error:
         fail(f"{path}: cannot be read: {str(error).splitlines()[0]}")
     if len(frames) < args.num_frames or frames[0].ndim != 3:
-        fail(f"{path}: has {len(frames)} colour frames, --num_frames is {args.num_frames}")
+        fail(f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}")
     clip = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale = max(args.height / clip.shape[-2], args.width / clip.shape[-1])
     size = [max(side, round(was * scale)) for side, was in zip((args.height, args.width), clip.shape[-2:], strict=True)]
@@ -178,8 +194,13 @@ class Data:
             how = ("seed", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
             made_by |= {name: getattr(args, name) for name in how} | shape
             made_by |= {"prompts": [self.prompts[n] for n in self.which]}
+            if args.student_steps:
+                made_by |= {"nodes": args.student_steps}
             make = self.sample
-        self.latents = Cache(args.cache_dir, "latents", made_by)
+        self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
+        nodes = few_steps(teacher.scheduler, args.student_steps or 1)
+        nodes.set_timesteps(args.student_steps or 1)
+        self.timesteps, self.sigmas = nodes.timesteps.float(), nodes.sigmas.float()
         if share := mine(self.latents.missing(self.names), accelerator):
             make(share, teacher, device, dtype, quiet)
         accelerator.free_memory()
@@ -198,16 +219,39 @@ class Data:
             self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu())
 
     def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
-        """Latents that the teacher samples for the prompts."""
-        pipe = teacher.pipeline(device, dtype)
-        size = self.args.train_batch_size
-        for start in tqdm(range(0, len(share), size), "latents from the teacher", disable=quiet):
-            batch = share[start : start + size]
-            seeds = [self.args.seed * 1_000_003 + n for n in batch]
-            guidance = self.args.sample_guidance_scale
-            made = sample(pipe, self, [self.which[n] for n in batch], seeds, "latent", guidance)
-            for n, latents in zip(batch, made, strict=True):
-                self.latents.put(self.names[n], latents.float().cpu())
+        """Latents that the teacher samples for the prompts; the whole path at its nodes for a student of few steps."""
+        args, pipe, size = self.args, teacher.pipeline(device, dtype), self.args.train_batch_size
+        if args.student_steps:
+            pipe.scheduler = few_steps(teacher.scheduler, args.student_steps, order=2)
+        what = "paths of the teacher" if args.student_steps else "latents from the teacher"
+        with tqdm(total=len(share), desc=what, disable=quiet) as bar:
+            for start in range(0, len(share), size):
+                batch = share[start : start + size]
+                prompts, seeds = [self.which[n] for n in batch], [args.seed * 1_000_003 + n for n in batch]
+                scale = args.sample_guidance_scale
+                path = sample(pipe, self, prompts, seeds, args.num_inference_steps, scale, args.student_steps)
+                for n, made in zip(batch, path if args.student_steps else path[:, -1], strict=True):
+                    self.latents.put(self.names[n], made.float().cpu())
+                bar.update(len(batch))
+
+    def segments(self, paths: Tensor, expert: Expert, generator: torch.Generator) -> dict[str, Tensor]:
+        """For each path a segment of it that starts on an expert's side: its start, and the velocity that crosses it.
+
+        That velocity is (x at one node - x at the next) / (sigma at one - sigma at the next): one Euler step of it, and
+        the student is where the teacher was after all of its own (after progressive distillation, arXiv:2202.00512,
+        and PeRFlow, arXiv:2405.07510).
+
+        Args:
+            paths: (batch, nodes, channels, frames, height, width).
+            expert: whose timesteps are meant.
+            generator: chooses the segments.
+        """
+        own = [k for k, t in enumerate(self.timesteps.tolist()) if expert.low <= t < expert.high]
+        chosen = torch.tensor(own)[torch.randint(len(own), (len(paths),), generator=generator)]
+        row = torch.arange(len(paths))
+        start, end = paths[row, chosen], paths[row, chosen + 1]
+        length = (self.sigmas[chosen] - self.sigmas[chosen + 1]).view(-1, 1, 1, 1, 1)
+        return {"x": start, "timesteps": self.timesteps[chosen], "target": (start - end) / length}
 
     def text(self, numbers: Sequence[int]) -> Tensor:
         """(batch, max_sequence_length, text_dim) embeddings of some prompts."""
@@ -247,29 +291,63 @@ def mine(numbers: list[int], accelerator: Accelerator) -> list[int]:
     return numbers[accelerator.process_index :: accelerator.num_processes]
 
 
-def sample(pipe: Any, data: Data, prompts: Sequence[int], seeds: Sequence[int], kind: str, guidance: float) -> Tensor:
-    """One clip for each prompt, each from a seed of its own.
+def sample(
+    pipe: Any,
+    data: Data,
+    prompts: Sequence[int],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    segments: int = 0,
+) -> Tensor:
+    """Latents of one clip for each prompt, each from a seed of its own, and how the pipeline came to them.
 
     Args:
         pipe: a `WanPipeline`.
         data: has the embeddings.
         prompts: numbers into `data.prompts`.
         seeds: one for each.
-        kind: "latent" for (batch, channels, frames, height, width), "pt" for (batch, frames, 3, height, width), 0 to 1.
+        steps: how many the scheduler takes.
         guidance: the scale of classifier-free guidance; 1 is none.
+        segments: into how many the path is cut; 0 keeps its ends alone.
+
+    Returns:
+        (batch, segments + 1, channels, frames, height, width): the noise, then every node up to the clip.
     """
     args, device = data.args, pipe._execution_device
-    empty = len(data.prompts) - 1
-    clips: Tensor = pipe(
+    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    form = (pipe.vae.config.z_dim, (args.num_frames - 1) // time + 1, args.height // space, args.width // space)
+    noise = torch.stack([torch.randn(form, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    path, empty = [noise], len(data.prompts) - 1
+
+    def keep(pipe: Any, step: int, timestep: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        if (step + 1) % (steps // (segments or 1)) == 0:
+            path.append(states["latents"])
+        return {}
+
+    pipe(
         prompt_embeds=data.text(prompts).to(device),
         negative_prompt_embeds=data.text([empty] * len(prompts)).to(device),
         height=args.height,
         width=args.width,
         num_frames=args.num_frames,
-        num_inference_steps=args.num_inference_steps,
+        num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        latents=noise,
         max_sequence_length=args.max_sequence_length,
-        output_type=kind,
-    ).frames
-    return clips
+        callback_on_step_end=keep,
+        output_type="latent",
+    )
+    return torch.stack(path, 1)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """(batch, frames, 3, height, width), 0 to 1, of latents (batch, channels, frames, height, width)."""
+    mean, deviation = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    parts = torch.split(latents.to(vae.dtype) * deviation + mean, DECODED_AT_ONCE)
+    clips = [vae.decode(part).sample for part in parts]
+    return (torch.cat(clips).transpose(1, 2).float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,56 @@
+"""The benchmarks of the example's students start, refuse bad input in one line, and write what they measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_benchmarks import run
+
+
+@pytest.mark.parametrize("script", ["distill_clip", "distill_students"])
+def test_help_says_what_it_measures(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"benchmarks/{script}.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("distill_clip", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
+        ("distill_clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
+        ("distill_students", ["--seeds", "0"], "at least one seed"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = run(script, *arguments, "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_clip_of_each_on_the_cpu(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--timed_steps", "2", "--out", str(tmp_path)]
+    done = run("distill_clip", *small)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert results["times_as_fast"]["median"] > 5  # 100 passes of 4 blocks beside 4 passes of 2
+    assert results["training step, segments"]["median"] > 0
+    assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_both_students_once(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    short = ["--seeds", "1", "--max_train_steps", "1", "--samples_per_prompt", "1"]
+    done = run("distill_students", *short, "--prompts_file", str(tmp_path / "prompts.txt"), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    arms = json.loads(path.read_text())["results"]["arms"]
+    assert {"segments: student, 4 steps", "velocity: student, 24 steps", "velocity: student, 4 steps"} <= set(arms)
+    assert arms["velocity: student, 24 steps"]["block_passes"]["median"] == 144
+    assert "| velocity: student, 4 steps |" in done.stdout

@@ -1,0 +1,102 @@
+"""What makes an interrupted run go on as if nothing had happened: checkpoints, and signals that wait for one."""
+
+import contextlib
+import shutil
+import signal
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from tiedquiet.distill.options import fail, must_match
+
+
+class Progress:
+    """How far the expert under way is; registered with accelerate once, kept in every checkpoint."""
+
+    def begin(self, **parts: Any) -> None:
+        """Start an expert; `parts` have a state of their own, such as its learning-rate schedule."""
+        self.losses: list[dict[str, float]] = []
+        self.parts = parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"losses": self.losses, **{name: part.state_dict() for name, part in self.parts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.losses = state["losses"]
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and a checkpoint was saved."""
+
+    def __init__(self, number: int, place: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; saved {place}; go on with --resume_from_checkpoint latest"
+        )
+        self.number = number
+
+
+@contextlib.contextmanager
+def noticing_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM only leave a note, so that the step under way is finished and saved."""
+    received: list[int] = []
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
+    try:
+        yield received
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """An expert's checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) -> None:
+    """Save all state beside its place and move it there; then drop the oldest over the limit."""
+    part = place.with_name(f".part-{place.name}")
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if place.exists():
+            shutil.rmtree(place)
+        part.rename(place)
+        for old in checkpoints(place.parent)[: -limit if limit else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
+    """For each expert the checkpoint to go on from, or None.
+
+    Raises:
+        SystemExit: with status 2, after one line, where an unfinished run would be lost or does not match.
+    """
+    work, wanted = args.output_dir / "checkpoints", args.resume_from_checkpoint
+    if wanted is None:
+        if work.exists():
+            fail(
+                f"{work}: an unfinished run; --resume_from_checkpoint latest goes on, another --output_dir begins anew"
+            )
+        if (args.output_dir / "student").exists():
+            fail(f"{args.output_dir / 'student'} is finished; choose another --output_dir, or delete it yourself")
+        return dict.fromkeys(experts)
+    if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
+        must_match(args, args.output_dir / "args.json")
+    if wanted == "latest":
+        return {name: [None, *checkpoints(work / name)][-1] for name in experts}
+    place = Path(wanted)
+    if not place.is_dir() or place.parent.name not in experts:
+        fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
+    if not (settings_file := place.parents[2] / "args.json").exists():
+        fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
+    must_match(args, settings_file)
+    return {name: place if name == place.parent.name else None for name in experts}
