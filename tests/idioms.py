@@ -1551,7 +1551,13 @@ class Culprits:
         sys.settrace(self._before)
 
     def _enter(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        if frame.f_code.co_filename != __file__ or frame.f_code.co_name in ("__init__", "add", "load", "_enter"):
+        if frame.f_code.co_filename != __file__ or frame.f_code.co_name in (
+            "__init__",
+            "__exit__",
+            "add",
+            "load",
+            "_enter",
+        ):
             return None
         # The model comes to light as `self` of its own `_init_weights` or `tie_weights`.
         if self._model is None and isinstance(candidate := frame.f_locals.get("self"), self.idiom.cls):
