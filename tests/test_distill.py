@@ -1014,3 +1014,16 @@ def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:
     assert "pipe(prompt, height=480, width=832, num_frames=81).frames" in card
     assert "| teacher | 20.0 dB |" in card
     assert str(tmp_path) not in card
+
+
+def test_a_full_disk_at_any_moment_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise OSError(28, "No space left on device", "distilled/student")
+
+    monkeypatch.setattr(train, "main", main)
+    with pytest.raises(SystemExit) as stopped:
+        train.run()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "tiedquiet.distill: distilled/student: No space left on device\n"
