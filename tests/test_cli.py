@@ -140,6 +140,21 @@ def test_info_says_what_is_wrapped(capsys: pytest.CaptureFixture[str], monkeypat
     assert "_issue_warnings_after_load: not wrapped: not understood" in capsys.readouterr().out
 
 
+def test_info_without_what_it_asks_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def version(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    assert main(["info"]) == 1
+    out = capsys.readouterr().out
+    assert f"tiedquiet {tiedquiet.__version__}\n" in out
+    assert "peft (not installed)\n" in out
+    assert "transformers 4.57.6 has no loading report" in out
+
+
 def test_info_knows_where_the_mode_came_from() -> None:
     done = run("import sys; sys.argv = ['tiedquiet', 'info']; import runpy; runpy.run_module('tiedquiet', run_name='__main__')", TIEDQUIET="repair")  # fmt: skip
     assert "mode: repair (TIEDQUIET=repair)" in done.stdout

@@ -239,3 +239,22 @@ with tiedquiet.enable("strict"):
     code = code.replace("sys.argv", repr([between]))
     environment = {"WRAPT_DISABLE_EXTENSIONS": "true"} if between == "wrapt" else {}
     assert run(code, **environment).stdout.strip() == "both"
+
+
+def test_a_seam_that_cannot_be_wrapped_is_said_and_left(printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiedquiet.disable()
+    monkeypatch.setattr(patch, "_said", set())
+
+    def breaks(_: object) -> bool:
+        raise KeyError("injected")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(patch, "_wrap", breaks)
+        tiedquiet.enable("on")
+    assert any("cannot be wrapped: 'injected'" in line for line in printed.loud)
+    tiedquiet.disable()
+    with monkeypatch.context() as gone:
+        gone.delitem(sys.modules, "transformers.trainer")
+        states = {name: state for name, state, _ in patch.states()}
+    assert states["transformers.trainer.Trainer._issue_warnings_after_load"] == "not imported"
+    assert states[str(patch._FINALIZE)] == "not wrapped: it is there"

@@ -179,3 +179,19 @@ def test_values_that_are_too_many_to_keep_count_as_lost(tmp_path: Path, monkeypa
     idiom = IDIOMS["good citizen"]
     idiom.save(tmp_path)
     assert verdicts(idiom.cls.from_pretrained(tmp_path)) == {}
+
+
+class WantsMore(Tiny):
+    """Cannot be built from its config alone, and computes a buffer in `__init__`."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.arange(float(more)), persistent=False)
+
+
+def test_buffers_of_a_model_that_no_twin_can_be_built_of_stay_loud(tmp_path: Path, printed: Printed) -> None:
+    saved(tmp_path, "good citizen")
+    with tiedquiet.enable("repair"):
+        model = WantsMore.from_pretrained(tmp_path, more=3)
+    assert verdicts(model) == {"table": Verdict.UNWRITTEN}
+    assert "unwritten" in printed.loud[0]

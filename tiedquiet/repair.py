@@ -10,6 +10,8 @@ from tiedquiet.survey import Survey, survey
 from tiedquiet.verdict import Finding, Verdict
 from tiedquiet.watch import Watch
 
+_MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN)
+
 
 def repair(load: Load, model: torch.nn.Module, findings: list[Finding]) -> tuple[list[Finding], list[Finding]]:
     """Put right what can be without losing anything that was stored.
@@ -22,7 +24,7 @@ def repair(load: Load, model: torch.nn.Module, findings: list[Finding]) -> tuple
         for name, write in load.watch.writes.items()
         if write.was_seen
     ]
-    before = {f.key: f for f in [*protected, *findings] if f.verdict is not Verdict.TIED}
+    before = {f.key: f for f in [*protected, *findings] if f.verdict in _MENDABLE}
     twin: dict[str, torch.Tensor] | None = None
     for _ in range(2):  # what is tied to a stored tensor may have to wait until that is put back
         now = survey(model)
@@ -40,7 +42,7 @@ def repair(load: Load, model: torch.nn.Module, findings: list[Finding]) -> tuple
                 _fill(load, model, key, twin.get(key), now)
         findings = load.settle(model, load.reported)
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
-    left = {f.key for f in findings if f.verdict not in (Verdict.TIED, Verdict.UNPROVEN)}
+    left = {f.key for f in findings if f.verdict is not Verdict.TIED}
     return findings, [before[key] for key in sorted(before) if key not in left]
 
 
@@ -59,7 +61,8 @@ def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None
 def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
     key, source_key = finding.key, str(finding.source)
     ours, source = now.state[key], now.state[source_key]
-    if source_key in load.lasting or (ours.shape, ours.dtype) != (source.shape, source.dtype):
+    together = ours.is_meta or source.is_meta or ours.device == source.device
+    if source_key in load.lasting or (ours.shape, ours.dtype) != (source.shape, source.dtype) or not together:
         return
     if source_key in load.offloaded:  # what is to stay on disk is looked for there
         load.offloaded[key] = load.offloaded[source_key]
@@ -67,13 +70,8 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
         if (values := load.ask_file(source_key)) is not None:
             ours.data.copy_(values)
         return
-    if ours.device != source.device and not ours.is_meta:
-        return
     group = load.ties(now)[key]
     if source_key not in group.chain(key) and rival_of(source_key, group, {n: now.state[n] for n in load.stored}):
-        return
-    # The module may carry a second, stored name: re-pointing it would lose what was stored under that one.
-    if any(tensor is ours and name in load.stored for name, tensor in now.state.items()):
         return
     parent, _, name = key.rpartition(".")
     setattr(model.get_submodule(parent), name, source)

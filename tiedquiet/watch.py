@@ -265,10 +265,7 @@ def _written(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any
     found: list[torch.Tensor] = []
     for place, name in operation.writes:
         value = args[place] if place < len(args) else kwargs.get(name)
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif value is not None:
-            found += value
+        found += [value] if isinstance(value, torch.Tensor) else value or ()
     return found
 
 
@@ -292,12 +289,13 @@ def _returned(func: Any, written: list[torch.Tensor]) -> Any:
 def _culprit() -> str:
     """The innermost function outside torch that led here, as `by Class.function (file:line)`."""
     frame = sys._getframe(2)
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in _NOT_THE_CULPRIT and module != "transformers.initialization":
-            break
+    while _is_on_the_way(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
         frame = frame.f_back
     code = frame.f_code
     owner = frame.f_locals.get("self")
     name = getattr(code, "co_qualname", f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_name)
     return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})"
+
+
+def _is_on_the_way(module: str) -> bool:
+    return module.split(".")[0] in _NOT_THE_CULPRIT or module == "transformers.initialization"
