@@ -92,7 +92,8 @@ def test_wrapt_may_come_from_a_later_site_directory(mode: str, tmp_path: Path) -
         shutil.copy(SITE / name, site / name)
     package = Path(tiedquiet.__file__).parent
     (site / "tiedquiet").symlink_to(package)
-    (site / "zz_later.pth").write_text(f"{SITE}\n")  # wrapt, torch, transformers
+    later = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "zz_later.pth").write_text("\n".join(later))  # wrapt, torch, transformers
     script = tmp_path / "program.py"
     script.write_text("import sys\nassert 'tiedquiet' not in sys.modules\n" + LOAD)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TIEDQUIET")}
