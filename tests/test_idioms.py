@@ -116,6 +116,7 @@ def test_what_lay_in_memory_before_does_not_matter(name: str, tmp_path: Path) ->
     assert dirty == clean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEN)
 def test_strict_stops_exactly_where_something_is_broken(name: str, tmp_path: Path) -> None:
     off = Off(IDIOMS[name], tmp_path)

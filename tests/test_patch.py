@@ -47,6 +47,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
