@@ -31,7 +31,7 @@ class Write:
     """Somebody reached for a stored tensor.
 
     Attributes:
-        by: the function, file and line: the first that was seen to write, or that reached for it while none was.
+        by: the function, file and line: the first that was seen to write, or the last that reached for it while none was.
         was_seen: whether a write was seen.
         before: the values as they were read, in main memory; None where they were too many to keep.
     """
@@ -216,8 +216,8 @@ class Watch(TorchDispatchMode):
                 self._kept += size
                 before = pieces[0].detach().to("cpu", copy=True)
             self.writes[name] = Write(_culprit(), is_written, before)
-        elif is_written and not write.was_seen:
-            write.by, write.was_seen = _culprit(), True
+        elif not write.was_seen:
+            write.by, write.was_seen = _culprit(), is_written
 
     def _look_at_placeholders(
         self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...], result: Any
