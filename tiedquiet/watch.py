@@ -31,7 +31,7 @@ class Write:
     """Somebody reached for a stored tensor.
 
     Attributes:
-        by: the function, file and line: the first that was seen to write, or the last that reached for it while none was.
+        by: the function, file and line that was first seen to write, or that last reached for it while none was.
         was_seen: whether a write was seen.
         before: the values as they were read, in main memory; None where they were too many to keep.
     """
