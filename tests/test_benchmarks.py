@@ -13,7 +13,16 @@ from benchmarks.distill_step import SHAPES, Steps, gradient_error
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
-SCRIPTS = ("gpu_load", "report_scale", "startup", "silencers", "census", "distill_step")
+SCRIPTS = (
+    "gpu_load",
+    "report_scale",
+    "startup",
+    "silencers",
+    "census",
+    "distill_step",
+    "distill_clip",
+    "distill_students",
+)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +50,9 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("distill_step", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
         ("distill_step", ["--arms", "fast"], "no arm 'fast'; there are plain"),
         ("distill_step", ["--rounds", "0"], "at least one round"),
+        ("distill_clip", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
+        ("distill_clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
+        ("distill_students", ["--seeds", "0"], "at least one seed"),
     ],
 )
 def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -8,29 +8,6 @@ import pytest
 from tests.test_benchmarks import run
 
 
-@pytest.mark.parametrize("script", ["distill_clip", "distill_students"])
-def test_help_says_what_it_measures(script: str) -> None:
-    done = run(script, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"benchmarks/{script}.py" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "words"),
-    [
-        ("distill_clip", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
-        ("distill_clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
-        ("distill_students", ["--seeds", "0"], "at least one seed"),
-    ],
-)
-def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
-    done = run(script, *arguments, "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 def test_a_clip_of_each_on_the_cpu(tmp_path: Path) -> None:
     small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--timed_steps", "2", "--out", str(tmp_path)]
