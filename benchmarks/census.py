@@ -621,15 +621,18 @@ def never_written(tensor: Any) -> bool:
 def read_from_disk(model: Any, name: str) -> Any:
     """What accelerate puts in the place of a tensor on meta while its module is called; None if it has nothing.
 
-    A module with two names has a hook for each, and all of them look for its tensors.
+    A module with two names has a hook for each, and each looks under its own.
     """
     path, _, last = name.rpartition(".")
     hook = getattr(model.get_submodule(path), "_hf_hook", None)
-    maps = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
-    try:
-        return [weights[last] for weights in maps][-1] if maps else None
-    except KeyError:
-        return None
+    for each in getattr(hook, "hooks", [hook]):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None and weights.prefix + last == name:
+            try:
+                return weights[last]
+            except KeyError:
+                return None
+    return None
 
 
 class Truth:
