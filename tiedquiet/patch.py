@@ -165,7 +165,8 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
                 missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
                 base = getattr(model, "base_model_prefix", "")
                 checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
-                Load(model, missing, checkpoint.read, offloaded, protect=mode.current == "repair")
+                protect = mode.current == "repair"
+                Load(model, missing, checkpoint.read, checkpoint.files, offloaded, protect)
         except Exception as error:
             _stand_aside(error)
     return result
