@@ -151,7 +151,9 @@ class Load:
 
     def _find_clashes(self) -> dict[str, Finding]:
         """Findings on two names of one tensor that were both read: the last one stayed, whatever the other held."""
-        found = {}
+        found: dict[str, Finding] = {}
+        if len(set(map(id, self.held.values()))) == len(self.held):
+            return found
         for names in _by_object(self.held).values():
             if len(names) > 1:
                 values = {name: self.ask_file(name) for name in sorted(names)}
@@ -360,7 +362,13 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def lies_at(tensor: torch.Tensor, read: torch.Tensor) -> bool:
-    return tensor is read or (tensor.data_ptr() == read.data_ptr() and tensor.shape == read.shape)
+    """Whether it is the same view of the same memory: a square matrix that was transposed has the address, too."""
+    return tensor is read or (
+        tensor.data_ptr() == read.data_ptr()
+        and tensor.shape == read.shape
+        and tensor.stride() == read.stride()
+        and tensor.dtype is read.dtype
+    )
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
