@@ -83,7 +83,7 @@ class _Comparing:
         for name in self._open():
             back = self._undone([name])
             self._try_names(back, [name])
-            if all(self._is_itself(name, tensor) for tensor in back.values()):  # at most renamed
+            if back and all(self._is_itself(name, tensor) for tensor in back.values()):  # at most renamed
                 self._try_content(name)
         layers: dict[str, list[str]] = {}
         for name in self._open():
