@@ -20,6 +20,7 @@ from tests.test_compare import bert, mixtral
 from tests.test_patch import run
 from tests.test_seams import wan_pipeline
 from tiedquiet.__main__ import main
+from tiedquiet.diagnosis import damage, explain
 
 
 @pytest.fixture(autouse=True)
@@ -276,13 +277,40 @@ def test_what_cannot_be_loaded_gets_one_line(
 
 
 def test_a_file_that_may_not_be_read(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiedquiet.diagnosis import damage
-
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
     assert list(damage(good)) == ["model.safetensors cannot be read: Permission denied"]
+
+
+def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
+    (good / "model.safetensors.index.json").write_text("[]")
+    (good / "a.bin.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+    (good / "b.bin.index.json").write_text(json.dumps({"weight_map": {"x": "one.bin", "y": "two.bin"}}))
+    cut(good, 0)
+    assert [line.partition(":")[0] for line in damage(good)] == [
+        "b.bin.index.json names one.bin, two.bin, which are not there",
+        "model.safetensors.index.json is damaged",
+        "model.safetensors is cut off or no safetensors file",
+    ]
+
+
+def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
+    assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "'list' object has no attribute 'keys'"  # fmt: skip
+    assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip
+    assert explain(AttributeError("'X' object has no attribute 'all_tied_weights_keys'"), None, False).startswith("X.__init__ does")  # fmt: skip
+    assert explain(KeyError(), None, False) == "KeyError"
+
+
+def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"__name__": "nowhere"}
+    exec(
+        "class NoFile(Base):\n    _tied_weights_keys = ['lm_head.weight']\n", {**names, "Base": GPT2LMHeadModel}, names
+    )
+    with pytest.raises(AttributeError) as raised:
+        names["NoFile"](gpt2())
+    assert explain(raised.value, None, False).startswith("NoFile._tied_weights_keys is a list, and transformers 5")
 
 
 # The hub

@@ -94,12 +94,13 @@ def _of_the_code(error: BaseException) -> str:
     message = str(error)
     models = list(_models(error))
     if isinstance(error, AttributeError) and "object has no attribute 'keys'" in message:
-        for model in models:
-            if isinstance(keys := getattr(model, "_tied_weights_keys", None), (list, tuple, set)):
-                return (
-                    f"{_place(type(model), '_tied_weights_keys')} is a {type(keys).__name__}, and transformers 5 wants "
-                    f"to know what each key is tied to; write _tied_weights_keys = {_as_dictionary(model, keys)}"
-                )
+        lists = ((m, keys) for m in models if isinstance(keys := getattr(m, "_tied_weights_keys", None), (list, tuple)))
+        model, keys = next(lists, (None, ()))
+        if model is not None:
+            return (
+                f"{_place(type(model), '_tied_weights_keys')} is a {type(keys).__name__}, and transformers 5 wants "
+                f"to know what each key is tied to; write _tied_weights_keys = {_as_dictionary(model, keys)}"
+            )
     if match := re.search(r"([\w.]*\btie_weights)\(\) got an unexpected keyword argument", message):
         owner = next((type(model) for model in models), None)
         place = _place(owner, "tie_weights") if owner else match[1]
