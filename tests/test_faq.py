@@ -1,6 +1,10 @@
 """docs/faq.md: code of version 4 crashes as the page says, and its cure cures it. Run on each release by tests/compat."""
 
+import importlib.util
 import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,19 +28,30 @@ def cured(code: str, diff: str) -> str:
     return code.replace(old, new)
 
 
+@pytest.fixture
+def model_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Runs a program as a module that has a file, which transformers 5.0.0 to 5.2.0 look for, and gives its `model`."""
+
+    def model_of(code: str) -> Any:
+        (tmp_path / "modelling.py").write_text(code)
+        spec = importlib.util.spec_from_file_location("modelling", tmp_path / "modelling.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "modelling", module)
+        spec.loader.exec_module(module)
+        return module.model
+
+    return model_of
+
+
 @pytest.mark.parametrize("title", CRASHES)
-def test_what_crashes_is_cured(title: str) -> None:
+def test_what_crashes_is_cured(title: str, model_of: Callable[[str], Any]) -> None:
     (code,), (diff,) = fenced(CRASHES[title], "python"), fenced(CRASHES[title], "diff")
     with pytest.raises((AttributeError, TypeError), match=re.escape(title.strip("`"))):
-        exec(code, {"__name__": "modelling"})
-    scope: dict[str, Any] = {"__name__": "modelling"}
-    exec(cured(code, diff), scope)
-    assert tiedquiet.check(scope["model"]).ok
+        model_of(code)
+    assert tiedquiet.check(model_of(cured(code, diff))).ok
 
 
-def test_the_usual_answer_leaves_the_head_random() -> None:
+def test_the_usual_answer_leaves_the_head_random(model_of: Callable[[str], Any]) -> None:
     code = fenced(CRASHES["`'list' object has no attribute 'keys'`"], "python")[0]
-    scope: dict[str, Any] = {"__name__": "modelling"}
-    exec(code.replace('["lm_head.weight"]', "None"), scope)
-    (finding,) = tiedquiet.check(scope["model"]).findings
+    (finding,) = tiedquiet.check(model_of(code.replace('["lm_head.weight"]', "None"))).findings
     assert finding.verdict is tiedquiet.Verdict.UNTIED
