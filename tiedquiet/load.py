@@ -81,7 +81,7 @@ class Load:
         return self  # once it is settled nothing changes it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # whoever unpickles a model may not have tiedquiet
+        return dict, ()  # a model may be unpickled where there is no tiedquiet
 
     def close(self) -> None:
         """Let go of all tensors, after the last word on the load; what stays are names and verdicts."""
