@@ -117,10 +117,10 @@ def test_the_type_and_the_device(good: Path, capsys: pytest.CaptureFixture[str])
     assert stop.value.code == 2
 
 
-def test_without_architectures_a_head_was_not_looked_at(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_architectures_a_head_was_not_checked(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_of(good, architectures=None)
     assert check(good) == 1
-    assert "loaded as GPT2Model, so a head, if it has one, was not looked at" in capsys.readouterr().out
+    assert "loaded as GPT2Model, so a head, if there is one, was not checked" in capsys.readouterr().out
     assert check(good, "--class", "GPT2LMHeadModel") == 0
     assert check(good, "--class", "transformers.GPT2LMHeadModel") == 0
     assert "1 tied" in capsys.readouterr().out
@@ -156,7 +156,8 @@ def test_what_the_class_allows_to_be_missing_is_counted(good: Path, capsys: pyte
     save_file({k: v for k, v in load_file(path).items() if "ln_f" not in k}, path, {"format": "pt"})
     assert check(good, "--class", "tests.test_check.Lenient") == 0
     assert (
-        "14 of 14 tensors hold the file's bytes; 1 tied; 2 not stored, as its class allows" in capsys.readouterr().out
+        "14 of 14 tensors hold the file's bytes; 1 tied; 2 not stored, which its class allows"
+        in capsys.readouterr().out
     )
 
 
@@ -179,7 +180,7 @@ def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.Ca
     (found,) = component["findings"]
     assert found["key"] == "encoder.embed_tokens.weight"
     assert status == (0 if found["verdict"] == "tied" else 1)
-    assert report["not_looked_at"] == [
+    assert report["not_checked"] == [
         "transformer (WanTransformer3DModel of diffusers)",
         "vae (AutoencoderKLWan of diffusers)",
     ]
@@ -187,7 +188,7 @@ def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert out.startswith("text_encoder: UMT5EncoderModel: ")
     assert out.endswith(
-        "not looked at: transformer (WanTransformer3DModel of diffusers), vae (AutoencoderKLWan of diffusers)\n"
+        "not checked: transformer (WanTransformer3DModel of diffusers), vae (AutoencoderKLWan of diffusers)\n"
     )
     assert check(pipeline, "--class", "UMT5EncoderModel") == 2
     assert "is a pipeline of several models" in capsys.readouterr().err
@@ -236,28 +237,28 @@ def changed(folder: Path, **changes: Any) -> Path:
     ("make", "says"),
     [
         (lambda g: g.parent / "nowhere" / "at" / "all", "is not a folder, and no model on the hub can have this name"),
-        (lambda g: "some/model", "is neither a folder nor in the local cache, and the hub cannot be asked: HF_HUB_OFFLINE is set"),
+        (lambda g: "some/model", "is neither a folder nor in the local cache, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (lambda g: g.parent, "has neither config.json nor model_index.json"),
-        (lambda g: g / "model.safetensors", "is a file; name the folder that it lies in"),
+        (lambda g: g / "model.safetensors", "is a file; give the folder that it is in"),
         (lambda g: write(g / "config.json", "{"), "cannot be read"),
         (lambda g: write(g / "config.json", "[]"), "holds no JSON object"),
         (lambda g: write(g / "model_index.json", "{}"), "is a pipeline without a model of transformers"),
         (lambda g: changed(g, architectures=["NoSuchModel"]), "config.json names NoSuchModel, which transformers"),
         (lambda g: changed(g, vocab_size=80), "transformer.wte.weight is 64 by 16 in the file and 80 by 16 in the model"),
-        (lambda g: cut(g, 5000), "model.safetensors is cut off: its header promises"),
-        (lambda g: cut(g, 100), "model.safetensors is cut off or no safetensors file: it has 100 bytes"),
-        (lambda g: cut(g, 0), "model.safetensors is cut off or no safetensors file: it has 0 bytes"),
+        (lambda g: cut(g, 5000), "model.safetensors is truncated: its header promises"),
+        (lambda g: cut(g, 100), "model.safetensors is truncated or not a safetensors file: it has 100 bytes"),
+        (lambda g: cut(g, 0), "model.safetensors is truncated or not a safetensors file: it has 0 bytes"),
         (lambda g: write(g / "model.safetensors", b"\x04" + bytes(7) + b"abcd"), "is damaged: its header cannot be read"),
         (lambda g: write(g / "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer"),
         (without_a_shard, "names model-00002-of-0000"),
         (lambda g: write(g / "model.safetensors.index.json", "[]") and cut(g, 0), "model.safetensors.index.json is damaged"),
-        (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is cut off: the end of it is missing"),
+        (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is truncated: the end of it is missing"),
         (lambda g: as_bin(g, keep=0), "pytorch_model.bin is empty"),
         (lambda g: as_bin(g, {"x": RunsCode()}), "pytorch_model.bin is a pickle that wants to run code when it is read"),
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)), "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)) / "m.gguf", "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "two" / "a.gguf", b"") and write(g.parent / "two" / "b.gguf", b""), "holds 2 GGUF files; name one of them"),
-        (lambda g: write(g.parent / "lora" / "adapter_config.json", '{"base_model_name_or_path": "no/base"}'), "lora is an adapter, and its base model cannot be had: no/base is neither"),
+        (lambda g: write(g.parent / "lora" / "adapter_config.json", '{"base_model_name_or_path": "no/base"}'), "lora is an adapter, and its base model is not available: no/base is neither"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_gets_one_line(
@@ -292,7 +293,7 @@ def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
     assert [line.partition(":")[0] for line in damage(good)] == [
         "b.bin.index.json names one.bin, two.bin, which are not there",
         "model.safetensors.index.json is damaged",
-        "model.safetensors is cut off or no safetensors file",
+        "model.safetensors is truncated or not a safetensors file",
     ]
 
 
@@ -310,7 +311,7 @@ def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     with pytest.raises(AttributeError) as raised:
         names["NoFile"](gpt2())
-    assert explain(raised.value, None, False).startswith("NoFile._tied_weights_keys is a list, and transformers 5")
+    assert explain(raised.value, None, False).startswith("NoFile._tied_weights_keys is a list, but transformers 5")
 
 
 # The hub
@@ -363,11 +364,11 @@ def hub() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("some/gone", "some/gone is not a folder, and the hub does not give it: "),
+        ("some/gone", "some/gone is not a folder, and it cannot be downloaded: "),
         ("some/empty", "some/empty has neither config.json nor model_index.json\n"),
         (
             "no/connection",
-            "no/connection is neither a folder nor in the local cache, and the hub cannot be asked: there",
+            "no/connection is neither a folder nor in the local cache, and the hub cannot be reached: there",
         ),
     ],
 )
@@ -450,7 +451,7 @@ def test_code_of_the_checkpoint_runs_only_if_it_is_let(tmp_path: Path, capsys: p
     remote(tmp_path / "remote")
     assert check(tmp_path / "remote") == 2
     assert (
-        "its class MyForCausalLM is code that comes with it (modeling_my.py); --trust-remote-code lets"
+        "its class MyForCausalLM is code that ships with it (modeling_my.py); --trust-remote-code allows"
         in capsys.readouterr().err
     )
     assert check(tmp_path / "remote", "--trust-remote-code") == 0
@@ -458,16 +459,17 @@ def test_code_of_the_checkpoint_runs_only_if_it_is_let(tmp_path: Path, capsys: p
     config_of(tmp_path / "remote", architectures=None)
     assert check(tmp_path / "remote") == 2
     assert (
-        "its class is code that comes with the checkpoint; --trust-remote-code lets that run" in capsys.readouterr().err
+        "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
+        in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('{"head.weight": "embed.weight"}', '["head.weight"]', 'modeling_my.py:16) is a list, and transformers 5 wants to know what each key is tied to; write _tied_weights_keys = {"head.weight": "embed.weight"}'),
+        ('{"head.weight": "embed.weight"}', '["head.weight"]', 'modeling_my.py:16) is a list, but transformers 5 needs to know what each key is tied to; write _tied_weights_keys = {"head.weight": "embed.weight"}'),
         ("        self.post_init()\n", "", "modeling_my.py:18) does not call self.post_init(), which transformers 5 needs"),
-        ("    def _init_weights", "    def tie_weights(self):\n        self.head.weight = self.embed.weight\n\n    def _init_weights", "modeling_my.py:30) takes no arguments, and transformers 5 hands it some; write def tie_weights(self, *args, **kwargs)"),
+        ("    def _init_weights", "    def tie_weights(self):\n        self.head.weight = self.embed.weight\n\n    def _init_weights", "modeling_my.py:30) takes no arguments, but transformers 5 passes some; write def tie_weights(self, *args, **kwargs)"),
         ('_tied_weights_keys = {"head.weight": "embed.weight"}', '_tied_weights_keys = ["head.weight"]\n    get_input = None', "modeling_my.py:16) is a list"),
         ("    def get_input_embeddings(self):\n        return self.embed", "    def get_input_embeddings(self):\n        raise NotImplementedError", None),
     ],

@@ -68,7 +68,7 @@ def test_one_element_that_differs_is_told_and_so_is_what_is_tied_to_it(tmp_path:
     found = compared(model)
     assert (found.held, found.total) == (15, 16)
     assert verdicts(found) == dict.fromkeys(("lm_head.weight", "transformer.wte.weight"), Verdict.OVERWRITTEN)
-    assert {finding.why for finding in found.findings} == {"not what the file holds: 1 of 1,024 elements differ"}
+    assert {finding.why for finding in found.findings} == {"differs from the file in 1 of 1,024 elements"}
 
 
 class _SetBehindTorch(GPT2LMHeadModel):
@@ -126,7 +126,7 @@ def test_fused_experts_are_held_against_the_single_ones_of_the_file(tmp_path: Pa
     assert found.held == found.total - 1
     (finding,) = found.findings
     assert (finding.key, finding.verdict) == (experts, Verdict.UNPROVEN)
-    assert "converted back it is not what the file holds" in finding.why
+    assert "converted back it does not match the file" in finding.why
 
 
 def test_what_was_renamed_is_found_by_its_values(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_was_renamed_is_found_by_its_values(tmp_path: Path) -> None:
         model.pooler.dense.weight[0, 0] += 1
     found = compared(model)
     assert [(f.key, f.why) for f in found.findings] == [
-        ("pooler.dense.weight", "no file has its values, under this name or another")
+        ("pooler.dense.weight", "no file holds these values, under this name or any other")
     ]
 
 

@@ -155,11 +155,11 @@ class _Comparing:
                 return Finding(name, Verdict.UNPROVEN, None, f"the file has it as {kinds[0]}, the model as {kinds[1]}")
             if len(back) == 1 and self._is_itself(name, values):
                 where = "the file" if key == name else f"{key} in the file"
-                why = f"not what {where} holds: {_differing(values, stored):,} of {values.numel():,} elements differ"
+                why = f"differs from {where} in {_differing(values, stored):,} of {values.numel():,} elements"
                 return Finding(name, Verdict.OVERWRITTEN, name, why, True)
-            why = "transformers converted it while it was read, and converted back it is not what the file holds"
+            why = "transformers converted it while reading, and converted back it does not match the file"
             return Finding(name, Verdict.UNPROVEN, None, why)
-        return Finding(name, Verdict.UNPROVEN, None, "no file has its values, under this name or another")
+        return Finding(name, Verdict.UNPROVEN, None, "no file holds these values, under this name or any other")
 
 
 def _prefix(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:

@@ -35,10 +35,10 @@ def explain(error: BaseException, folder: Path | None, trust: bool) -> str:
         names = ", ".join(path.name for path in _weights(folder) if path.suffix == ".bin") if folder else ""
         return (
             f"{names or 'its file'} is a pickle that wants to run code when it is read{what}; it was not run. "
-            "Ask whoever made it for safetensors"
+            "Ask its author for a safetensors file"
         )
     if "trust_remote_code" in message and not trust:
-        return "its class is code that comes with the checkpoint; --trust-remote-code lets that run"
+        return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
     first = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(first[0].split()).rstrip(".:")
 
@@ -74,17 +74,17 @@ def _damage_of(path: Path) -> str:
             return "is a Git LFS pointer instead of the file: run `git lfs pull`"
         if path.suffix == ".bin":
             is_torn = start[:2] == b"PK" and not zipfile.is_zipfile(path)
-            return "is empty" if not size else "is cut off: the end of it is missing" if is_torn else ""
+            return "is empty" if not size else "is truncated: the end of it is missing" if is_torn else ""
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
-            return f"is cut off or no safetensors file: it has {size:,} bytes, not even its header"
+            return f"is truncated or not a safetensors file: it has {size:,} bytes, not even its header"
         try:
             entries = json.loads(file.read(length))
             end = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             return "is damaged: its header cannot be read"
-    return f"is cut off: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
+    return f"is truncated: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
 
 
 # Modelling files that were written for transformers 4
@@ -98,15 +98,15 @@ def _of_the_code(error: BaseException) -> str:
         model, keys = next(lists, (None, ()))
         if model is not None:
             return (
-                f"{_place(type(model), '_tied_weights_keys')} is a {type(keys).__name__}, and transformers 5 wants "
+                f"{_place(type(model), '_tied_weights_keys')} is a {type(keys).__name__}, but transformers 5 needs "
                 f"to know what each key is tied to; write _tied_weights_keys = {_as_dictionary(model, keys)}"
             )
     if match := re.search(r"([\w.]*\btie_weights)\(\) got an unexpected keyword argument", message):
         owner = next((type(model) for model in models), None)
         place = _place(owner, "tie_weights") if owner else match[1]
         return (
-            f"{place} takes no arguments, and transformers 5 hands it some; write "
-            "def tie_weights(self, *args, **kwargs), or delete it if _tied_weights_keys says the same"
+            f"{place} takes no arguments, but transformers 5 passes some; write "
+            "def tie_weights(self, *args, **kwargs), or delete the method if _tied_weights_keys already says the same"
         )
     if match := re.search(r"'(\w+)' object has no attribute 'all_tied_weights_keys'", message):
         owner = next((type(model) for model in models if type(model).__name__ == match[1]), None)

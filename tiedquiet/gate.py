@@ -60,12 +60,12 @@ def check(options: argparse.Namespace) -> int:
         results = [_check(part, options) for part in parts]
     if options.json:
         found = [result.as_json() for result in results]
-        all_of_it = {"versions": versions(), "source": options.source, "components": found, "not_looked_at": others}
+        all_of_it = {"versions": versions(), "source": options.source, "components": found, "not_checked": others}
         print(json.dumps(all_of_it, indent=2))
     else:
         print("\n".join(line for result in results for line in result.as_lines()))
         if others:
-            print(f"not looked at: {', '.join(others)}")
+            print(f"not checked: {', '.join(others)}")
     return int(any(result.is_loud for result in results))
 
 
@@ -109,7 +109,7 @@ class _Result(NamedTuple):
             "buffers": self.buffers,
             "findings": [asdict(finding) for finding in self.findings],
             "missing": self.missing,
-            "missing_as_its_class_allows": self.allowed,
+            "missing_allowed": self.allowed,
             "unexpected": self.unexpected,
             "note": self.note,
         }
@@ -125,7 +125,7 @@ class _Result(NamedTuple):
             if count[verdict]
         ]
         said += [f"{len(self.missing):,} missing"] if self.missing else []
-        said += [f"{len(self.allowed):,} not stored, as its class allows"] if self.allowed else []
+        said += [f"{len(self.allowed):,} not stored, which its class allows"] if self.allowed else []
         if self.buffers:
             written = f"{unwritten:,} never written" if unwritten else "written" if self.buffers == 1 else "all written"
             said.append(f"{self.buffers:,} buffer{'s' * (self.buffers > 1)}, {written}")
@@ -136,7 +136,7 @@ class _Result(NamedTuple):
             (f.key, f.verdict.value, f.source if f.source and f.source != f.key else "", _why(f)) for f in self.findings
         ]
         rows += [(key, "missing", "", "not in the checkpoint") for key in self.missing]
-        rows += [(key, "unexpected", "", "in the checkpoint, and not in the model") for key in self.unexpected]
+        rows += [(key, "unexpected", "", "in the checkpoint but not in the model") for key in self.unexpected]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
@@ -158,7 +158,7 @@ def _check(part: Part, options: argparse.Namespace) -> _Result:
             f"{part.label}: {name} was not loaded by `from_pretrained` of transformers, so nothing can be said"
         )
     if note:
-        note += f": loaded as {name}, so a head, if it has one, was not looked at; name the class with --class"
+        note += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
     files = list(dict.fromkeys(load.files))
     checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
     undo = core_model_loading.revert_weight_conversion
@@ -200,7 +200,7 @@ def _load(part: Part, loader: Any, options: argparse.Namespace) -> tuple[Any, di
 
 
 def _why(finding: Finding) -> str:
-    return f"{finding.why}: it holds what lay in memory" if finding.verdict is Verdict.UNWRITTEN else finding.why
+    return f"{finding.why}: it holds whatever was in memory" if finding.verdict is Verdict.UNWRITTEN else finding.why
 
 
 def _shape(shape: Any) -> str:

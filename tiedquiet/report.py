@@ -20,7 +20,7 @@ def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -
     parts = [
         ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
         (
-            "reported missing but equal to what was loaded, in a tensor of its own, so that training will part them: ",
+            "reported missing but equal to what was loaded, in a tensor of its own, so training will part them: ",
             _pairs(of[Verdict.COPIED], "is a copy of", fold),
         ),
     ]

@@ -19,7 +19,7 @@ class Source:
         if path.is_file() and path.suffix == ".gguf":
             self.name, self.gguf = str(path.parent), path.name
         elif path.is_file():
-            raise CannotCheck(f"{name} is a file; name the folder that it lies in")
+            raise CannotCheck(f"{name} is a file; give the folder that it is in")
         elif path.is_dir() and not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
             self.gguf = found[0].name
             if len(found) > 1:
@@ -42,7 +42,7 @@ class Source:
             raise CannotCheck(f"{self.name} is not a folder, and no model on the hub can have this name") from error
         except (errors.HfHubHTTPError, OSError) as error:
             reason = " ".join(str(error).strip().split("\n\n")[-1].split())
-            raise CannotCheck(f"{self.name} is not a folder, and the hub does not give it: {reason}") from error
+            raise CannotCheck(f"{self.name} is not a folder, and it cannot be downloaded: {reason}") from error
 
     def absence(self) -> str:
         """Why there is no config to read."""
@@ -51,7 +51,7 @@ class Source:
         from huggingface_hub import constants
 
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no connection"
-        return f"{self.name} is neither a folder nor in the local cache, and the hub cannot be asked: {why}"
+        return f"{self.name} is neither a folder nor in the local cache, and the hub cannot be reached: {why}"
 
     def read(self, name: str, part: str = "") -> dict[str, Any] | None:
         """A JSON file of it; None where it has none."""
@@ -114,7 +114,7 @@ def parts_of(source: Source, cls: str | None) -> tuple[list[Part], list[str]]:
             if (config := origin.read("config.json")) is None:
                 raise CannotCheck(origin.absence())
         except CannotCheck as error:
-            raise CannotCheck(f"{source.name} is an adapter, and its base model cannot be had: {error}") from error
+            raise CannotCheck(f"{source.name} is an adapter, and its base model is not available: {error}") from error
         return [Part(source, "", config, cls)], []
     if (config := source.read("config.json")) is None:
         raise CannotCheck(source.absence())
@@ -141,7 +141,8 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
     if auto:
         code = str(own[auto]).rpartition("--")[2].rpartition(".")[0]
         raise CannotCheck(
-            f"{part.label}: its class {name} is code that comes with it ({code}.py); --trust-remote-code lets that run"
+            f"{part.label}: its class {name} is code that ships with it ({code}.py); "
+            "--trust-remote-code allows it to run"
         )
     module, _, last = name.rpartition(".")
     try:
