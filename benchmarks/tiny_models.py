@@ -1,11 +1,15 @@
 """Any model class of transformers, made tiny: its own default configuration with the numbers shrunk."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 MOST_ELEMENTS = 100_000_000  # what a default that could not be shrunk may still have
@@ -42,11 +46,16 @@ SPECIAL_CASES: dict[str, dict[str, Any]] = {
     "FalconH1Config": {"hidden_size": 32, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
     "(Bamba|GraniteMoeHybrid)Config": {"hidden_size": 32, "mamba_n_heads": 4, "mamba_d_head": 16},
 }
+BUILDS = r"\bAutoModel\w*\.(?:_?from_config|from_pretrained)\("
 SPECIAL = re.compile(r".*(_id|_ids|_index|_idx|token_id)$")
 
 
-def declaring_modules() -> list[str]:
-    """Names of the modelling modules whose source mentions a tie."""
+def modules_with_ties(only: str = "") -> list[str]:
+    """Names of the modelling modules whose source mentions a tie, or builds a model of another module.
+
+    Args:
+        only: a regular expression; modules without a class whose name has a match are left out, not imported.
+    """
     import transformers.models
 
     found = []
@@ -56,37 +65,64 @@ def declaring_modules() -> list[str]:
         for module in pkgutil.iter_modules([folder] if folder else []):
             if module.name.startswith("modeling_"):
                 with open(f"{folder}/{module.name}.py", encoding="utf-8") as file:
-                    if "_tied_weights_keys" in file.read():
+                    text = file.read()
+                    names = re.findall(r"^class (\w+)", text, re.MULTILINE)
+                    if re.search(rf"_tied_weights_keys|{BUILDS}", text) and any(re.search(only, n) for n in names):
                         found.append(f"{package.name}.{module.name}")
     return found
 
 
-def declaring_classes(module: Any) -> list[type[Any]]:
-    """The module's own model classes that declare ties, on the class or while they are built."""
+def own_classes(module: Any) -> list[type[Any]]:
     from transformers import PreTrainedModel
 
     return [
         cls
-        for name, cls in sorted(vars(module).items())
-        if inspect.isclass(cls)
-        and issubclass(cls, PreTrainedModel)
-        and cls.__module__ == module.__name__
-        and (cls._tied_weights_keys or "_tied_weights_keys" in vars(cls) or "self._tied_weights_keys" in source(cls))
-        and cls.config_class is not None
+        for _, cls in sorted(vars(module).items())
+        if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__
+        if cls.config_class is not None
     ]
 
 
+def declares(cls: type[Any]) -> bool:
+    """Whether a class declares ties: itself, or while it is built."""
+    declared = cls._tied_weights_keys or "_tied_weights_keys" in vars(cls)
+    return bool(declared or "self._tied_weights_keys" in source(cls))
+
+
+def declaring_classes(module: Any) -> list[type[Any]]:
+    """The module's own model classes that declare ties."""
+    return [cls for cls in own_classes(module) if declares(cls)]
+
+
+def classes_that_may_carry(module: Any) -> list[type[Any]]:
+    """Those that declare none, and build a model that may."""
+    declaring = [cls.__name__ for cls in declaring_classes(module)]
+    builds = "|".join((BUILDS, *(rf"\b{name}(\._from_config)?\(" for name in declaring)))
+    return [cls for cls in own_classes(module) if not declares(cls) and re.search(builds, source(cls))]
+
+
 def source(cls: type[Any]) -> str:
-    try:
-        return inspect.getsource(cls)
-    except OSError:
-        return ""
+    return sources(sys.modules[cls.__module__].__file__ or "").get(cls.__name__, "")
+
+
+@cache
+def sources(path: str) -> dict[str, str]:
+    """The source of each class of a module: `inspect.getsource` would parse the file anew for every class."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return {node.name: "".join(lines[node.lineno - 1 : node.end_lineno]) for node in classes}
+
+
+class NoTies(ValueError):
+    """A class without a tie, for all that its source lets expect."""
 
 
 def tiny(cls: type[Any]) -> Any:
     """An instance with a shrunken default configuration, every tie switched on.
 
     Raises:
+        NoTies: there is none.
         ValueError: no attempt could be built; its text gives the first and the last reason.
     """
     import torch
@@ -99,11 +135,16 @@ def tiny(cls: type[Any]) -> Any:
             for each in nested(config):
                 each.tie_word_embeddings = True
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in cls(clone(config)).parameters())
+                empty = cls(clone(config))
+            if not empty.get_expanded_tied_weights_keys(all_submodels=True):
+                raise NoTies("declares no tie in its default configuration")
+            size = sum(parameter.numel() for parameter in empty.parameters())
             if size > MOST_ELEMENTS:
                 raise ValueError(f"{size:,} elements")
             torch.manual_seed(0)
             return cls(config).eval()
+        except NoTies:
+            raise
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     raise ValueError(" / ".join(dict.fromkeys((reasons[0], reasons[-1]))))

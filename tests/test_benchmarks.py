@@ -45,7 +45,7 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("report_scale", ["--max-keys", "0"], "--max-keys, --max-ties and --rounds are at least 1"),
         ("startup", ["--rounds", "1"], "at least two rounds"),
         ("silencers", ["4.57.6"], "no environment for transformers 4.57.6"),
-        ("census", ["--release", "4.57.6"], "no environment for transformers 4.57.6"),
+        ("census", ["5.24.0", "4.57.6"], "no environment for transformers 4.57.6"),
         ("census", ["--only", "("], "is no regular expression"),
         ("distill_step", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
         ("distill_step", ["--arms", "fast"], "no arm 'fast'; there are plain"),
@@ -73,6 +73,38 @@ def test_a_load_with_and_without_on_the_cpu(tmp_path: Path) -> None:
     assert set(content) >= {"date", "hardware", "versions", "configuration", "results"}
     assert len(content["results"]["rounds"]) == 3
     assert path.with_suffix(".png").exists()
+
+
+def test_what_silences_the_report_and_what_notices_corruption() -> None:
+    done = run("silencers", "--here")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    scores = {
+        table: {way: {name: cell["score"] for name, cell in row.items()} for way, row in rows.items()}
+        for table, rows in found.items()
+    }
+    report, corruption = scores["report"], scores["corruption"]
+    for mode in ("tiedquiet", "tiedquiet, `repair`", "tiedquiet, `strict`"):
+        assert set(report[mode].values()) == {"right"}
+        # Written without torch: what a watch cannot see is said where it is measured, too.
+        assert {name for name, score in corruption[mode].items() if score != "right"} == {"written through an address"}
+    hidden = {"overwritten outside ties", "unwritten buffer", "alias"}  # no report has a row for them
+    for way, row in report.items():
+        if not way.startswith("tiedquiet"):
+            assert {name for name, score in row.items() if "hides" in score} >= hidden
+    assert report["nothing"]["disk offload"] == "false row stays"
+    assert report["`set_verbosity_error()`"]["untied, declared by nobody"] == "**hides a true row**"
+    by_info = report["`set_verbosity_error()`, reading `output_loading_info`"]
+    assert by_info["untied, declared by nobody"] == "right"
+    assert by_info["false row by override"] == "false row stays"
+    assert report["`set_verbosity_error()`, then `model.tie_weights()`"]["untied, declared by nobody"] != "right"
+    corrupt = {name for name, cell in found["corruption"]["nothing"].items() if cell["corrupt"]}
+    assert corrupt >= {"a weight beside a buffer", "a weight beside a missing bias", "Qwen 1: both"}
+    assert not any(name.startswith("sound") for name in corrupt)
+    assert {name for name, score in corruption["hashing the file"].items() if score == "**missed**"} == corrupt
+    assert corruption["comparing logits by hand"]["written through an address"] == "right"
+    repaired = {name for name, cell in found["corruption"]["tiedquiet, `repair`"].items() if not cell["corrupt"]}
+    assert repaired >= corrupt - {"alias", "written through an address"}
 
 
 def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:

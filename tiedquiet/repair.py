@@ -34,9 +34,6 @@ def repair(load: Load, model: torch.nn.Module, findings: list[Finding]) -> tuple
                 _put_back(load, model, key, now)
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
                 _tie(load, model, finding, now)
-            elif finding.verdict is Verdict.TIED and now.state[key].is_meta and finding.source in load.offloaded:
-                # accelerate looks for it on disk under its own name.
-                load.offloaded.setdefault(key, load.offloaded[finding.source])
             elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER:
                 twin = _buffers_of_a_twin(model) if twin is None else twin
                 _fill(load, model, key, twin.get(key), now)
@@ -66,6 +63,8 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
         return
     if source_key in load.offloaded:  # what is to stay on disk is looked for there
         load.offloaded[key] = load.offloaded[source_key]
+    if ours is source:
+        return
     if source.is_meta and not ours.is_meta:
         if (values := load.ask_file(source_key)) is not None:
             ours.data.copy_(values)
