@@ -22,8 +22,10 @@ student learns the teacher's velocity. Then the student is written as a pipeline
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -44,10 +46,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
@@ -191,9 +195,11 @@ def whole(tensor: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def warnings_above_the_bar() -> Iterator[None]:
-    """Warnings, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
-    with warnings.catch_warnings():
+def words_above_the_bar() -> Iterator[None]:
+    """Warnings and log lines, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
+    loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    console = [one for one in loggers if any(getattr(it, "stream", None) is sys.stderr for it in one.handlers)]
+    with warnings.catch_warnings(), logging_redirect_tqdm(console):
         warnings.showwarning = _write_warning
         yield
 
@@ -238,11 +244,14 @@ def train(
         SystemExit: with status 2, after one line, when the loss or its gradient is no longer finite.
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
-    frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
+    frozen = teacher.expert(expert, compute_dtype(args)).eval().requires_grad_(False)
     # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
-    student = new_student(frozen, args.student_blocks, torch.float32).train()
+    student = new_student(frozen, args.student_blocks, torch.float32).to(device).train()
+    asked = not args.student_steps or args.feature_weight > 0  # or else its cached paths say all
+    if asked:
+        frozen.to(device)
     if accelerator.distributed_type is DistributedType.FSDP:
-        shard(frozen, accelerator)
+        shard(frozen if asked else None, accelerator)
     one = Distillation(args, frozen, student, expert)
     speed_up(frozen, student, args)
     optimizer: Any = torch.optim.AdamW(
@@ -301,7 +310,7 @@ def train(
             f"{sum(p.numel() for p in student.parameters()):,} parameters; {args.max_train_steps} steps of {per_step} "
             f"({args.train_batch_size} x {processes} processes x {micro} accumulated), {len(data.which)} samples *****"
         )
-    with noticing_signals() as received, warnings_above_the_bar():
+    with noticing_signals() as received, words_above_the_bar():
         for step in bar:
             start = time.perf_counter()
             told: dict[str, Tensor] = {}
@@ -403,8 +412,18 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
 
+    phases: dict[str, dict[str, float]] = {}
+
+    def ended(phase: str) -> None:
+        spent = sum(one["seconds"] for one in phases.values())
+        phases[phase] = {"seconds": round(time.perf_counter() - start - spent, 1)}
+        if accelerator.device.type == "cuda":  # pragma: no cover - needs a GPU
+            phases[phase]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            torch.cuda.reset_peak_memory_stats()
+
     data = Data(args, prompts, [path for path, _ in clips])
     data.prepare(teacher, accelerator, dtype)
+    ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
@@ -428,17 +447,21 @@ def main(argv: list[str] | None = None) -> int:
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
 
+    ended("training")
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
                 trained = {name: work / name / "student" for name in names}
                 write_pipeline(teacher, trained, out / "student", args.student_steps)
+            ended("writing the student")
             metrics = judge.report(experts)
+            ended("samples and pictures")
         except KeyboardInterrupt:
             done = "the student is complete" if (out / "student").exists() else "training is complete"
             print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
             return 128 + signal.SIGINT
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
+        metrics["phases"] = phases
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         shutil.rmtree(work)
@@ -456,4 +479,9 @@ def run() -> int:
         print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:  # a full or read-only disk, at any moment
-        fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
+        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
+    except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
+        refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
+        if not refused:
+            raise
+        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")
