@@ -35,7 +35,7 @@ SHOWN = {  # in the pictures: every colour, shape and direction
     "a yellow circle moving down",
 }
 GIF_LIMIT = 4_000_000  # bytes; what is larger is written as mp4
-PARTS = {"loss": "black", "velocity": "tab:blue", "task": "tab:orange", "features": "tab:green"}  # of loss.png
+PARTS = {"loss": "black", "velocity": "tab:blue", "task": "tab:orange"}  # of loss.png
 COLUMNS = {  # of the table, and how each is shown
     "adherence": "{:.1%}",
     "psnr": "{:.1f} dB",

@@ -32,7 +32,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,6 @@ from tiedquiet.distill.pipeline import (
     Teacher,
     check_space,
     compute_dtype,
-    groups,
     new_student,
     save_weights,
     write_pipeline,
@@ -70,57 +69,25 @@ from tiedquiet.distill.pipeline import (
 from tiedquiet.distill.speed import check_float8, shard, speed_up
 
 
-class Taps:
-    """Collects the outputs of some blocks while it is entered."""
-
-    def __init__(self, model: WanTransformer3DModel, numbers: Sequence[int]) -> None:
-        self.outputs: list[Tensor] = []
-        self.open = False
-        for number in numbers:
-            model.blocks[number].register_forward_hook(self.take)
-
-    def take(self, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        """Keep an output; not those of validation, which calls the same blocks."""
-        if self.open:
-            self.outputs.append(output)
-
-    def __enter__(self) -> list[Tensor]:
-        self.outputs, self.open = [], True
-        return self.outputs
-
-    def __exit__(self, *exc: object) -> None:
-        self.open = False
-
-
 def distillation_loss(
-    student: Tensor,
-    target: Tensor,
-    task: Tensor | None,
-    features: Sequence[tuple[Tensor, Tensor]],
-    weights: tuple[float, float, float],
+    student: Tensor, target: Tensor, task: Tensor | None, task_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of up to three squared errors, in float32.
+    """The squared error of a velocity, in float32; and, weighted, that against the velocity of the data itself.
 
     Args:
         student: its velocity, (batch, channels, frames, height, width).
         target: the velocity to match, as `student`.
-        task: the velocity of the data itself, noise - x0, as `student`; None leaves that term out.
-        features: outputs of a student block and of the teacher block that teaches it, (batch, tokens, dim) each. Their
-            error is relative to the teacher's mean square, for it grows from block to block.
-        weights: of velocity, task and features.
+        task: noise - x0, as `student`; None leaves that term out.
+        task_weight: of the second term.
 
     Returns:
         The loss, and its parts without their weights.
     """
-    student = student.float()
-    parts = {"velocity": mse_loss(student, target.float())}
+    parts = {"velocity": mse_loss(student.float(), target.float())}
+    loss = parts["velocity"]
     if task is not None:
-        parts["task"] = mse_loss(student, task.float())
-    if features:
-        errors = [mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in features]
-        parts["features"] = torch.stack(errors).mean()
-    weight = dict(zip(("velocity", "task", "features"), weights, strict=True))
-    loss = torch.stack([weight[name] * part for name, part in parts.items()]).sum()
+        parts["task"] = mse_loss(student.float(), task.float())
+        loss = loss + task_weight * parts["task"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -139,8 +106,6 @@ class Distillation:
     ) -> None:
         self.args, self.teacher, self.student, self.expert = args, teacher, student, expert
         self.dtype = teacher.dtype
-        stood_for = groups(len(teacher.blocks), len(student.blocks)) if args.feature_weight else []
-        self.taps = Taps(student, range(len(stood_for))), Taps(teacher, [group[-1] for group in stood_for])
 
     def noisy(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents x = (1 - sigma) x0 + sigma noise, timesteps of this expert, and the task: noise - x0."""
@@ -169,19 +134,14 @@ class Distillation:
             empty: embeddings of the negative prompt, for guidance distillation.
         """
         x, text = x.to(self.dtype), text.to(self.dtype)
-        ours, theirs = self.taps
-        with torch.no_grad(), theirs as theirs_out:
-            if target is None or self.args.feature_weight:
-                velocity = self.teacher(x, timesteps, text, return_dict=False)[0]
-                target = velocity if target is None else target
-        if empty is not None:
+        if target is None:
             with torch.no_grad():
-                away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
-                target = away + self.args.guidance_scale * (target - away)
-        with ours as ours_out:
-            velocity = self.student(x, timesteps, text, return_dict=False)[0]
-        weights = (self.args.velocity_weight, self.args.task_weight, self.args.feature_weight)
-        return distillation_loss(velocity, target, task, list(zip(ours_out, theirs_out, strict=True)), weights)
+                target = self.teacher(x, timesteps, text, return_dict=False)[0]
+                if empty is not None:
+                    away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
+                    target = away + self.args.guidance_scale * (target - away)
+        velocity = self.student(x, timesteps, text, return_dict=False)[0]
+        return distillation_loss(velocity, target, task, self.args.task_weight)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -247,7 +207,7 @@ def train(
     frozen = teacher.expert(expert, compute_dtype(args)).eval().requires_grad_(False)
     # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
     student = new_student(frozen, args.student_blocks, torch.float32).to(device).train()
-    asked = not args.student_steps or args.feature_weight > 0  # or else its cached paths say all
+    asked = not args.student_steps  # or else its cached paths say all
     if asked:
         frozen.to(device)
     if accelerator.distributed_type is DistributedType.FSDP:
