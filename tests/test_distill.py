@@ -143,6 +143,13 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(
     assert all(arm["seconds"] > 0 and arm["vae_seconds"] > 0 for arm in arms.values())
     for name in arms:
         assert f"| {name}" in done.stdout
+    # What the pages show is what is printed.
+    root = Path(__file__).parents[1]
+    shown = [" ".join(line.split()) for page in ("README.md", "docs/distill.md") for line in (root / page).open()]
+    printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    told = [line for line in printed if line.startswith("text encoder: ") or "| adherence |" in line]
+    assert len(told) == 4
+    assert set(told) <= set(shown)
     assert json.loads((out / "args.json").read_text())["student_blocks"] == 3
     for picture in ("loss.png", "samples.png", "samples.gif", "broken_tie.png", "validation/transformer-2.gif"):
         assert iio.imread(out / picture).std() > 1, picture
@@ -1084,6 +1091,16 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
         f"tiedquiet.distill: no module {package}; in a checkout of tiedquiet, "
         "python -m pip install '.[distill]' installs all that the example needs\n"
     )
+
+
+def test_the_table_has_straight_columns() -> None:
+    told = evaluate.table({"teacher": {"adherence": 0.964}, "again": {"adherence": 1.0, "psnr": 100.0}})
+    assert told.splitlines() == [
+        "|         | adherence |     psnr |",
+        "| ------- | --------: | -------: |",
+        "| teacher |     96.4% |          |",
+        "| again   |    100.0% | 100.0 dB |",
+    ]
 
 
 def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:

@@ -268,13 +268,15 @@ class Judge:
 def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """The measures, a line for each arm; Markdown, so that it can be put into a report as it is."""
     used = [column for column in COLUMNS if any(column in measured for measured in metrics.values())]
-    width = max(len(arm) for arm in metrics)
-    lines = [f"| {'':{width}} | {' | '.join(column.replace('_', ' ') for column in used)} |", f"| {'-' * width} |"]
-    lines[1] += "".join(f" {'-' * (len(column) - 1)}: |" for column in used)
-    for arm, measured in metrics.items():
-        cells = [COLUMNS[c].format(measured[c]) if c in measured else "" for c in used]
-        lines.append(f"| {arm:{width}} | {' | '.join(f'{v:>{len(c)}}' for v, c in zip(cells, used, strict=True))} |")
-    return "\n".join(lines)
+    rows = [["", *(column.replace("_", " ") for column in used)]]
+    rows += [[arm, *(COLUMNS[c].format(of[c]) if c in of else "" for c in used)] for arm, of in metrics.items()]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        f"| {arm:{widths[0]}} | {' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths[1:], strict=True))} |"
+        for arm, *cells in rows
+    ]
+    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
