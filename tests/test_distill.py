@@ -262,7 +262,20 @@ def test_fsdp_refuses_what_it_cannot_do(
 
 @pytest.mark.slow
 def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -> None:
-    common = [*SHORT, *prompts, "--mixed_precision", "bf16", "--expert", "high", "--checkpointing_steps", "2"]
+    """With the teacher's velocity, so that the teacher is spread over the processes as well."""
+    common = [
+        *SHORT,
+        *prompts,
+        *VELOCITY,
+        "--student_blocks",
+        "6",
+        "--mixed_precision",
+        "bf16",
+        "--expert",
+        "high",
+        "--checkpointing_steps",
+        "2",
+    ]
     common += ["--gradient_checkpointing", "attention", "--output_dir"]
     sharded = run(*common, tmp_path / "fsdp", launch=IN_TWO_PROCESSES, module="tests.fsdp_on_cpu")
     assert sharded.returncode == 0, sharded.stderr
