@@ -161,7 +161,9 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
             if not _left_empty():
                 bound = _bind(wrapped, args, kwargs)
                 model = bound["model"]
-                info, offloaded = result if isinstance(result, tuple) else (result, result.disk_offload_index)
+                info, offloaded = (
+                    result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
+                )
                 missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
                 base = getattr(model, "base_model_prefix", "")
                 checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
