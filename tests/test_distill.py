@@ -375,6 +375,7 @@ BAD = {
     "warm-up": (["--lr_warmup_steps", "-1"], "-1 is not at least 0"),
     "other steps": (["--num_inference_steps", "6"], "--num_inference_steps 6: must be a multiple of --student_steps"),
     "paths of clips": (["--student_steps", "4", "--train_data_dir", "{bad}/jsonl"], "the teacher's own paths"),
+    "a task of paths": (["--student_steps", "4", "--task_weight", "0.1"], "it has no --task_weight"),
     "guided twice": (["--student_steps", "4", "--guidance_scale", "2"], "--sample_guidance_scale guides"),
     "too often": (["--empty_prompt_probability", "2"], "--empty_prompt_probability 2.0: is more than 1"),
     "no metadata": (["--train_data_dir", "{bad}/none"], "has neither metadata.jsonl nor metadata.csv"),
