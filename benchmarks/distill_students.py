@@ -65,6 +65,8 @@ def main() -> None:
         for name in options.students
     }
     results = {"arms": table, "training": cost, "runs": runs}
+    import torch  # noqa: F401 - so that the record names the GPU on which the runs trained
+
     path = write("distill-students", {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
     print(f"| | {' | '.join(m.replace('_', ' ') for m in MEASURES)} |\n| --- |{' ---: |' * len(MEASURES)}")
     for arm, measures in table.items():

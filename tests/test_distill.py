@@ -145,7 +145,7 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(
         assert f"| {name}" in done.stdout
     # What the pages show is what is printed.
     root = Path(__file__).parents[1]
-    pages = (root / "README.md").read_text() + (root / "docs/distill.md").read_text()
+    pages = (root / "docs/example.md").read_text() + (root / "docs/distill.md").read_text()
     shown = [" ".join(line.split()) for line in pages.splitlines()]
     printed = [" ".join(line.split()) for line in done.stdout.splitlines()]
     told = [line for line in printed if line.startswith("text encoder: ") or "| adherence |" in line]
