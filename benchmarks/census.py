@@ -441,14 +441,16 @@ def partly_on_disk(saved: Saved, folder: Path) -> dict[str, Any] | None:
 
     def place(name: str, module: Any) -> None:
         prefix = f"{name}." if name else ""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        # accelerate's hooks are those of modules: one with a tied parameter of its own goes there as a whole.
+        is_tied = any(prefix + key in tied for key, _ in own)
         if name and not any(key.startswith(prefix) for key in tied):
             places[name] = "cpu"
-        elif not (children := list(module.named_children())):
+        elif name and (is_tied or not any(True for _ in module.children())):
             places[name] = "disk"
         else:
-            for own, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                places[prefix + own] = "cpu"
-            for child, part in children:
+            places.update((prefix + key, "cpu") for key, _ in own)
+            for child, part in module.named_children():
                 place(prefix + child, part)
 
     place("", saved.model)
