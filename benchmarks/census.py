@@ -103,6 +103,7 @@ def main() -> int:
     configuration = {
         "only": options.only,
         "jobs": options.jobs,
+        "resumed": bool(done),  # then the times are of the last part alone
         "seconds": round(time.perf_counter() - started),
         "processor_seconds": round(own.ru_utime + own.ru_stime + theirs.ru_utime + theirs.ru_stime),
     }
