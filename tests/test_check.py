@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,10 +57,12 @@ def config_of(folder: Path, **changes: Any) -> None:
 
 def test_a_checkpoint_that_is_well(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(good) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "GPT2LMHeadModel: 16 of 16 tensors hold the file's bytes; 1 tied",
-        "  lm_head.weight  tied  transformer.wte.weight",
-    ]
+    first, row = capsys.readouterr().out.splitlines()
+    # Up to some release GPT-2 has its mask in a buffer.
+    assert (
+        first.removesuffix("; 1 buffer, written") == "GPT2LMHeadModel: 16 of 16 tensors hold the file's bytes; 1 tied"
+    )
+    assert row == "  lm_head.weight  tied  transformer.wte.weight"
 
 
 @pytest.mark.parametrize("name", ["gpt2_flag_off", "gpt2_with_neither_end", "gpt2_with_an_unrelated_key_missing"])
@@ -73,6 +77,9 @@ def test_a_checkpoint_that_is_loud(name: str, tmp_path: Path, capsys: pytest.Cap
     assert component["held"] == component["tensors"] > 0
     assert component["files"] == [str(tmp_path / "model.safetensors")]
     found = {finding["key"]: finding["verdict"] for finding in component["findings"]}
+    if (bias := found.pop("transformer.ln_f.bias", None)) is not None:
+        assert bias == "unwritten"  # as transformers 5.2.0 leaves it
+        component["missing"].append("transformer.ln_f.bias")
     assert (
         found
         == {
@@ -84,7 +91,7 @@ def test_a_checkpoint_that_is_loud(name: str, tmp_path: Path, capsys: pytest.Cap
     assert component["missing"] == (["transformer.ln_f.bias"] if "unrelated" in name else [])
     assert check(tmp_path) == 1
     out = capsys.readouterr().out
-    assert ("1 missing" if "unrelated" in name else "GPT2LMHeadModel: ") in out
+    assert ("1 missing" if "unrelated" in name and bias is None else "GPT2LMHeadModel: ") in out
 
 
 def test_a_model_without_ties_and_with_buffers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +312,9 @@ def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() 
 
 
 def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("nowhere")
+    module.__file__ = __file__  # 5.0.0 opens it, and it does not have the class
+    monkeypatch.setitem(sys.modules, "nowhere", module)
     names: dict[str, Any] = {"__name__": "nowhere"}
     exec(
         "class NoFile(Base):\n    _tied_weights_keys = ['lm_head.weight']\n", {**names, "Base": GPT2LMHeadModel}, names
@@ -392,8 +402,18 @@ def test_an_adapter(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     model.peft_config["default"].base_model_name_or_path = str(good)
     model.save_pretrained(tmp_path / "lora")
-    assert check(tmp_path / "lora") == 0
-    assert "GPT2LMHeadModel: 18 of 18 tensors hold the file's bytes; 1 tied" in capsys.readouterr().out
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "lora").state_dict()
+    # transformers 5.0.0 and 5.2.0 make the adapter anew and read nothing into it.
+    held = all(any(torch.equal(value, other) for other in loaded.values()) for value in stored.values())
+    status = check(tmp_path / "lora")
+    if status == 2:  # transformers 5.2.0 fails when it is asked what it loaded of an adapter
+        assert not held
+        return
+    assert status == (0 if held else 1)
+    out = capsys.readouterr().out
+    assert f"GPT2LMHeadModel: {18 if held else 16} of {18 if held else 16} tensors hold the file's bytes; 1 tied" in out
+    assert ("2 missing" in out) != held
 
 
 # Code that comes with a checkpoint, some of it written for transformers 4
