@@ -619,15 +619,17 @@ def never_written(tensor: Any) -> bool:
 
 
 def read_from_disk(model: Any, name: str) -> Any:
-    """What accelerate puts in the place of a tensor on meta while its module is called; None if it has nothing."""
+    """What accelerate puts in the place of a tensor on meta while its module is called; None if it has nothing.
+
+    A module with two names has a hook for each, and all of them look for its tensors.
+    """
     path, _, last = name.rpartition(".")
     hook = getattr(model.get_submodule(path), "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        try:
-            return each.weights_map[last]
-        except (AttributeError, KeyError, TypeError):
-            continue
-    return None
+    maps = [each.weights_map for each in getattr(hook, "hooks", [hook]) if getattr(each, "weights_map", None)]
+    try:
+        return [weights[last] for weights in maps][-1] if maps else None
+    except KeyError:
+        return None
 
 
 class Truth:
