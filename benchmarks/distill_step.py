@@ -5,11 +5,13 @@
     python benchmarks/distill_step.py --shape tiny --device cpu --rounds 2
 
 A teacher of 30 blocks in bf16 and a student of 15 kept in float32, computed in bf16, with random weights, batch 1,
-AdamW: the step of velocity distillation in `tiedquiet.distill.train`, from noisy latents to updated weights. All arms
-share one process and one pair of models and take turns in rotating order; the ceiling, a large bf16 matrix product, is
-measured in every round. Only the arithmetic that the step needs is counted (teacher forward; student forward and twice
-that backward), so computing something again counts against an arm. What an arm computes, the teacher's velocity and
-the student's gradients, is held against that of the plain one.
+AdamW: the step of `tiedquiet.distill.train`, from noisy latents to updated weights. `segments` is the step of a student
+of few steps: it learns from cached paths, and the teacher has no part in it; the other arms ask the teacher for its
+velocity. All arms share one process and one pair of models and take turns in rotating order; the ceiling, a large bf16
+matrix product, is measured in every round. Only the arithmetic that the step needs is counted (teacher forward; student
+forward and twice that backward), so computing something again counts against an arm. Before the first step, what an arm
+computes, the teacher's velocity and the student's gradients, is held against that of uncompiled blocks. After it, it is
+counted how many weights it moved, and how many it would have moved if the student were kept in bf16.
 """
 
 import argparse
@@ -49,7 +51,16 @@ ARMS: dict[str, dict[str, Any]] = {
         "teacher_attention": "float8",
     },
     "compiled, float8 teacher": {"compile": True, "teacher_attention": "float8"},
+    "segments: checkpointing": {"gradient_checkpointing": "blocks", "student_steps": 4},
+    "segments: compiled": {"compile": True, "student_steps": 4},
+    "segments: compiled, checkpointing but attention": {
+        "compile": True,
+        "gradient_checkpointing": "attention",
+        "student_steps": 4,
+    },
 }
+# What gradients are held against: as plain, in less memory.
+REFERENCE = {False: "checkpointing", True: "segments: checkpointing"}
 HEAD, PATCH, CHANNELS = 128, (1, 2, 2), 16
 
 
@@ -59,6 +70,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps for each arm (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="which of them (default: all)")
+    parser.add_argument("--student-blocks", type=int, help="of the student (default: half the teacher's)")
     parser.add_argument("--memory-limit", type=float, help="GiB that torch may hold; an arm that needs more says so")
     parser.add_argument("--scaling", action="store_true", help="the last of the arms on more than one GPU")
     parser.add_argument(
@@ -73,6 +85,10 @@ def main() -> None:
         stop(f"no arm {unknown[0]!r}; there are {'; '.join(ARMS)}")
     if options.rounds < 1:
         stop("at least one round")
+    blocks = SHAPES[options.shape]["blocks"]
+    options.student_blocks = options.student_blocks or blocks // 2
+    if not 1 <= options.student_blocks <= blocks:
+        stop(f"--student-blocks {options.student_blocks}: the teacher has {blocks}")
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -86,8 +102,13 @@ def main() -> None:
         one_device(options)
 
 
-def useful_flops(shape: dict[str, int]) -> float:
-    """Multiplications and additions that one step needs, the student having half the blocks.
+def segments(arm: str) -> bool:
+    """Whether an arm learns from cached paths."""
+    return "student_steps" in ARMS[arm]
+
+
+def useful_flops(shape: dict[str, int], student_blocks: int, teacher: bool) -> float:
+    """Multiplications and additions that one step needs, with the teacher's forward pass or without.
 
     A block: self-attention's four projections and its two products over all pairs of tokens; cross-attention's two
     projections over the latents and its two over the text, and its products; the two layers of the feed-forward part.
@@ -95,7 +116,7 @@ def useful_flops(shape: dict[str, int]) -> float:
     tokens, dim, text = latent_tokens(shape), HEAD * shape["heads"], shape["tokens"]
     linear = 2 * tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * shape["ffn"]) + 2 * text * 2 * dim * dim
     block = linear + 4 * tokens * tokens * dim + 4 * tokens * text * dim
-    return float(block * (shape["blocks"] + 3 * (shape["blocks"] // 2)))
+    return float(block * (teacher * shape["blocks"] + 3 * student_blocks))
 
 
 def latent_tokens(shape: dict[str, int]) -> int:
@@ -111,8 +132,15 @@ def settings(arm: dict[str, Any]) -> Namespace:
     return args
 
 
-def models(shape: dict[str, int], device: Any, dtype: str) -> tuple[Any, Any]:
-    """Teacher and student with random weights; the teacher in bf16 except for what Wan keeps in float32."""
+def models(shape: dict[str, int], device: Any, dtype: str, student_blocks: int | None = None) -> tuple[Any, Any]:
+    """Teacher and student with random weights; the teacher in bf16 except for what Wan keeps in float32.
+
+    Args:
+        shape: of the teacher.
+        device: where they are.
+        dtype: of the student.
+        student_blocks: half the teacher's if it is None.
+    """
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -138,7 +166,7 @@ def models(shape: dict[str, int], device: Any, dtype: str) -> tuple[Any, Any]:
         if any(kept in name for kept in WanTransformer3DModel._keep_in_fp32_modules):
             parameter.data = parameter.data.float()
     teacher.eval().requires_grad_(False)
-    return teacher, new_student(teacher, shape["blocks"] // 2, getattr(torch, dtype)).train()
+    return teacher, new_student(teacher, student_blocks or shape["blocks"] // 2, getattr(torch, dtype)).train()
 
 
 class Steps:
@@ -147,16 +175,17 @@ class Steps:
     Args:
         shape: of the models and the latents.
         device: where they are.
+        student_blocks: half the teacher's if it is None.
     """
 
-    def __init__(self, shape: dict[str, int], device: Any) -> None:
+    def __init__(self, shape: dict[str, int], device: Any, student_blocks: int | None = None) -> None:
         import torch
 
         from tiedquiet.distill.pipeline import Expert
         from tiedquiet.distill.train import Distillation
 
         self.device = torch.device(device)
-        self.teacher, self.student = models(shape, self.device, "float32")
+        self.teacher, self.student = models(shape, self.device, "float32", student_blocks)
         expert = Expert("transformer", 0.0, 1000.0, 1000, 3.0)
         self.distillation = Distillation(settings({}), self.teacher, self.student, expert)
         fused = True if self.device.type == "cuda" else None
@@ -177,6 +206,8 @@ class Steps:
             speed_up(self.teacher, self.student, settings(ARMS[arm]))
             self.chosen[arm] = self.taken()
         self.put(self.chosen[arm])
+        self.segments = segments(arm)
+        self.teacher.to("cpu" if self.segments else self.device)  # as in the example
 
     def taken(self) -> list[tuple[Any, ...]]:
         """All that `speed_up` changes, block by block."""
@@ -200,6 +231,8 @@ class Steps:
         """Computed as the example does, under accelerate's autocast."""
         import torch
 
+        if self.segments:  # what is learnt is some velocity; which one, a step's time does not depend on
+            inputs = {"target" if name == "task" else name: tensor for name, tensor in inputs.items()}
         with torch.autocast(self.device.type, torch.bfloat16), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mismatch dtype")  # on CPUs, where layer norm is not fused then
             return self.distillation.loss(**inputs, text=self.text)[0]
@@ -222,14 +255,15 @@ class Steps:
         return value, ahead
 
     def computed(self, arm: str) -> tuple[Any, dict[str, Any]]:
-        """The teacher's velocity and the student's gradients as an arm computes them, in float32."""
+        """The teacher's velocity, where it is asked for, and the student's gradients as an arm computes them."""
         import torch
 
         self.choose(arm)
-        inputs, dtype = self.inputs(), self.distillation.dtype
-        with torch.no_grad():
-            x, text = inputs["x"].to(dtype), self.text.to(dtype)
-            velocity = self.teacher(x, inputs["timesteps"], text, return_dict=False)[0].float()
+        inputs, dtype, velocity = self.inputs(), self.distillation.dtype, None
+        if not self.segments:
+            with torch.no_grad():
+                x, text = inputs["x"].to(dtype), self.text.to(dtype)
+                velocity = self.teacher(x, inputs["timesteps"], text, return_dict=False)[0].float()
         self.loss(inputs).backward()
         gradients = {
             name: parameter.grad.float().cpu()
@@ -239,6 +273,21 @@ class Steps:
         }
         self.optimizer.zero_grad()
         return velocity, gradients
+
+    def moved(self, arm: str) -> dict[str, float]:
+        """The part of the student's weights that one step moves, and would move if they were kept in bf16."""
+        self.choose(arm)
+        before = [parameter.detach().clone() for parameter in self.student.parameters()]
+        self(self.inputs())
+        count, told = 0, {"float32": 0, "bfloat16": 0}
+        for old, parameter in zip(before, self.student.parameters(), strict=True):
+            now = parameter.detach()
+            rounded = old.bfloat16()
+            count += old.numel()
+            told["float32"] += int((now != old).sum())
+            # An optimizer of bf16 weights adds the update to them and rounds the sum.
+            told["bfloat16"] += int(((rounded.float() + (now - old)).bfloat16() != rounded).sum())
+        return {name: number / count for name, number in told.items()}
 
 
 def one_device(options: Any) -> None:
@@ -251,11 +300,11 @@ def one_device(options: Any) -> None:
     if cuda and options.memory_limit:
         torch.cuda.set_per_process_memory_fraction(options.memory_limit / total)
     shape = SHAPES[options.shape]
-    steps = Steps(shape, options.device)
+    steps = Steps(shape, options.device, options.student_blocks)
     inputs, failed, rounds, losses, errors = steps.inputs(), {}, [], {}, {}
     ceilings = [ceiling(options.device)]
-    # As plain, in less memory.
-    velocity, gradients = steps.computed("checkpointing")
+    references = {kind: steps.computed(REFERENCE[kind]) for kind in sorted({segments(arm) for arm in options.arms})}
+    moved: dict[str, float] = {}
     with tqdm(total=len(options.arms) * (options.rounds + 1), unit="step") as bar:
         # The first compares, while there is much to learn: once there is not, gradients are little but rounding.
         for number in range(options.rounds + 1):
@@ -267,10 +316,11 @@ def one_device(options: Any) -> None:
                 try:
                     if number == 0:
                         its_velocity, its_gradients = steps.computed(arm)
-                        errors[arm] = {
-                            "teacher_error": ((its_velocity - velocity).norm() / velocity.norm()).item(),
-                            "gradient_error": gradient_error(its_gradients, gradients),
-                        }
+                        velocity, gradients = references[segments(arm)]
+                        errors[arm] = {"gradient_error": gradient_error(its_gradients, gradients)}
+                        if velocity is not None:
+                            off = (its_velocity - velocity).norm() / velocity.norm()
+                            errors[arm]["teacher_error"] = off.item()
                     else:
                         steps.choose(arm)
                         measured[arm], inputs, losses[arm] = timed(steps, inputs, cuda, warm=2 if number == 1 else 1)
@@ -283,14 +333,18 @@ def one_device(options: Any) -> None:
             ceilings.append(ceiling(options.device))
             if number:
                 rounds.append(measured)
+            else:
+                moved = steps.moved(REFERENCE[segments(options.arms[0])])
 
-    flops, top = useful_flops(shape), max(ceilings)
+    top = max(ceilings)
     arms: dict[str, Any] = {}
     finished = [arm for arm in options.arms if arm not in failed]
     for arm in finished:
         seconds = spread([measured[arm]["seconds"] for measured in rounds])
+        flops = useful_flops(shape, options.student_blocks, teacher=not segments(arm))
         arms[arm] = {
             "seconds": seconds,
+            "useful_teraflop": flops / 1e12,
             "tokens_per_s": latent_tokens(shape) / seconds["median"],
             "percent_of_ceiling": 100 * flops / seconds["median"] / top,
             "ratio_to_first": spread([m[arm]["seconds"] / m[finished[0]]["seconds"] for m in rounds]),
@@ -299,13 +353,14 @@ def one_device(options: Any) -> None:
             **errors[arm],
         }
     results = {
-        "useful_teraflop_per_step": flops / 1e12,
+        "weights_moved_by_one_step": moved,
         "ceiling_teraflop_per_s": {"highest": top / 1e12, "all": [value / 1e12 for value in ceilings]},
         "arms": arms,
         "failed": failed,
         "rounds": rounds,
     }
-    limit = f"-{options.memory_limit:g}gib" if options.memory_limit else ""
+    limit = "" if options.student_blocks == shape["blocks"] // 2 else f"-{options.student_blocks}-blocks"
+    limit += f"-{options.memory_limit:g}gib" if options.memory_limit else ""
     configuration = {**vars(options), "out": None, "model": shape, "example": {arm: ARMS[arm] for arm in options.arms}}
     path = write(f"distill-step-{options.shape}{limit}", configuration, results, options.out)
     report(results)
@@ -410,6 +465,7 @@ def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
         answer = Path(folder) / "answer.json"
         command += [__file__, "--worker", str(answer), "--shape", options.shape, "--device", options.device]
         command += ["--rounds", str(options.rounds), "--arms", options.arms[-1]]
+        command += ["--student-blocks", str(options.student_blocks)]
         subprocess.run(command, env=environment, stdout=sys.stderr)
         if not answer.exists():
             print(f"{kind}: failed, as told above", file=sys.stderr)
@@ -427,10 +483,10 @@ def scaling_worker(options: Any) -> None:
 
     accelerator = Accelerator()
     sharded, cuda = accelerator.distributed_type is DistributedType.FSDP, accelerator.device.type == "cuda"
-    steps = Steps(SHAPES[options.shape], accelerator.device)
+    steps = Steps(SHAPES[options.shape], accelerator.device, options.student_blocks)
     steps.choose(options.arms[0])
     if sharded:
-        shard(steps.teacher, accelerator)
+        shard(None if steps.segments else steps.teacher, accelerator)
     steps.distillation.student, steps.optimizer = accelerator.prepare(steps.student, steps.optimizer)
     inputs, measured = steps.inputs(), []
     for number in range(options.rounds):
@@ -512,13 +568,16 @@ def report(results: dict[str, Any]) -> None:
         "| --- | --- | --- | --- | --- | --- | --- |"
     )
     for name, arm in results["arms"].items():
+        error = f"{arm['teacher_error']:.1e}" if "teacher_error" in arm else ""
         print(
             f"| {name} | {show(arm['seconds'])} | {arm['tokens_per_s']:,.0f} | {arm['percent_of_ceiling']:.1f} % "
-            f"| {arm['peak_gib']:.1f} | {arm['teacher_error']:.1e} | {arm['gradient_error']['error']:.1e} |"
+            f"| {arm['peak_gib']:.1f} | {error} | {arm['gradient_error']['error']:.1e} |"
         )
     for name, why in results["failed"].items():
         print(f"| {name} | {why} | | | | | |")
+    moved = results["weights_moved_by_one_step"]
     print(f"ceiling: {results['ceiling_teraflop_per_s']['highest']:.0f} TFLOP/s")
+    print(f"weights that one step moves: {moved['float32']:.1%}; kept in bf16 it would be {moved['bfloat16']:.1%}")
 
 
 def plot(path: Path, results: dict[str, Any], shape: str) -> None:

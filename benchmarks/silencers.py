@@ -11,6 +11,7 @@ not hold what its file stores is noticed, and one that does is not.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,6 +391,7 @@ CORRUPTION = {
     "sound, padding row zeroed": "ZeroesThePaddingRow",
     "sound, written and restored": "WritesAndRestores",
 }
+CHECK = "`python -m tiedquiet check`"
 NEEDS = {
     "nothing": "",
     "hashing the file": "a published hash",
@@ -397,6 +399,7 @@ NEEDS = {
     "tiedquiet": "",
     "tiedquiet, `repair`": "",
     "tiedquiet, `strict`": "",
+    CHECK: "",
 }
 
 
@@ -437,6 +440,8 @@ def practise(practice: str, idiom: Any, folder: Path) -> tuple[bool, bool]:
     corrupt = found.broken(file) is True
     if practice == "comparing logits by hand":
         return corrupt, not outputs_agree(idiom, model, file)
+    if practice == CHECK:
+        return corrupt, check(idiom, folder) == 1
     if practice == "hashing the file":
         return corrupt, hashlib.sha256((folder / "model.safetensors").read_bytes()).digest() != before
     if mode == "off":
@@ -444,6 +449,25 @@ def practise(practice: str, idiom: Any, folder: Path) -> tuple[bool, bool]:
         concerned = {key for key, words in found.verdicts(file).items() if {str(word) for word in words} & LOUD}
         return corrupt, any(printed.shows(key) for key in (concerned if corrupt else missing))
     return corrupt, bool(told or printed.loud)
+
+
+def check(idiom: Any, folder: Path) -> int:
+    """The exit status of `python -m tiedquiet check`, which also silences the loggers."""
+    import transformers
+
+    from tests.idioms import dirty_memory
+    from tiedquiet.__main__ import main
+    from tiedquiet.report import log
+
+    levels = transformers.logging.get_verbosity(), log.level
+    dtype = str(idiom.dtype or "float32").removeprefix("torch.")
+    cls = f"{idiom.cls.__module__}.{idiom.cls.__name__}"
+    try:
+        with redirect_stdout(io.StringIO()), dirty_memory():
+            return main(["check", str(folder), "--class", cls, "--dtype", dtype])
+    finally:
+        transformers.logging.set_verbosity(levels[0])
+        log.setLevel(levels[1])
 
 
 # What comes out

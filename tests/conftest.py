@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 import tiedquiet
-from tests.checkpoints import Printed, printing
+
+if TYPE_CHECKING:  # some tests are run where there is no torch
+    from tests.checkpoints import Printed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +25,16 @@ def _enabled() -> Iterator[None]:
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     """A distributed run of which this process is the only one."""
+    import torch
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
-def printed() -> Iterator[Printed]:
+def printed() -> "Iterator[Printed]":
+    from tests.checkpoints import printing
+
     with printing() as handler:
         yield handler

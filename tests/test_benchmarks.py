@@ -22,6 +22,7 @@ SCRIPTS = (
     "distill_step",
     "distill_clip",
     "distill_students",
+    "distill_whole",
 )
 
 
@@ -52,7 +53,9 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("distill_step", ["--rounds", "0"], "at least one round"),
         ("distill_clip", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
         ("distill_clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
+        ("distill_step", ["--student-blocks", "31"], "--student-blocks 31: the teacher has 30"),
         ("distill_students", ["--seeds", "0"], "at least one seed"),
+        ("distill_whole", ["--num_inference_steps", "5"], "a multiple of four teacher steps"),
     ],
 )
 def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -109,16 +112,40 @@ def test_what_silences_the_report_and_what_notices_corruption() -> None:
 
 def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
     small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
-    done = run("distill_step", *small, "--arms", "plain", "checkpointing")
+    done = run("distill_step", *small, "--arms", "plain", "checkpointing", "segments: checkpointing")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())["results"]
-    assert set(results["arms"]) == {"plain", "checkpointing"}
+    assert set(results["arms"]) == {"plain", "checkpointing", "segments: checkpointing"}
     assert path.with_suffix(".png").exists()
     # By hand: 32 tokens, dim 128, 8 words, feed-forward 64; 4 blocks of the teacher and 3 times 2 of the student.
     linear = 2 * 32 * (6 * 128 * 128 + 2 * 128 * 64) + 2 * 8 * 2 * 128 * 128
     flops = 10 * (linear + 4 * 32 * 32 * 128 + 4 * 32 * 8 * 128)
-    assert results["useful_teraflop_per_step"] == pytest.approx(flops / 1e12)
+    assert results["arms"]["plain"]["useful_teraflop"] == pytest.approx(flops / 1e12)
+    segments = results["arms"]["segments: checkpointing"]
+    assert segments["useful_teraflop"] == pytest.approx(0.6 * flops / 1e12)
+    assert "teacher_error" not in segments
+    # Taken before the first step; after some of them it is 0.5, because there is nothing but rounding left to learn.
+    assert all(arm["gradient_error"]["error"] < 0.1 for arm in results["arms"].values())
+    moved = results["weights_moved_by_one_step"]
+    assert moved["float32"] > 0.99
+    assert moved["bfloat16"] < 0.5
+
+
+def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--max_train_steps", "2", "--num_inference_steps", "4"]
+    done = run("distill_whole", *small, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert list(results["phases"]) == [
+        "start, prompts, paths",
+        "training",
+        "writing the student",
+        "samples and pictures",
+    ]
+    assert "student/model_index.json" in results["files"]
+    assert path.with_suffix(".png").exists()
 
 
 def test_one_wrong_gradient_is_not_lost_among_many() -> None:

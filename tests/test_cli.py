@@ -1,103 +1,18 @@
 """`python -m tiedquiet`."""
 
 import functools
-import json
 import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import GPT2LMHeadModel, Trainer
+from transformers import Trainer
 
 import tiedquiet
-from tests.checkpoints import gpt2, save
-from tests.compat import cases
 from tests.test_patch import run
-from tests.test_seams import wan_pipeline
 from tiedquiet import patch
 from tiedquiet.__main__ import main
-
-
-def check(path: Path, *options: str) -> int:
-    return main(["check", str(path), *options])
-
-
-def test_a_checkpoint_that_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(GPT2LMHeadModel(gpt2()), tmp_path)
-    assert check(tmp_path) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        ".: GPT2LMHeadModel, 16 stored tensors are held unchanged",
-        "  lm_head.weight  tied  transformer.wte.weight",
-    ]
-
-
-@pytest.mark.parametrize("name", ["gpt2_flag_off", "gpt2_with_neither_end", "gpt2_with_an_unrelated_key_missing"])
-def test_a_checkpoint_that_is_loud(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases.CASES[name](tmp_path)
-    assert check(tmp_path, "--json") == 1
-    (component,) = json.loads(capsys.readouterr().out)
-    assert component["loud"] is True
-    assert component["class"] == "GPT2LMHeadModel"
-    found = {finding["key"]: finding["verdict"] for finding in component["findings"]}
-    assert (
-        found
-        == {
-            "gpt2_flag_off": {"lm_head.weight": "untied"},
-            "gpt2_with_neither_end": {"lm_head.weight": "absent", "transformer.wte.weight": "absent"},
-            "gpt2_with_an_unrelated_key_missing": {"lm_head.weight": "tied"},
-        }[name]
-    )
-    assert component["missing"] == (["transformer.ln_f.bias"] if "unrelated" in name else [])
-    assert check(tmp_path) == 1
-    assert ("missing" if "unrelated" in name else "GPT2LMHeadModel") in capsys.readouterr().out
-
-
-def test_a_model_without_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import BertModel
-
-    save(BertModel(cases.bert()), tmp_path)
-    assert check(tmp_path) == 0
-    assert "BertModel, 23 stored tensors are held unchanged" in capsys.readouterr().out
-
-
-def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = check(wan_pipeline(tmp_path), "--json")
-    (component,) = json.loads(capsys.readouterr().out)
-    assert component["component"] == "text_encoder"
-    assert component["class"] == "UMT5EncoderModel"
-    (found,) = component["findings"]
-    assert found["key"] == "encoder.embed_tokens.weight"
-    assert status == (0 if found["verdict"] == "tied" else 1)
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path.parent
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda p: p / "nowhere", "is not a folder"),
-        (lambda p: p, "has neither config.json nor model_index.json"),
-        (lambda p: write(p / "config.json", "{"), "cannot be read"),
-        (lambda p: write(p / "config.json", "[]"), "holds no JSON object"),
-        (lambda p: write(p / "model_index.json", "{}"), "names no transformers model"),
-        (lambda p: write(p / "config.json", '{"model_type": "gpt2"}'), "cannot be loaded as AutoModel"),
-        (lambda p: write(p / "config.json", '{"architectures": ["NoSuchModel"], "model_type": "x"}'), "cannot be loaded as NoSuchModel"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_loaded_gets_one_line(
-    make: Any, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert check(make(tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
-    assert error.startswith("tiedquiet: ")
 
 
 def test_transformers_4_is_told(
@@ -106,7 +21,7 @@ def test_transformers_4_is_told(
     import transformers
 
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    assert check(tmp_path) == 2
+    assert main(["check", str(tmp_path)]) == 2
     assert "transformers 4.57.6 has no loading report" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no loading report"):
         main(["demo"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers.distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -14,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["on", "repair"])
-def test_tensor_parallel_weights_are_proven_by_their_local_part(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tensor parallel", "FSDP2"])
+def test_sharded_weights_are_proven_by_their_local_part(kind: str, mode: str, tmp_path: Path) -> None:
+    if kind == "FSDP2" and not hasattr(transformers.distributed.DistributedConfig, "fsdp_size"):
+        pytest.skip("this release of transformers does not shard a load with FSDP2")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=64, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
@@ -24,10 +28,12 @@ def test_tensor_parallel_weights_are_proven_by_their_local_part(mode: str, tmp_p
         "torch.distributed.run",
         "--nproc-per-node=2",
         "-m",
-        "tests.tensor_parallel_on_cpu",
+        "tests.sharded_load_on_cpu",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(tmp_path), mode], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(tmp_path), mode, kind], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     plain, masks = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert (plain["type"], plain["holds"], plain["stored"]) == ("DTensor", True, 11)

@@ -23,6 +23,7 @@ from tests.idioms import (
     same,
     truth,
 )
+from tests.test_compare import compared
 from tiedquiet import LoadError, Proof
 
 SEEN = [name for name, idiom in IDIOMS.items() if not idiom.blind]
@@ -184,3 +185,14 @@ def test_what_no_watch_sees_is_not_called_seen(name: str, tmp_path: Path) -> Non
         model, _ = off.idiom.load(tmp_path)
     assert off.true_of(model).lost
     assert not printed.confirmed
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_every_byte_against_the_file_agrees_and_is_not_blind(name: str, tmp_path: Path) -> None:
+    idiom = IDIOMS[name]
+    file = idiom.save(tmp_path)
+    with tiedquiet.enable("on"), printing():
+        model, _ = idiom.load(tmp_path)
+    found = compared(model)
+    proof = Proof(type(model).__name__, found.held, tuple(found.findings))
+    assert_agrees(proof, model, truth(model, file, idiom.build(), idiom.architectures), file)

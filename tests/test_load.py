@@ -56,6 +56,18 @@ def test_a_tie_without_a_stored_end_does_not_hide_that_nothing_was_written() -> 
     assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.UNWRITTEN, "b.weight": Verdict.ABSENT}
 
 
+@pytest.mark.parametrize(
+    "change", [lambda data: data.t(), lambda data: data.view(torch.int32)], ids=["turned", "retyped"]
+)
+def test_another_view_of_the_same_memory_does_not_hold_what_was_stored(change: Any) -> None:
+    model = Pair(torch.arange(9.0).reshape(3, 3), torch.ones(2))
+    load = Load(model, set())
+    model.a.weight.data = change(model.a.weight.data)  # on a GPU the watch takes no notice of `.data`
+    with load.watch:
+        findings = load.settle(model, set())
+    assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.OVERWRITTEN}
+
+
 @pytest.mark.parametrize("why", ["file", "group"])
 def test_repair_leaves_what_would_lose_something(why: str) -> None:
     model: Any = Pair(torch.arange(3.0), torch.ones(3))

@@ -1,5 +1,9 @@
-"""No code at all: the start-up file and autowrapt. Needs an installed tiedquiet (wheel or editable)."""
+"""No code at all: the start-up file and autowrapt. Needs an installed tiedquiet (wheel or editable).
 
+It is run on Pythons without torch as well; what loads a model is skipped there.
+"""
+
+import importlib.util
 import os
 import pkgutil
 import shutil
@@ -12,13 +16,16 @@ from pathlib import Path
 import pytest
 
 import tiedquiet
-from tests.test_logging import LINE, LOAD
+from tests.programs import LINE, LOAD
 
 SITE = Path(sysconfig.get_path("purelib"))
 pytestmark = [
     pytest.mark.skipif(not (SITE / "tiedquiet.pth").exists(), reason="tiedquiet is not installed here"),
     pytest.mark.slow,
 ]
+loads = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed here"
+)
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,12 +76,14 @@ def test_a_broken_installation_does_not_stop_python(mode: str, broken: dict[str,
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "alive", "")
 
 
+@loads
 def test_a_broken_installation_is_told_when_transformers_is_imported(broken: dict[str, str]) -> None:
     done = python("-c", "import transformers; print('alive')", TIEDQUIET="1", **broken)
     assert (done.returncode, done.stdout.strip()) == (0, "alive")
     assert done.stderr.startswith("tiedquiet stays off: broken")
 
 
+@loads
 def test_under_strict_transformers_is_not_imported_without_a_guard(broken: dict[str, str]) -> None:
     done = python("-c", "import transformers; print('alive')", TIEDQUIET="strict", **broken)
     assert done.returncode == 1
@@ -82,11 +91,12 @@ def test_under_strict_transformers_is_not_imported_without_a_guard(broken: dict[
     assert done.stderr == "tiedquiet: no guard, although TIEDQUIET=strict asks for one: broken\n"
 
 
+@loads
 @pytest.mark.parametrize("mode", ["1", "strict"])
 def test_wrapt_may_come_from_a_later_site_directory(mode: str, tmp_path: Path) -> None:
     """As in a virtual environment with --system-site-packages, or after `pip install --user`."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    own = tmp_path / "venv/bin/python"
+    own = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     site = Path(subprocess.check_output([own, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())  # fmt: skip
     for name in ("tiedquiet.pth", "_tiedquiet_startup.py"):
         shutil.copy(SITE / name, site / name)
@@ -103,6 +113,7 @@ def test_wrapt_may_come_from_a_later_site_directory(mode: str, tmp_path: Path) -
     assert "LOAD REPORT" not in done.stderr
 
 
+@loads
 def test_a_program_without_a_line_of_it_is_quiet() -> None:
     done = python("-c", LOAD, TIEDQUIET="1")
     assert LINE in done.stderr
@@ -110,12 +121,14 @@ def test_a_program_without_a_line_of_it_is_quiet() -> None:
     assert "LOAD REPORT" in python("-c", LOAD).stderr
 
 
+@loads
 def test_autowrapt_brings_it() -> None:
     done = python("-c", LOAD, AUTOWRAPT_BOOTSTRAP="tiedquiet")
     assert LINE in done.stderr
     assert "LOAD REPORT" not in done.stderr
 
 
+@loads
 @pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node=2"], ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]])  # fmt: skip
 def test_launchers_of_many_processes_confirm_once(launcher: list[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"

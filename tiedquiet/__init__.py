@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Finding", "LoadError", "Proof", "Verdict", "__version__", "check", "disable", "enable"]
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 
 class _Restore:

@@ -7,7 +7,7 @@ and nobody was seen to write there, or if it equals in full what was read.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Load:
         model: the model whose tensors have just been read.
         missing: the keys that the checkpoint did not deliver (mismatched shapes included).
         read: gives the checkpoint's own values of a key, where it is known by that name.
+        files: where those lie.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         protect: let no write to what was stored through.
         resumed: the checkpoint is one of this very model.
@@ -41,6 +42,7 @@ class Load:
         model: torch.nn.Module,
         missing: set[str],
         read: Read = lambda name: None,
+        files: Sequence[str] = (),
         offloaded: dict[str, Any] | None = None,
         protect: bool = False,
         resumed: bool = False,
@@ -59,6 +61,7 @@ class Load:
         self.read_to = {name: _alias(tensor) for name, tensor in self.held.items()}
         self._buffers = list(now.others)
         self.ask_file = read
+        self.files = list(files)
         self._clashes = self._find_clashes()
         self.lasting: dict[str, Finding] = {}  # findings on the load itself, which nothing later changes
         self._grown: set[str] = set()
@@ -78,7 +81,7 @@ class Load:
         return self  # once it is settled nothing changes it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # whoever unpickles a model may not have tiedquiet
+        return dict, ()  # a model may be unpickled where there is no tiedquiet
 
     def close(self) -> None:
         """Let go of all tensors, after the last word on the load; what stays are names and verdicts."""
@@ -91,6 +94,7 @@ class Load:
             lasting = {key: finding for key, finding in earlier.lasting.items() if key not in self.stored}
             self.lasting = {**lasting, **self.lasting}
             self._grown |= earlier._grown - self.stored
+            self.files = earlier.files + self.files
             self.stored = self.stored | earlier.stored
             self.missing = (self.missing | earlier.missing) - self.stored
 
@@ -133,8 +137,7 @@ class Load:
         """What is known of the model as it is now. To train it is no loss; to take its ties apart is one."""
         now = survey(model)
         for parts in (now.state, now.others):
-            for name in [name for name in parts if ".base_layer." in name or ".original_module." in name]:
-                parts[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parts[name]  # PEFT's names
+            parts.update({loaded_name(name): tensor for name, tensor in parts.items()})
         findings = tuple(self._judge(model, now))
         return Proof(type(model).__name__, len(self.stored - {f.key for f in findings}), findings)
 
@@ -148,7 +151,9 @@ class Load:
 
     def _find_clashes(self) -> dict[str, Finding]:
         """Findings on two names of one tensor that were both read: the last one stayed, whatever the other held."""
-        found = {}
+        found: dict[str, Finding] = {}
+        if len(set(map(id, self.held.values()))) == len(self.held):
+            return found
         for names in _by_object(self.held).values():
             if len(names) > 1:
                 values = {name: self.ask_file(name) for name in sorted(names)}
@@ -180,7 +185,7 @@ class Load:
             elif held:
                 if before is not None and current.numel() > before.numel():
                     self._grown.add(name)
-            elif before is None or not _is_padding(model, name, current, before):
+            elif before is None or not is_padding(model, name, current, before):
                 by = write.by if write else "by another tensor that took its place"
                 found[name] = Finding(name, Verdict.OVERWRITTEN, name, by, True)
         return found
@@ -332,6 +337,17 @@ def proof(model: Any, inert: str = "") -> Proof:
     return Proof(type(model).__name__, sum(part.stored for _, part in found), tuple(findings))
 
 
+def record(model: torch.nn.Module) -> Load | None:
+    """What is known of a model's own load; None where it was not seen."""
+    load = vars(model).get(_ATTRIBUTE)
+    return load if isinstance(load, Load) and load._is_settled else None
+
+
+def loaded_name(name: str) -> str:
+    """The name that a tensor had when it was loaded, before PEFT wrapped the module that it is in."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
 def _kind(tensor: torch.Tensor) -> str:
     return "a parameter" if isinstance(tensor, torch.nn.Parameter) else BUFFER
 
@@ -350,7 +366,13 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def lies_at(tensor: torch.Tensor, read: torch.Tensor) -> bool:
-    return tensor is read or (tensor.data_ptr() == read.data_ptr() and tensor.shape == read.shape)
+    """Whether it is the same view of the same memory: a square matrix that was transposed has the address, too."""
+    return tensor is read or (
+        tensor.data_ptr() == read.data_ptr()
+        and tensor.shape == read.shape
+        and tensor.stride() == read.stride()
+        and tensor.dtype is read.dtype
+    )
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
@@ -358,7 +380,7 @@ def _is_constant(tensor: torch.Tensor) -> bool:
     return same(flat, flat[:1].expand_as(flat))
 
 
-def _is_padding(model: Any, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
+def is_padding(model: Any, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether all that changed is the one row that stands for padding, zeroed again as releases before 5.9 do."""
     pieces = plain(tensor)
     if len(pieces) != 1 or pieces[0].dim() < 2 or pieces[0].shape != before.shape:

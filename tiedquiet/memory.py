@@ -41,7 +41,7 @@ class Memory:
             key=lambda piece: piece[0],
         )
         self._starts = [start for start, _, _, _ in self._pieces]
-        self._reach: list[int] = []  # the furthest end of all pieces up to this one: they can lie in one another
+        self._reach: list[int] = []  # the furthest end of all pieces up to this one: pieces can lie inside one another
         for _, end, _, _ in self._pieces:
             self._reach.append(max(end, self._reach[-1]) if self._reach else end)
 
@@ -60,7 +60,7 @@ class Memory:
         start, end = _extent(tensor)
         place = bisect_left(self._starts, start + 1) - 1
         if place < 0 or self._reach[place] <= start:
-            return []  # the usual answer, given soon
+            return []  # the usual answer, given early
         found = []
         for name, whole in self.meeting(tensor):
             first, last = _extent(whole)

@@ -107,7 +107,7 @@ def inert_because() -> str:
 
 
 def states() -> list[tuple[str, str, bool]]:
-    """For each seam: its name, what became of it, and whether that is well."""
+    """For each seam: its name, what became of it, and whether all is well with it."""
     found = []
     for seam in SEAMS:
         wrapping = _wrappings.get(seam)
@@ -161,11 +161,14 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
             if not _left_empty():
                 bound = _bind(wrapped, args, kwargs)
                 model = bound["model"]
-                info, offloaded = result if isinstance(result, tuple) else (result, result.disk_offload_index)
+                info, offloaded = (
+                    result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
+                )
                 missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
                 base = getattr(model, "base_model_prefix", "")
                 checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
-                Load(model, missing, checkpoint.read, offloaded, protect=mode.current == "repair")
+                protect = mode.current == "repair"
+                Load(model, missing, checkpoint.read, checkpoint.files, offloaded, protect)
         except Exception as error:
             _stand_aside(error)
     return result
@@ -184,12 +187,12 @@ def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], 
             if load is None:
                 _stand_aside(error)
             else:
-                load.watch.give_up(error)  # which is said when the load is judged
+                load.watch.give_up(error)  # reported when the load is judged
         return wrapped(*args, **kwargs)
 
 
 def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_move_missing_keys_from_meta_to_device`: it makes placeholders, a million of them it may be."""
+    """Around `_move_missing_keys_from_meta_to_device`: it makes placeholders, perhaps a million of them."""
     load = Load.unsettled(model)
     if load is None:
         return wrapped(*args, **kwargs)
@@ -208,8 +211,8 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
     try:
         bound = _bind(wrapped, args, kwargs)
         load = Load.unsettled(bound["model"]) if mode.current != "off" else None
-        # transformers makes the report of a load that fails, too. Another exception, which the program is handling
-        # while it loads a model, was in flight before.
+        # transformers reports on a load that fails as well. An exception that the program was already handling when
+        # it began to load is no such failure.
         if load is not None and sys.exc_info()[1] is load.in_flight:
             plan = _plan_report(load, bound)
     except Exception as error:
@@ -232,7 +235,7 @@ def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...],
 class _Plan:
     """What to call the wrapped function with, what to say afterwards, and what to raise after that."""
 
-    keys: set[str]  # missing, and not proven to be in the model all the same
+    keys: set[str]  # missing, and not proven to be in the model after all
     lines: list[tuple[int, str]]
     failure: LoadError | None
     arguments: dict[str, Any]
@@ -258,7 +261,7 @@ def _plan_resume(trainer: Any, loaded: Any) -> _Plan | None:
     missing = set(loaded.missing_keys)
     ignored = set(getattr(trainer.model, "_keys_to_ignore_on_save", None) or ())
     if not missing or missing == ignored:
-        return None  # at that very set the Trainer ties again and prints nothing
+        return None  # for exactly that set the Trainer ties again and prints nothing
     load = Load(trainer.model, missing, resumed=True)
     plan = _conclude(load, trainer.model, "the Trainer's checkpoint", missing)
     load.close()
@@ -322,7 +325,7 @@ def _fold(names: list[str]) -> Iterable[str]:
     try:
         return list(sys.modules[_REPORT.module].update_key_name(names))
     except Exception:
-        return names  # a private function of transformers: what it cannot fold is said at length
+        return names  # a private function of transformers: names that it cannot fold are given in full
 
 
 def _stand_aside(error: Exception) -> None:

@@ -84,7 +84,7 @@ def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Su
         parent, _, name = key.rpartition(".")
         setattr(model.get_submodule(parent), name, values.to(model.device))
         return
-    load.watch.open = True  # so that it is seen to be written
+    load.watch.open = True  # so that the write is seen
     buffer.copy_(values)
     load.watch.open = False
 
@@ -99,7 +99,7 @@ def _buffers_of_a_twin(model: Any) -> dict[str, torch.Tensor]:
         with torch.random.fork_rng(devices=[]), watch, init_empty_weights(include_buffers=False):
             twin = type(model)(copy.deepcopy(model.config))
     except Exception:
-        return {}  # it wants more than its config, or there is no accelerate: the buffers stay as loud as they are
+        return {}  # it needs more than its config, or there is no accelerate: its buffers stay, and are reported
     finally:
         torch.set_default_dtype(dtype)
     return {

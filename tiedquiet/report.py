@@ -20,7 +20,7 @@ def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -
     parts = [
         ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
         (
-            "reported missing but equal to what was loaded, in a tensor of its own, so that training will part them: ",
+            "reported missing but equal to what was loaded, in a tensor of its own, so training will part them: ",
             _pairs(of[Verdict.COPIED], "is a copy of", fold),
         ),
     ]
@@ -34,7 +34,7 @@ def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -
 
 
 def explanations(findings: Iterable[Finding], fold: Fold) -> list[str]:
-    """One or two sentences for each loud verdict and cause: what is wrong, why, and what to do."""
+    """One or two sentences for each verdict that is a WARNING, and each cause: what is wrong, why, and what to do."""
     lines = []
     for verdict in LOUD:
         some = [finding for finding in findings if finding.verdict is verdict]
@@ -95,7 +95,7 @@ def name_of(model: object, where: object) -> str:
 def say(level: int, message: str) -> None:
     """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it.
 
-    While nobody has set a level for it either, whoever silences transformers' warnings silences these lines.
+    While no level is set for it either, silencing transformers' warnings silences these lines too.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -29,22 +29,25 @@ def survey(model: torch.nn.Module) -> Survey:
     is_model: dict[type[torch.nn.Module], bool] = {}
     hooks = False
     stack = [("", model)]
+    pop, push = stack.pop, stack.append
     while stack:
-        prefix, module = stack.pop()
-        parts = module.__dict__
-        for name, child in parts["_modules"].items():
-            if child is not None:
-                stack.append((f"{prefix}{name}.", child))
-        for name, parameter in parts["_parameters"].items():
-            if parameter is not None:
-                state[prefix + name] = parameter
+        prefix, module = pop()
+        parts, kind = module.__dict__, type(module)
+        if children := parts["_modules"]:
+            for name, child in children.items():
+                if child is not None:
+                    push((f"{prefix}{name}.", child))
+        if parameters := parts["_parameters"]:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    state[prefix + name] = parameter
         if buffers := parts["_buffers"]:
             for name, buffer in buffers.items():
                 if buffer is not None:
                     (others if name in parts["_non_persistent_buffers_set"] else state)[prefix + name] = buffer
         if parts["_state_dict_hooks"]:
             hooks = True
-        if (kind := type(module)) not in is_model:
+        if kind not in is_model:
             is_model[kind] = hasattr(kind, "_tied_weights_keys")
         if is_model[kind] or "_tied_weights_keys" in parts:
             models.append((prefix, module))

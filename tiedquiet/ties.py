@@ -86,7 +86,7 @@ def _pairs(declaration: Declaration, names: Collection[str], ordered: list[str])
 
 
 def _matches(prefix: str, pattern: object, names: Collection[str], ordered: list[str]) -> list[str]:
-    """The names that one side of a declaration stands for: a tensor's, or a regular expression's for it or its module.
+    """The names that one side of a declaration stands for: a name itself, or a pattern for tensors or modules.
 
     transformers takes every name that starts with a match. Here the match has to end where a part of the name does:
     `head.weight`, where there is none, is not `head.weight_v`.

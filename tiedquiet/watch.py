@@ -22,7 +22,7 @@ from tiedquiet.memory import Memory, plain
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _COPY = (_aten.clone, _aten._to_copy, _aten.copy_, _aten.constant_pad_nd)  # the last pads a bias by nothing
-_MOST_KEPT = 1 << 30  # bytes of main memory for values that are about to be overwritten; what is beyond counts as lost
+_MOST_KEPT = 1 << 30  # bytes of main memory for values that are about to be overwritten; anything beyond counts as lost
 _NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "functools"}
 
 
@@ -31,7 +31,7 @@ class Write:
     """Somebody reached for a stored tensor.
 
     Attributes:
-        by: the function, file and line that was first seen to write, or that last reached for it while none was.
+        by: the function, file and line that was first seen to write; while none was, what last reached for it.
         was_seen: whether a write was seen.
         before: the values as they were read, in main memory; None where they were too many to keep.
     """
@@ -102,12 +102,12 @@ class Watch(TorchDispatchMode):
         self._protect = protect
         self._memory: Memory | None = None
         self._kept = 0
-        # Memory without values, by the address of its storage object; marks for the elements that were written of it.
+        # Memory without values, by the address of its storage object, and a mark for each element that was written.
         self._placeholders: dict[int, StorageWeakRef] = {}
         self._written: dict[int, torch.Tensor] = {}
-        self._samples: dict[int, torch.Tensor] = {}  # what lay in those that somebody may write to without torch
+        self._samples: dict[int, torch.Tensor] = {}  # what lay in memory that may be written to without torch
 
-    # Not the base class's: that also turns flags of the whole process, which two loads in two threads would leave on.
+    # Not the base class's, which also sets flags of the whole process that two loads in two threads would leave on.
     def __enter__(self) -> "Watch":
         self.was_entered = True
         if "torch._dynamo" in sys.modules:
@@ -133,7 +133,7 @@ class Watch(TorchDispatchMode):
                 protected = self._look_at_stored(operation, written, args)
                 if protected and len(protected) == len(written) and operation.returns_only_these:
                     return _returned(func, written)
-                if protected:  # it has to be run for the others, or for what else it returns
+                if protected:  # it must run for its other arguments, or for what else it returns
                     stand_ins = {id(tensor): tensor.clone() for tensor in protected}
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
         except Exception as error:
@@ -163,13 +163,13 @@ class Watch(TorchDispatchMode):
                 _push_mode(self)
 
     def add_placeholder(self, tensor: torch.Tensor) -> None:
-        """Take the memory of a tensor for allocated and not yet written."""
+        """Treat the memory of a tensor as allocated and not yet written."""
         for piece in plain(tensor):
             storage = piece.untyped_storage()
             self._placeholders[storage._cdata] = StorageWeakRef(storage)
 
     def is_unwritten(self, tensor: torch.Tensor) -> bool:
-        """Whether some of the tensor's memory was allocated under the watch and nothing was written to it since."""
+        """Whether some of the tensor's memory was allocated under the watch and has not been written since."""
         for piece in plain(tensor) if self._placeholders else ():
             if self._is_placeholder(piece):
                 storage = piece.untyped_storage()

@@ -1,11 +1,14 @@
 """`python -m tests.compat [RELEASE ...]`: the truth table on many releases of transformers.
 
 Each release gets a virtual environment under `.compat/` that borrows torch and pytest from the one that runs this;
-what goes with which release is written here and nowhere else. Exit status: 0 all passed, 1 a release did not.
+what goes with which release is written here and nowhere else. `newest` stands for the newest releases of transformers,
+diffusers and wrapt that the package index has. Exit status: 0 all passed, 1 a release did not.
 """
 
 import argparse
+import functools
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -31,10 +34,29 @@ RELEASES = {
     "5.23.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
     "5.24.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
 }
+NEWEST = "newest"
 TESTS = [
     "tests/compat",
-    *(f"tests/test_{name}.py" for name in ("ties", "modes", "seams", "patch", "idioms", "watch_property")),
+    *(f"tests/test_{name}.py" for name in ("ties", "modes", "seams", "patch", "idioms", "watch_property", "faq")),
 ]
+
+
+@functools.cache
+def requirements(release: str) -> list[str]:
+    """What is installed for a release, transformers first."""
+    if release != NEWEST:
+        return [f"transformers=={release}", *RELEASES[release]]
+    return [f"{package}=={newest_of(package)}" for package in ("transformers", "diffusers", "wrapt")]
+
+
+def newest_of(package: str) -> str:
+    """The newest release of a package that the index has for this Python; pre-releases do not count."""
+    command = [sys.executable, "-m", "pip", "index", "versions", "--disable-pip-version-check", package]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    found = re.match(rf"{package} \((.+)\)", asked.stdout)
+    if not found:
+        sys.exit(f"tests.compat: the index does not say what the newest {package} is: {asked.stderr.strip()}")
+    return found[1]
 
 
 def interpreter(folder: Path) -> Path:
@@ -55,7 +77,7 @@ def python_of(release: str) -> Path:
     folder = ROOT / ".compat" / release
     python = interpreter(folder)
     ready = folder / "ready"
-    wanted = json.dumps(RELEASES[release])
+    wanted = json.dumps(requirements(release))
     fresh = not ready.exists() or ready.read_text() != wanted
     if fresh:
         venv.create(folder, with_pip=False, clear=True)
@@ -72,9 +94,7 @@ def python_of(release: str) -> Path:
             "--disable-pip-version-check",
         ]
         # What pip says of packages that only the lending environment needs (autowrapt's wrapt) does not matter here.
-        installed = subprocess.run(
-            [*pip, f"transformers=={release}", *RELEASES[release]], capture_output=True, text=True
-        )
+        installed = subprocess.run([*pip, *requirements(release)], capture_output=True, text=True)
         if installed.returncode:
             sys.exit(f"tests.compat: transformers {release} cannot be installed: {installed.stderr.strip()}")
         ready.write_text(wanted)
@@ -99,15 +119,16 @@ def run(release: str) -> tuple[bool, str]:
     reported, dropped = (sum(row[what] for row in rows) for what in ("reported", "dropped"))
     counts = " | ".join(str(verdicts[v]) for v in Verdict)
     closing = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else "did not run"
-    return done.returncode == 0, f"| {release} | {len(rows)} | {counts} | {reported} | {dropped} | {closing} |"
+    name = release if release != NEWEST else f"{release}: {', '.join(requirements(release))}"
+    return done.returncode == 0, f"| {name} | {len(rows)} | {counts} | {reported} | {dropped} | {closing} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compat", description=__doc__.splitlines()[0])
-    parser.add_argument("release", nargs="*", help=f"default: all of {', '.join(RELEASES)}")
+    parser.add_argument("release", nargs="*", help=f"default: all of {', '.join(RELEASES)}; or {NEWEST}")
     chosen = parser.parse_args().release or list(RELEASES)
-    if unknown := [release for release in chosen if release not in RELEASES]:
-        parser.error(f"no pins for transformers {', '.join(unknown)}; known: {', '.join(RELEASES)}")
+    if unknown := [release for release in chosen if release not in (*RELEASES, NEWEST)]:
+        parser.error(f"no pins for transformers {', '.join(unknown)}; known: {', '.join(RELEASES)}, {NEWEST}")
     print(f"| transformers | cases | {' | '.join(Verdict)} | MISSING rows | dropped, proven false | tests |")
     print("|" + " --- |" * (5 + len(Verdict)), flush=True)
     well = True

@@ -2,11 +2,14 @@
 
 import sys
 
-from tiedquiet.distill.options import fail
-
 if __name__ == "__main__":
     try:
         from tiedquiet.distill.train import run
     except ModuleNotFoundError as error:
-        fail(f"no module {error.name}; pip install 'tiedquiet[distill]'")
+        print(
+            f"tiedquiet.distill: no module {error.name}; in a checkout of tiedquiet, "
+            "python -m pip install '.[distill]' installs all that the example needs",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     sys.exit(run())

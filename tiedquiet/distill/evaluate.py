@@ -35,7 +35,7 @@ SHOWN = {  # in the pictures: every colour, shape and direction
     "a yellow circle moving down",
 }
 GIF_LIMIT = 4_000_000  # bytes; what is larger is written as mp4
-PARTS = {"loss": "black", "velocity": "tab:blue", "task": "tab:orange", "features": "tab:green"}  # of loss.png
+PARTS = {"loss": "black", "velocity": "tab:blue", "task": "tab:orange"}  # of loss.png
 COLUMNS = {  # of the table, and how each is shown
     "adherence": "{:.1%}",
     "psnr": "{:.1f} dB",
@@ -144,8 +144,9 @@ class Judge:
         if arm.euler:
             pipe.scheduler = few_steps(self.teacher.scheduler, arm.steps)
         size, spent, clips = self.data.args.train_batch_size, [0.0, 0.0], []
-        for number, start in enumerate([0, *range(0, len(self.plan), size)]):
-            prompts, seeds = zip(*self.plan[start : start + size], strict=True)
+        batches = [self.plan[start : start + size] for start in range(0, len(self.plan), size)]
+        for number, batch in enumerate([self.plan[:1], *batches]):
+            prompts, seeds = zip(*batch, strict=True)
             marks = [time.perf_counter()]
             latents = sample(pipe, self.data, prompts, seeds, 1 if number == 0 else arm.steps, arm.guidance)[:, -1]
             marks.append(self._now())
@@ -241,9 +242,10 @@ class Judge:
                 metrics[name] = measure(broken[name], prompts, clips[first]) | spent
             self.draw(broken, "broken_tie")
         print(table(metrics))
-        spent = sum(step["seconds"] for steps in losses.values() for step in steps)
+        seconds = [step["seconds"] for steps in losses.values() for step in steps]
         last = {name: steps[-1] for name, steps in losses.items()}
-        return {"arms": metrics, "losses": last, "training_seconds": round(spent, 1)}
+        told = {"training_seconds": round(sum(seconds), 1), "step_seconds": round(float(np.median(seconds)), 4)}
+        return {"arms": metrics, "losses": last, **told}
 
     def draw(self, clips: Mapping[str, Tensor], name: str) -> None:
         """Pictures of the shown clips of the first seed, still and moving."""
@@ -266,13 +268,15 @@ class Judge:
 def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """The measures, a line for each arm; Markdown, so that it can be put into a report as it is."""
     used = [column for column in COLUMNS if any(column in measured for measured in metrics.values())]
-    width = max(len(arm) for arm in metrics)
-    lines = [f"| {'':{width}} | {' | '.join(column.replace('_', ' ') for column in used)} |", f"| {'-' * width} |"]
-    lines[1] += "".join(f" {'-' * (len(column) - 1)}: |" for column in used)
-    for arm, measured in metrics.items():
-        cells = [COLUMNS[c].format(measured[c]) if c in measured else "" for c in used]
-        lines.append(f"| {arm:{width}} | {' | '.join(f'{v:>{len(c)}}' for v, c in zip(cells, used, strict=True))} |")
-    return "\n".join(lines)
+    rows = [["", *(column.replace("_", " ") for column in used)]]
+    rows += [[arm, *(COLUMNS[c].format(of[c]) if c in of else "" for c in used)] for arm, of in metrics.items()]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        f"| {arm:{widths[0]}} | {' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths[1:], strict=True))} |"
+        for arm, *cells in rows
+    ]
+    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
@@ -329,21 +333,23 @@ def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: P
     """First, middle and last frame of every clip, a column of three for each of `columns`."""
     frames = next(iter(columns.values())).shape[1]
     chosen = sorted({0, frames // 2, frames - 1})
+    labels = [textwrap.fill(caption, 24) for caption in captions]
+    height = max(1.2, *(0.13 * len(label.splitlines()) for label in labels))  # inches that the longest prompt needs
     figure, axes = plt.subplots(
-        len(captions),
+        len(labels),
         len(columns) * len(chosen),
-        figsize=(1.2 * len(columns) * len(chosen), 1.2 * len(captions) + 0.4),
+        figsize=(1.2 * len(columns) * len(chosen) + 1.6, height * len(labels) + 0.6),
         squeeze=False,
     )
-    for row, caption in enumerate(captions):
+    for row, label in enumerate(labels):
         for column, (name, clips) in enumerate(columns.items()):
             for place, frame in enumerate(chosen):
                 axis = axes[row][column * len(chosen) + place]
                 axis.imshow(clips[row, frame].permute(1, 2, 0).clamp(0, 1).numpy())
                 axis.set(xticks=[], yticks=[])
                 if row == 0 and place == len(chosen) // 2:
-                    axis.set_title(name, fontsize=9)
-        axes[row][0].set_ylabel(textwrap.fill(caption, 14), fontsize=7)
+                    axis.set_title(textwrap.fill(name, 14 * len(chosen)), fontsize=9)
+        axes[row][0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
     figure.tight_layout()
     save(figure, path)
 
@@ -380,12 +386,14 @@ def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
     frames = (torch.cat(rows, dim=-2).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     zoom = max(1, math.ceil(96 / columns[0].shape[-2]))
     frames = np.repeat(np.repeat(frames, zoom, 1), zoom, 2)
-    part = path.with_name(f".part-{path.name}")
-    iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
-    if part.stat().st_size > GIF_LIMIT:
-        part.unlink()
+    # Told from one frame: a gif of full size takes minutes only to be found too large.
+    large = len(frames) * len(iio.imwrite("<bytes>", frames[len(frames) // 2], extension=".gif")) > GIF_LIMIT
+    if large:
         path = path.with_suffix(".mp4")
-        part = path.with_name(f".part-{path.name}")
+    part = path.with_name(f".part-{path.name}")
+    if large:
         iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
+    else:
+        iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
     part.replace(path)
     return path

@@ -20,15 +20,13 @@ TINY_WAN = Path(__file__).with_name("tiny") / "wan"
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 24,
-    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 700,
+    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 400,
     "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 20,
-    "feature_weight": 0.0,
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
-    "feature_weight": 0.0,
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
@@ -113,10 +111,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
     # The loss.
-    add("--velocity_weight", type=weight, default=1.0, help="student's velocity against the teacher's, or its path's")
     add("--task_weight", type=weight,
-        help="student's velocity against noise - x0 (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
-    add("--feature_weight", type=weight, help="each student block's output against its teacher block's")
+        help="against noise - x0, beside the teacher's (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
     add("--guidance_scale", type=weight, default=1.0, help="above 1: distil the guided teacher; the student needs none")
     add("--empty_prompt_probability", type=weight, default=0.1,
         help="how often a student that is sampled with guidance sees the negative prompt")  # fmt: skip
@@ -199,8 +195,6 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
         fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
-    if not args.velocity_weight + args.task_weight + args.feature_weight:
-        fail("--velocity_weight, --task_weight and --feature_weight are all 0: there is nothing to learn")
     if args.validation_steps and not args.validation_prompts:
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:

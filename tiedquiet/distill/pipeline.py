@@ -208,7 +208,7 @@ def padded(embeddings: Sequence[Tensor], length: int) -> Tensor:
 
 
 def groups(teacher_blocks: int, student_blocks: int) -> list[range]:
-    """The consecutive teacher blocks that each student block stands for: begun as the first, taught by the last."""
+    """The consecutive teacher blocks that each student block stands for, and begins as the first of."""
     edges = [teacher_blocks * n // student_blocks for n in range(student_blocks + 1)]
     return [range(start, end) for start, end in pairwise(edges)]
 

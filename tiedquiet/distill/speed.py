@@ -76,9 +76,14 @@ def check_float8() -> None:
 
 
 def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what self-attention gave, 70 % of all arithmetic at 32,760 tokens; compute the rest again."""
+    """Keep what self-attention gave, 70 % of all arithmetic at 32,760 tokens; compute the rest again.
+
+    The feed-forward part's second product is kept as well: its sum runs over several times as many numbers as it gives,
+    so no other result saves as much arithmetic for its memory.
+    """
     self_attention = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
-    return CheckpointPolicy.MUST_SAVE if self_attention else CheckpointPolicy.PREFER_RECOMPUTE
+    narrowing = str(op) in ("aten.mm.default", "aten.addmm.default") and args[-1].shape[0] > args[-1].shape[1]
+    return CheckpointPolicy.MUST_SAVE if self_attention or narrowing else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpointed(forward: Callable[..., Tensor], **keep: Any) -> Callable[..., Tensor]:
@@ -118,12 +123,12 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
             block.compile(options=options)
 
 
-def shard(teacher: WanTransformer3DModel, accelerator: Accelerator) -> None:
+def shard(teacher: WanTransformer3DModel | None, accelerator: Accelerator) -> None:
     """Under FSDP: spread the frozen teacher over all GPUs, too, and leave every rounding of the student to autocast.
 
     FSDP would compute in bfloat16 what Wan keeps in float32 (modulation, norms), and round the timesteps that it hands
     in to multiples of four.
     """
-    for module in (*teacher.blocks, teacher):
+    for module in (*teacher.blocks, teacher) if teacher else ():
         fully_shard(module)
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

@@ -22,15 +22,17 @@ student learns the teacher's velocity. Then the student is written as a pipeline
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,10 +46,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
@@ -58,7 +62,6 @@ from tiedquiet.distill.pipeline import (
     Teacher,
     check_space,
     compute_dtype,
-    groups,
     new_student,
     save_weights,
     write_pipeline,
@@ -66,57 +69,25 @@ from tiedquiet.distill.pipeline import (
 from tiedquiet.distill.speed import check_float8, shard, speed_up
 
 
-class Taps:
-    """Collects the outputs of some blocks while it is entered."""
-
-    def __init__(self, model: WanTransformer3DModel, numbers: Sequence[int]) -> None:
-        self.outputs: list[Tensor] = []
-        self.open = False
-        for number in numbers:
-            model.blocks[number].register_forward_hook(self.take)
-
-    def take(self, block: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-        """Keep an output; not those of validation, which calls the same blocks."""
-        if self.open:
-            self.outputs.append(output)
-
-    def __enter__(self) -> list[Tensor]:
-        self.outputs, self.open = [], True
-        return self.outputs
-
-    def __exit__(self, *exc: object) -> None:
-        self.open = False
-
-
 def distillation_loss(
-    student: Tensor,
-    target: Tensor,
-    task: Tensor | None,
-    features: Sequence[tuple[Tensor, Tensor]],
-    weights: tuple[float, float, float],
+    student: Tensor, target: Tensor, task: Tensor | None, task_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of up to three squared errors, in float32.
+    """The squared error of a velocity, in float32; and, weighted, that against the velocity of the data itself.
 
     Args:
         student: its velocity, (batch, channels, frames, height, width).
         target: the velocity to match, as `student`.
-        task: the velocity of the data itself, noise - x0, as `student`; None leaves that term out.
-        features: outputs of a student block and of the teacher block that teaches it, (batch, tokens, dim) each. Their
-            error is relative to the teacher's mean square, for it grows from block to block.
-        weights: of velocity, task and features.
+        task: noise - x0, as `student`; None leaves that term out.
+        task_weight: of the second term.
 
     Returns:
         The loss, and its parts without their weights.
     """
-    student = student.float()
-    parts = {"velocity": mse_loss(student, target.float())}
+    parts = {"velocity": mse_loss(student.float(), target.float())}
+    loss = parts["velocity"]
     if task is not None:
-        parts["task"] = mse_loss(student, task.float())
-    if features:
-        errors = [mse_loss(s.float(), t.float()) / t.float().square().mean() for s, t in features]
-        parts["features"] = torch.stack(errors).mean()
-    weight = dict(zip(("velocity", "task", "features"), weights, strict=True))
-    loss = torch.stack([weight[name] * part for name, part in parts.items()]).sum()
+        parts["task"] = mse_loss(student.float(), task.float())
+        loss = loss + task_weight * parts["task"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -135,8 +106,6 @@ class Distillation:
     ) -> None:
         self.args, self.teacher, self.student, self.expert = args, teacher, student, expert
         self.dtype = teacher.dtype
-        stood_for = groups(len(teacher.blocks), len(student.blocks)) if args.feature_weight else []
-        self.taps = Taps(student, range(len(stood_for))), Taps(teacher, [group[-1] for group in stood_for])
 
     def noisy(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents x = (1 - sigma) x0 + sigma noise, timesteps of this expert, and the task: noise - x0."""
@@ -165,19 +134,14 @@ class Distillation:
             empty: embeddings of the negative prompt, for guidance distillation.
         """
         x, text = x.to(self.dtype), text.to(self.dtype)
-        ours, theirs = self.taps
-        with torch.no_grad(), theirs as theirs_out:
-            if target is None or self.args.feature_weight:
-                velocity = self.teacher(x, timesteps, text, return_dict=False)[0]
-                target = velocity if target is None else target
-        if empty is not None:
+        if target is None:
             with torch.no_grad():
-                away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
-                target = away + self.args.guidance_scale * (target - away)
-        with ours as ours_out:
-            velocity = self.student(x, timesteps, text, return_dict=False)[0]
-        weights = (self.args.velocity_weight, self.args.task_weight, self.args.feature_weight)
-        return distillation_loss(velocity, target, task, list(zip(ours_out, theirs_out, strict=True)), weights)
+                target = self.teacher(x, timesteps, text, return_dict=False)[0]
+                if empty is not None:
+                    away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
+                    target = away + self.args.guidance_scale * (target - away)
+        velocity = self.student(x, timesteps, text, return_dict=False)[0]
+        return distillation_loss(velocity, target, task, self.args.task_weight)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -191,9 +155,11 @@ def whole(tensor: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def warnings_above_the_bar() -> Iterator[None]:
-    """Warnings, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
-    with warnings.catch_warnings():
+def words_above_the_bar() -> Iterator[None]:
+    """Warnings and log lines, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
+    loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    console = [one for one in loggers if any(getattr(it, "stream", None) is sys.stderr for it in one.handlers)]
+    with warnings.catch_warnings(), logging_redirect_tqdm(console):
         warnings.showwarning = _write_warning
         yield
 
@@ -238,11 +204,14 @@ def train(
         SystemExit: with status 2, after one line, when the loss or its gradient is no longer finite.
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
-    frozen = teacher.expert(expert, compute_dtype(args)).to(device).eval().requires_grad_(False)
+    frozen = teacher.expert(expert, compute_dtype(args)).eval().requires_grad_(False)
     # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
-    student = new_student(frozen, args.student_blocks, torch.float32).train()
+    student = new_student(frozen, args.student_blocks, torch.float32).to(device).train()
+    asked = not args.student_steps  # or else its cached paths say all
+    if asked:
+        frozen.to(device)
     if accelerator.distributed_type is DistributedType.FSDP:
-        shard(frozen, accelerator)
+        shard(frozen if asked else None, accelerator)
     one = Distillation(args, frozen, student, expert)
     speed_up(frozen, student, args)
     optimizer: Any = torch.optim.AdamW(
@@ -301,7 +270,7 @@ def train(
             f"{sum(p.numel() for p in student.parameters()):,} parameters; {args.max_train_steps} steps of {per_step} "
             f"({args.train_batch_size} x {processes} processes x {micro} accumulated), {len(data.which)} samples *****"
         )
-    with noticing_signals() as received, warnings_above_the_bar():
+    with noticing_signals() as received, words_above_the_bar():
         for step in bar:
             start = time.perf_counter()
             told: dict[str, Tensor] = {}
@@ -403,8 +372,18 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
 
+    phases: dict[str, dict[str, float]] = {}
+
+    def ended(phase: str) -> None:
+        spent = sum(one["seconds"] for one in phases.values())
+        phases[phase] = {"seconds": round(time.perf_counter() - start - spent, 1)}
+        if accelerator.device.type == "cuda":  # pragma: no cover - needs a GPU
+            phases[phase]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            torch.cuda.reset_peak_memory_stats()
+
     data = Data(args, prompts, [path for path, _ in clips])
     data.prepare(teacher, accelerator, dtype)
+    ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
@@ -428,17 +407,21 @@ def main(argv: list[str] | None = None) -> int:
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
 
+    ended("training")
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
                 trained = {name: work / name / "student" for name in names}
                 write_pipeline(teacher, trained, out / "student", args.student_steps)
+            ended("writing the student")
             metrics = judge.report(experts)
+            ended("samples and pictures")
         except KeyboardInterrupt:
             done = "the student is complete" if (out / "student").exists() else "training is complete"
             print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
             return 128 + signal.SIGINT
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
+        metrics["phases"] = phases
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         shutil.rmtree(work)
@@ -456,4 +439,9 @@ def run() -> int:
         print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:  # a full or read-only disk, at any moment
-        fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
+        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
+    except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
+        refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
+        if not refused:
+            raise
+        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")

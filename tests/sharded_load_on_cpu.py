@@ -1,4 +1,4 @@
-"""Run by `torchrun`: loads with `tp_plan`, two processes on CPUs. Prints one line of JSON for each class, on rank 0."""
+"""Run by `torchrun`, two processes on CPUs: loads under tensor parallelism or FSDP2. Prints JSON, a line a class, on rank 0."""
 
 import json
 import sys
@@ -25,14 +25,22 @@ class MasksInInit(LlamaForCausalLM):
                 module.register_buffer("mask", torch.ones(3), persistent=False)
 
 
-def main(path: str, mode: str) -> None:
+def how(kind: str) -> dict[str, Any]:
+    if kind == "tensor parallel":
+        return {"tp_plan": "auto"}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(fsdp_size=2)}
+
+
+def main(path: str, mode: str, kind: str) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.distributed.init_process_group("gloo")
     for cls in (LlamaForCausalLM, MasksInInit):
         with tiedquiet.enable(mode):
-            model = cls.from_pretrained(path, tp_plan="auto")
+            model = cls.from_pretrained(path, **how(kind))
         weight = model.get_parameter(KEY)
         whole = weight.full_tensor()
         proof = tiedquiet.check(model)

@@ -1,0 +1,57 @@
+"""What is written in two places is the same in both."""
+
+import json
+import re
+
+import pytest
+
+import tiedquiet
+from tests.compat.__main__ import NEWEST, RELEASES, newest_of, requirements
+from tests.pages import ROOT
+from tiedquiet.__main__ import TESTED
+
+WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def test_every_release_of_the_table_is_tried_by_the_workflow() -> None:
+    (listed,) = re.findall(r"^ +release: (\[.*\])$", WORKFLOWS["ci.yml"], re.MULTILINE)
+    assert json.loads(listed) == list(RELEASES)
+    assert f"{next(iter(RELEASES))} to {list(RELEASES)[-1]}" == TESTED
+    rows = re.findall(r"^\| (5\.\d+\.\d+) \|", (ROOT / "docs" / "compatibility.md").read_text(), re.MULTILINE)
+    assert rows == list(RELEASES)
+    assert f"transformers=={list(RELEASES)[-1]}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_newest_releases_are_asked_of_the_index() -> None:
+    assert requirements("5.24.0")[0] == "transformers==5.24.0"
+    try:
+        version = newest_of("wrapt")
+    except SystemExit as no_index:
+        pytest.skip(str(no_index))
+    assert re.fullmatch(r"\d+(\.\d+)+", version)
+    assert [pin.partition("==")[0] for pin in requirements(NEWEST)] == ["transformers", "diffusers", "wrapt"]
+
+
+def test_an_index_that_knows_no_such_package_gets_one_line() -> None:
+    with pytest.raises(SystemExit, match="the index does not say what the newest"):
+        newest_of("not a name of a package")
+
+
+def test_actions_are_pinned_by_commit_and_get_no_more_than_they_need() -> None:
+    for name, text in WORKFLOWS.items():
+        for action in re.findall(r"uses: (.*)$", text, re.MULTILINE):
+            assert action.startswith("./") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action), (name, action)
+        assert "\npermissions: {}\n" in text, name
+    written = {
+        name: sorted(set(re.findall(r"^ +([\w-]+): write", text, re.MULTILINE))) for name, text in WORKFLOWS.items()
+    }
+    assert written == {"ci.yml": [], "canary.yml": ["issues"], "release.yml": ["id-token"]}
+
+
+def test_the_changelog_has_a_link_for_each_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^## \[(.+?)\]", text, re.MULTILINE)
+    assert sections == re.findall(r"^\[(.+?)\]: ", text, re.MULTILINE)
+    assert sections[0] == "Unreleased"
+    if ".dev" not in tiedquiet.__version__:
+        assert sections[1] == tiedquiet.__version__

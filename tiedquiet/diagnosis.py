@@ -1,0 +1,150 @@
+"""Why a checkpoint cannot be loaded: from an exception, and what lies in the folder, to one line for the user."""
+
+import inspect
+import json
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_POINTER = b"version https://git-lfs"
+
+
+class CannotCheck(Exception):
+    """There is nothing to check; the message is one line for the user."""
+
+
+def explain(error: BaseException, folder: Path | None, trust: bool) -> str:
+    """What is wrong, where, and what to do, as one line without a full stop.
+
+    Args:
+        error: what a `from_pretrained` raised.
+        folder: where the checkpoint's files lie, if they are on this machine.
+        trust: whether code that comes with the checkpoint was allowed to run.
+    """
+    message = " ".join(str(error).split())
+    if reason := _of_the_code(error) or next(damage(folder) if folder else iter(()), ""):
+        return reason
+    if "weights_only" in message or isinstance(error, pickle.UnpicklingError):
+        wanted = re.search(r"GLOBAL ([\w.]+)", message)
+        what = f" ({wanted[1]})" if wanted else ""
+        names = ", ".join(path.name for path in _weights(folder) if path.suffix == ".bin") if folder else ""
+        return (
+            f"{names or 'its file'} is a pickle that wants to run code when it is read{what}; it was not run. "
+            "Ask its author for a safetensors file"
+        )
+    if "trust_remote_code" in message and not trust:
+        return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(first[0].split()).rstrip(".:")
+
+
+def damage(folder: Path) -> Iterator[str]:
+    """What is wrong with the files of a folder, a line each."""
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield f"{path.name} is damaged: it names no files"
+            continue
+        if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
+            yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+    for path in _weights(folder):
+        try:
+            problem = _damage_of(path)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            yield f"{path.name} {problem}"
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+
+
+def _damage_of(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+        if start == _POINTER:
+            return "is a Git LFS pointer instead of the file: run `git lfs pull`"
+        if path.suffix == ".bin":
+            is_torn = start[:2] == b"PK" and not zipfile.is_zipfile(path)
+            return "is empty" if not size else "is truncated: the end of it is missing" if is_torn else ""
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return f"is truncated or not a safetensors file: it has {size:,} bytes, not even its header"
+        try:
+            entries = json.loads(file.read(length))
+            end = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "is damaged: its header cannot be read"
+    return f"is truncated: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
+
+
+# Modelling files that were written for transformers 4
+
+
+def _of_the_code(error: BaseException) -> str:
+    message = str(error)
+    models = list(_models(error))
+    if isinstance(error, AttributeError) and "object has no attribute 'keys'" in message:
+        lists = ((m, keys) for m in models if isinstance(keys := getattr(m, "_tied_weights_keys", None), (list, tuple)))
+        model, keys = next(lists, (None, ()))
+        if model is not None:
+            return (
+                f"{_place(type(model), '_tied_weights_keys')} is a {type(keys).__name__}, but transformers 5 needs "
+                f"to know what each key is tied to; write _tied_weights_keys = {_as_dictionary(model, keys)}"
+            )
+    if match := re.search(r"([\w.]*\btie_weights)\(\) got an unexpected keyword argument", message):
+        owner = next((type(model) for model in models), None)
+        place = _place(owner, "tie_weights") if owner else match[1]
+        return (
+            f"{place} takes no arguments, but transformers 5 passes some; write "
+            "def tie_weights(self, *args, **kwargs), or delete the method if _tied_weights_keys already says the same"
+        )
+    if match := re.search(r"'(\w+)' object has no attribute 'all_tied_weights_keys'", message):
+        owner = next((type(model) for model in models if type(model).__name__ == match[1]), None)
+        place = _place(owner, "__init__") if owner else f"{match[1]}.__init__"
+        return (
+            f"{place} does not call self.post_init(), which transformers 5 needs; call it on the last line of __init__"
+        )
+    return ""
+
+
+def _models(error: BaseException) -> Iterator[Any]:
+    """The models that the code was working on, the innermost first."""
+    trace = error.__traceback__
+    frames: list[FrameType] = []
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    base = sys.modules["transformers"].PreTrainedModel
+    for frame in reversed(frames):
+        yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if isinstance(v, base))
+
+
+def _place(owner: type, name: str) -> str:
+    """`Class.name (file:line)`, of the class that defines it."""
+    owner = next((kind for kind in owner.__mro__ if name in vars(kind)), owner)
+    try:
+        lines, start = inspect.getsourcelines(owner)
+        offset = next((i for i, line in enumerate(lines) if re.match(rf"\s+(def )?{name}\b", line)), 0)
+        return f"{owner.__name__}.{name} ({inspect.getsourcefile(owner)}:{start + offset})"
+    except (OSError, TypeError):
+        return f"{owner.__name__}.{name}"
+
+
+def _as_dictionary(model: Any, keys: Iterable[str]) -> str:
+    """What the list should be: each key tied to the input embedding, of which the model knows the name."""
+    try:
+        embedding = model.get_input_embeddings().weight
+        source = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    except (AttributeError, NotImplementedError, StopIteration):
+        source = "NAME_OF_THE_INPUT_EMBEDDING.weight"
+    return json.dumps({key: source for key in keys if key != source})
