@@ -193,6 +193,7 @@ class Steps:
         self.size = (1, CHANNELS, shape["f"], shape["h"], shape["w"])
         self.text = torch.randn(1, shape["tokens"], shape["text"], device=self.device)
         self.blocks: list[Any] = [*self.teacher.blocks, *self.student.blocks]
+        self.segments = False  # until an arm is chosen
         self.untouched, self.chosen = self.taken(), dict[str, list[tuple[Any, ...]]]()
         # More is compiled here than in any run: several arms, one after the other, of the same code.
         torch._dynamo.config.recompile_limit = 100
