@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from tests.compat.__main__ import interpreter  # noqa: E402 - it is found from here only now
+
 OLDEST = (3, 10)
 ASK = "import sys; print(sys.implementation.name, *sys.version_info[:3])"
 TESTS = ["tests/test_startup.py", "tests/test_bare.py", "tests/test_ties.py"]
@@ -38,7 +41,7 @@ def others() -> dict[tuple[int, ...], str]:
 def passes(python: str, wheel: Path, folder: Path) -> tuple[bool, str]:
     """Run the tests with the wheel; returns whether they passed, and pytest's closing line."""
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
-    own = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    own = interpreter(folder / "venv")
     pip = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel, "wrapt", "autowrapt", "pytest"], check=True)
     shutil.copytree(ROOT / "tests", folder / "tests")

@@ -132,6 +132,19 @@ def settings(arm: dict[str, Any]) -> Namespace:
     return args
 
 
+def wan_transformer(shape: dict[str, int]) -> Any:
+    """One of `SHAPES` with random weights, of torch's default type and on its default device."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=shape["heads"],
+        attention_head_dim=HEAD,
+        ffn_dim=shape["ffn"],
+        num_layers=shape["blocks"],
+        text_dim=shape["text"],
+    )
+
+
 def models(shape: dict[str, int], device: Any, dtype: str, student_blocks: int | None = None) -> tuple[Any, Any]:
     """Teacher and student with random weights; the teacher in bf16 except for what Wan keeps in float32.
 
@@ -149,13 +162,7 @@ def models(shape: dict[str, int], device: Any, dtype: str, student_blocks: int |
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        teacher = WanTransformer3DModel(
-            num_attention_heads=shape["heads"],
-            attention_head_dim=HEAD,
-            ffn_dim=shape["ffn"],
-            num_layers=shape["blocks"],
-            text_dim=shape["text"],
-        )
+        teacher = wan_transformer(shape)
     torch.set_default_dtype(torch.float32)
     # As they begin, gates let almost nothing through and attention is nearly flat: what attention in 8 bits gets wrong
     # would not reach the velocity.

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.distill_step import CHANNELS, HEAD, SHAPES
+from benchmarks.distill_step import CHANNELS, SHAPES, wan_transformer
+from benchmarks.gpu_load import SIZES as ENCODERS
 from benchmarks.record import arguments, stop, write
 
 ROOT = Path(__file__).parents[1]
@@ -78,27 +79,19 @@ def main() -> None:
 def make(folder: Path, name: str, shape: dict[str, int], device: str) -> None:
     """Write a Wan2.1 pipeline folder of random weights."""
     import torch
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
     from safetensors.torch import load_file, save_file
     from transformers import UMT5Config, UMT5EncoderModel
 
     from tiedquiet.distill.options import TINY_WAN
 
     tiny = name == "tiny"
-    width = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    if not tiny:
-        width = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        encoder = UMT5EncoderModel(UMT5Config(vocab_size=64 if tiny else 256384, **width))
-        transformer = WanTransformer3DModel(
-            num_attention_heads=shape["heads"],
-            attention_head_dim=HEAD,
-            ffn_dim=shape["ffn"],
-            num_layers=shape["blocks"],
-            text_dim=shape["text"],
-        )
+        encoder = UMT5EncoderModel(UMT5Config(**(sizes if tiny else ENCODERS["xxl"])))
+        transformer = wan_transformer(shape)
     torch.set_default_dtype(torch.float32)
     vae = AutoencoderKLWan(base_dim=8, z_dim=CHANNELS) if tiny else AutoencoderKLWan()
     encoder.save_pretrained(folder / "text_encoder")

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.census import LOUD
 from benchmarks.record import arguments, pins_of, write
 
 ROOT = Path(__file__).parents[1]
 RELEASES = ("5.0.0", "5.2.0", "5.3.0", "5.13.1", "5.24.0")
 RIGHT, FALSE, HIDDEN, BOTH = "right", "false row stays", "**hides a true row**", "**both**"
-LOUD = {"untied", "overwritten", "unwritten", "ambiguous"}
 SCORES = (RIGHT, FALSE, HIDDEN, BOTH)
 ALARM, MISSED = "false alarm", "**missed**"
 
@@ -446,28 +446,20 @@ def practise(practice: str, idiom: Any, folder: Path) -> tuple[bool, bool]:
         return corrupt, hashlib.sha256((folder / "model.safetensors").read_bytes()).digest() != before
     if mode == "off":
         # The report tells of a loss only where a row of it names a tensor that is concerned.
-        concerned = {key for key, words in found.verdicts(file).items() if {str(word) for word in words} & LOUD}
+        concerned = {key for key, words in found.verdicts(file).items() if {str(word) for word in words} & {*LOUD}}
         return corrupt, any(printed.shows(key) for key in (concerned if corrupt else missing))
     return corrupt, bool(told or printed.loud)
 
 
 def check(idiom: Any, folder: Path) -> int:
-    """The exit status of `python -m tiedquiet check`, which also silences the loggers."""
-    import transformers
-
+    """The exit status of `python -m tiedquiet check`."""
     from tests.idioms import dirty_memory
     from tiedquiet.__main__ import main
-    from tiedquiet.report import log
 
-    levels = transformers.logging.get_verbosity(), log.level
     dtype = str(idiom.dtype or "float32").removeprefix("torch.")
     cls = f"{idiom.cls.__module__}.{idiom.cls.__name__}"
-    try:
-        with redirect_stdout(io.StringIO()), dirty_memory():
-            return main(["check", str(folder), "--class", cls, "--dtype", dtype])
-    finally:
-        transformers.logging.set_verbosity(levels[0])
-        log.setLevel(levels[1])
+    with redirect_stdout(io.StringIO()), dirty_memory():
+        return main(["check", str(folder), "--class", cls, "--dtype", dtype])
 
 
 # What comes out

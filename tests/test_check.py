@@ -1,6 +1,7 @@
 """`python -m tiedquiet check`: folders and names, good and bad, and what is said of them."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,20 +24,6 @@ from tests.test_patch import run
 from tests.test_seams import wan_pipeline
 from tiedquiet.__main__ import main
 from tiedquiet.diagnosis import damage, explain
-
-
-@pytest.fixture(autouse=True)
-def _loud_again() -> Iterator[None]:
-    import logging
-
-    import transformers
-
-    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "tiedquiet")]
-    levels = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -63,6 +50,18 @@ def test_a_checkpoint_that_is_well(good: Path, capsys: pytest.CaptureFixture[str
         first.removesuffix("; 1 buffer, written") == "GPT2LMHeadModel: 16 of 16 tensors hold the file's bytes; 1 tied"
     )
     assert row == "  lm_head.weight  tied  transformer.wte.weight"
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_what_was_silenced_for_it_is_as_before(good: Path, bars: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.logging, "_tqdm_active", bars)
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "tiedquiet")]
+    levels = [logger.level for logger in loggers]
+    assert check(good) == 0
+    assert transformers.logging.is_progress_bar_enabled() is bars
+    assert [logger.level for logger in loggers] == levels
 
 
 @pytest.mark.parametrize("name", ["gpt2_flag_off", "gpt2_with_neither_end", "gpt2_with_an_unrelated_key_missing"])

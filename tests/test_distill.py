@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
@@ -946,6 +947,14 @@ def test_an_interrupt_outside_training_says_what_stays(
         (OSError(28, "No space left on device", "x/args.json"), "x/args.json: No space left on device"),
         (OSError(30, "Read-only file system"), "the disk: Read-only file system"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "No space left on device')]"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "the disk: No space left on device; what was saved before stays",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3"),
+            "the disk: a checkpoint could not be written; what was saved before stays",
+        ),
     ],
 )
 def test_whatever_the_world_lacks_is_told_in_one_line(

@@ -24,16 +24,19 @@ def config_of(kind: str) -> Any:
         return BitsAndBytesConfig(load_in_8bit="8" in kind, load_in_4bit="4" in kind)
 
 
+def load(quantisation: Any, folder: Path, tied: bool) -> Any:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    save(LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=64, tie_word_embeddings=tied)), folder)
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=quantisation, device_map="cpu")
+
+
 @pytest.mark.parametrize("mode", ["on", "repair", "strict"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_load_is_proven(kind: str, mode: str, tmp_path: Path) -> None:
     quantisation = config_of(kind)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=64, tie_word_embeddings=True))
-    save(llama, tmp_path)
     with tiedquiet.enable(mode):
-        model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cpu")
+        model = load(quantisation, tmp_path, tied=True)
     assert type(model.model.layers[0].mlp.up_proj.weight).__name__ in ("Int8Params", "Params4bit", "Int8Tensor")
     proof = tiedquiet.check(model)
     assert (proof.stored, [finding.key for finding in proof.findings], proof.ok) == (11, ["lm_head.weight"], True)
@@ -43,11 +46,9 @@ def test_a_quantised_model_is_not_called_equal_to_its_file(tmp_path: Path, capsy
     from tests.test_compare import compared
 
     quantisation = config_of("bitsandbytes, 8 bits")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    save(LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=64)), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cpu")
+        model = load(quantisation, tmp_path, tied=False)
     found = compared(model)
     assert found.held < found.total
     assert {finding.verdict for finding in found.findings} == {tiedquiet.Verdict.UNPROVEN}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import tiedquiet
+from tests.compat.__main__ import interpreter
 from tests.programs import LINE, LOAD
 
 SITE = Path(sysconfig.get_path("purelib"))
@@ -96,7 +97,7 @@ def test_under_strict_transformers_is_not_imported_without_a_guard(broken: dict[
 def test_wrapt_may_come_from_a_later_site_directory(mode: str, tmp_path: Path) -> None:
     """As in a virtual environment with --system-site-packages, or after `pip install --user`."""
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    own = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    own = interpreter(tmp_path / "venv")
     site = Path(subprocess.check_output([own, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())  # fmt: skip
     for name in ("tiedquiet.pth", "_tiedquiet_startup.py"):
         shutil.copy(SITE / name, site / name)

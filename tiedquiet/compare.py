@@ -54,9 +54,8 @@ def compare(model: torch.nn.Module, load: Load, checkpoint: Checkpoint, undo: Un
         checkpoint.tensors  # noqa: B018 (it opens the files)
     except Exception as error:
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
-        return Comparison(
-            0, len(names), len(now.others), [*load.proof(model).findings, Finding("", Verdict.UNPROVEN, None, why)]
-        )
+        unread = Finding("", Verdict.UNPROVEN, None, why)
+        return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
     comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undo)
     found = comparing.run()
     for name in comparing.held:

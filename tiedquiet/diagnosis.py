@@ -18,16 +18,17 @@ class CannotCheck(Exception):
     """There is nothing to check; the message is one line for the user."""
 
 
-def explain(error: BaseException, folder: Path | None, trust: bool) -> str:
+def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str = "") -> str:
     """What is wrong, where, and what to do, as one line without a full stop.
 
     Args:
         error: what a `from_pretrained` raised.
         folder: where the checkpoint's files lie, if they are on this machine.
         trust: whether code that comes with the checkpoint was allowed to run.
+        damaged: the first of what `damage` says of the folder.
     """
     message = " ".join(str(error).split())
-    if reason := _of_the_code(error) or next(damage(folder) if folder else iter(()), ""):
+    if reason := _of_the_code(error) or damaged:
         return reason
     if "weights_only" in message or isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL ([\w.]+)", message)

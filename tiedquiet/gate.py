@@ -5,16 +5,16 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiedquiet
 from tiedquiet.diagnosis import CannotCheck, damage, explain
 from tiedquiet.source import Part, Source, loader_of, parts_of
-from tiedquiet.verdict import LOUD, WELL, Finding, Verdict
+from tiedquiet.verdict import BUFFER, LOUD, WELL, Finding, Verdict
 
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "diffusers", "accelerate", "peft")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -43,18 +43,12 @@ def check(options: argparse.Namespace) -> int:
     Raises:
         CannotCheck: it cannot be loaded.
     """
-    import transformers
-
+    import_module("transformers")
     from tiedquiet import patch
-    from tiedquiet.report import log
 
     if reason := patch.inert_because():
         raise CannotCheck(reason)
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    log.setLevel(logging.CRITICAL)  # what is printed here says it all
-    with tiedquiet.enable("on"):
+    with _silence(), tiedquiet.enable("on"):
         source = Source(options.source, options.revision)
         parts, others = parts_of(source, options.cls)
         results = [_check(part, options) for part in parts]
@@ -67,6 +61,25 @@ def check(options: argparse.Namespace) -> int:
         if others:
             print(f"not checked: {', '.join(others)}")
     return int(any(result.is_loud for result in results))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is logged, and no bar is drawn, while a checkpoint is loaded: what is printed afterwards says it all."""
+    from transformers.utils import logging as theirs
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "tiedquiet")]
+    levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def versions() -> dict[str, str | None]:
@@ -118,7 +131,7 @@ class _Result(NamedTuple):
         tensors = "tensor holds" if self.total == 1 else "tensors hold"
         said = [f"{self.held:,} of {self.total:,} {tensors} the file's bytes"]
         count = Counter(finding.verdict for finding in self.findings)
-        unwritten = sum(1 for f in self.findings if f.verdict is Verdict.UNWRITTEN and f.why == "a buffer")
+        unwritten = sum(1 for f in self.findings if f.verdict is Verdict.UNWRITTEN and f.why == BUFFER)
         said += [
             f"{count[verdict]:,} {verdict.value}"
             for verdict in (*WELL, *LOUD, Verdict.ABSENT, Verdict.UNPROVEN)
@@ -188,8 +201,9 @@ def _load(part: Part, loader: Any, options: argparse.Namespace) -> tuple[Any, di
             raise CannotCheck(f"{kind}: {explain(error, None, options.trust_remote_code)}") from error
         config = part.source.file("config.json", part.name) or part.source.file("adapter_config.json", part.name)
         folder = config.parent if config else None
-        reason = explain(error, folder, options.trust_remote_code)
-        if "ignore_mismatched_sizes" in str(error) and not (folder and any(damage(folder))):
+        damaged = next(damage(folder), "") if folder else ""
+        reason = explain(error, folder, options.trust_remote_code, damaged)
+        if "ignore_mismatched_sizes" in str(error) and not damaged:
             with suppress(Exception):
                 _, info = loader.from_pretrained(part.source.name, **how, ignore_mismatched_sizes=True)
                 reason = "; ".join(

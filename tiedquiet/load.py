@@ -16,11 +16,10 @@ import torch
 from tiedquiet.memory import Memory, holds, plain, same
 from tiedquiet.survey import Survey, asks_for_ties, embeddings, name_of, survey, tensor_at
 from tiedquiet.ties import Declaration, Group, groups
-from tiedquiet.verdict import Finding, Proof, Verdict
+from tiedquiet.verdict import BUFFER, Finding, Proof, Verdict
 from tiedquiet.watch import Watch
 
 _ATTRIBUTE = "_tiedquiet_load"
-BUFFER = "a buffer"
 Read = Callable[[str], torch.Tensor | None]
 
 

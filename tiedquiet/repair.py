@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from tiedquiet.load import BUFFER, Load, lies_at, rival_of
+from tiedquiet.load import Load, lies_at, rival_of
 from tiedquiet.survey import Survey, survey
-from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.verdict import BUFFER, Finding, Verdict
 from tiedquiet.watch import Watch
 
 _MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import is_main_process
-from tiedquiet.verdict import LOUD, Finding, Verdict
+from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
@@ -70,7 +70,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold) ->
             f"{_pairs(findings, 'has the values of', fold)}, {why}. "
             "Find out which one the model was trained with, and store that one alone"
         )
-    if why == "a buffer":
+    if why == BUFFER:
         return (
             f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}. transformers 5 makes such buffers "
             "anew, and what __init__ computed for them is gone. Set TIEDQUIET=repair, or compute them in "

@@ -20,6 +20,7 @@ class Verdict(str, Enum):
 
 
 WELL = (Verdict.TIED, Verdict.COPIED)
+BUFFER = "a buffer"  # why something is unwritten
 LOUD = (Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
 
 
