@@ -89,7 +89,10 @@ def test_untied_is_explained_with_its_flag(tmp_path: Path, printed: Printed) -> 
 def test_untied_by_an_override_names_it(tmp_path: Path, printed: Printed) -> None:
     cls, _ = cases.CASES["DoesNothing"](tmp_path)
     cls.from_pretrained(tmp_path)
-    assert re.search(r"because DoesNothing.tie_weights \(.*cases.py:\d+\) does not tie it", printed.loud[0])
+    assert re.search(
+        r"because DoesNothing.tie_weights \(.*cases.py:\d+\) does not tie it\. .*=repair or mend that method;",
+        printed.loud[0],
+    )
 
 
 def test_untied_without_a_cause_says_that_the_config_asks_for_it(tmp_path: Path, printed: Printed) -> None:
@@ -101,6 +104,18 @@ def test_untied_without_a_cause_says_that_the_config_asks_for_it(tmp_path: Path,
     save(GPT2LMHeadModel(gpt2()), tmp_path)
     Parts.from_pretrained(tmp_path)
     assert "lm_head.weight is not transformer.wte.weight, although its config asks for it. If" in printed.loud[0]
+    assert "set TIEDQUIET=repair; ignore this" in printed.loud[0]
+
+
+def test_what_the_config_asks_for_and_nobody_declares_is_said_so(tmp_path: Path, printed: Printed) -> None:
+    class Undeclared(GPT2LMHeadModel):
+        _tied_weights_keys = None
+
+    save(GPT2LMHeadModel(gpt2()), tmp_path)
+    Undeclared.from_pretrained(tmp_path)
+    why = "although its config asks for it, because Undeclared._tied_weights_keys does not declare it"
+    assert f"lm_head.weight is not transformer.wte.weight, {why}. If" in printed.loud[0]
+    assert "set TIEDQUIET=repair or declare it there;" in printed.loud[0]
 
 
 def test_the_flag_is_the_cause_when_the_source_is_the_missing_end_too(tmp_path: Path, printed: Printed) -> None:
@@ -122,6 +137,7 @@ def test_two_loads_at_once_are_named_as_the_cause(tmp_path: Path, printed: Print
     with initialization.no_tie_weights():
         GPT2LMHeadModel.from_pretrained(tmp_path)
     assert "because two models were loaded at once in two threads" in printed.loud[0]
+    assert "set TIEDQUIET=repair or load one after the other;" in printed.loud[0]
 
 
 @pytest.mark.parametrize("name", ["gpt2_flag_off", "Clones", "DoesNothing", "umt5_as_wan_stores_it"])

@@ -10,6 +10,14 @@ from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
 _AT_MOST = 8
+# What a cause of `untied` says, and what can be done about it.
+_CURES = {
+    "tie_word_embeddings is false": "correct config.json",
+    "accelerate": "load it without disk offload",
+    "two threads": "load one after the other",
+    "does not declare it": "declare it there",
+    "does not tie it": "mend that method",
+}
 
 Fold = Callable[[list[str]], Iterable[str]]
 
@@ -61,7 +69,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold) ->
     if verdict is Verdict.UNTIED:
         return (
             f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {why}. "
-            "If it should be one tensor, set TIEDQUIET=repair or correct config.json; "
+            f"If it should be one tensor, set TIEDQUIET=repair{_cure(why)}; "
             "ignore this only if you mean to train it from scratch"
         )
     if verdict is Verdict.AMBIGUOUS:
@@ -80,6 +88,11 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold) ->
         f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
         "initialiser wrote to it. Load a checkpoint that has it, or initialise it after loading"
     )
+
+
+def _cure(why: str) -> str:
+    """What would keep ties from coming apart, beside `repair`; empty for a fault of transformers."""
+    return next((f" or {cure}" for clue, cure in _CURES.items() if clue in why), "")
 
 
 def unproven(findings: list[Finding]) -> list[str]:
