@@ -113,6 +113,21 @@ def test_the_forms_that_a_checkpoint_can_have(form: str, good: Path, capsys: pyt
     assert "16 of 16 tensors" in capsys.readouterr().out
 
 
+def test_a_file_that_has_a_tensor_with_its_prefix_and_without(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after merging a base model's file into one with a head: transformers drops one of the two without a word."""
+    path = good / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "wte.weight": tensors["transformer.wte.weight"].clone()}, path, {"format": "pt"})
+    assert check(good) == 0
+    save_file({**tensors, "wte.weight": tensors["transformer.wte.weight"] + 1}, path, {"format": "pt"})
+    assert check(good) == 1
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [" ".join(row.split()) for row in rows] == [
+        "lm_head.weight ambiguous transformer.wte.weight not of wte.weight: the file has both",
+        "transformer.wte.weight ambiguous not of wte.weight: the file has both",
+    ]
+
+
 def test_the_type_and_the_device(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(good, "--dtype", "bfloat16", "--device", "cpu") == 0
     assert "16 of 16 tensors" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """One load without transformers around it: what no model of the other tests runs into."""
 
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +67,26 @@ def test_another_view_of_the_same_memory_does_not_hold_what_was_stored(change: A
     with load.watch:
         findings = load.settle(model, set())
     assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.OVERWRITTEN}
+
+
+@pytest.mark.parametrize(
+    ("read", "verdict"),
+    [
+        (lambda name: torch.ones(2) if name == "a.weight" else None, Verdict.OVERWRITTEN),
+        (lambda name: torch.full((2,), 2.0) if name == "a.weight" else None, None),  # the same values again
+        (lambda name: None, Verdict.UNPROVEN),
+        (lambda name: torch.ones(2, 1), Verdict.UNPROVEN),  # converted while it was read
+    ],
+)
+def test_what_another_thread_wrote_is_held_against_the_file(read: Any, verdict: Verdict | None) -> None:
+    model = Pair(torch.ones(2), torch.ones(2))
+    load = Load(model, set(), read=read)
+    with load.watch:
+        writer = Thread(target=lambda: model.a.weight.add_(1))
+        writer.start()
+        writer.join()
+        findings = load.settle(model, set())
+    assert {f.key: f.verdict for f in findings} == ({"a.weight": verdict} if verdict else {})
 
 
 @pytest.mark.parametrize("why", ["file", "group"])

@@ -1,6 +1,8 @@
 """The dispatch mode among others, and under errors; through real loads wherever a load can show it."""
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import initialization as init
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.idioms import IDIOMS, Tiny
+from tests.idioms import IDIOMS, Idiom, IdiomConfig, Part, Tiny, dirty_memory, same
 from tiedquiet import Verdict
 from tiedquiet.watch import Watch
 
@@ -112,6 +114,42 @@ def test_side_by_side_two_threads_see_their_own_writes_only(tmp_path: Path, prin
     for thread in threads:
         thread.join()
     assert {name: list(watch.writes) for name, watch in done.items()} == {"a": ["a"], "b": ["b"]}
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+class InitialisesInThreads(Tiny):
+    """A pool draws the weights and computes the tables, several at a time."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, Part):
+            in_another_thread(lambda: module.weight.detach().normal_())
+            in_another_thread(lambda: module.mask.copy_(torch.arange(8) % 2.0))
+        else:
+            super()._init_weights(module)
+
+
+def test_a_stored_tensor_that_another_thread_wrote_to(tmp_path: Path, printed: Printed) -> None:
+    file = Idiom(InitialisesInThreads).save(tmp_path)
+    model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert verdicts(model) == {"part.weight": Verdict.OVERWRITTEN}
+    assert "LOST after they were read: part.weight by another thread" in printed.loud[0]
+    with tiedquiet.enable("repair"):
+        model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert same(model.part.weight.detach(), file["part.weight"])
+    assert tiedquiet.check(model).ok
+    assert "kept as stored, although written to by another thread: part.weight" in printed.confirmed[0]
+
+
+def test_memory_that_another_thread_wrote_to_is_not_called_unwritten(tmp_path: Path) -> None:
+    with dirty_memory():
+        InitialisesInThreads(IdiomConfig()).save_pretrained(tmp_path)
+        model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert not model.part.mask.isnan().any()
+    assert "part.mask" not in verdicts(model)
 
 
 def test_entering_it_imports_no_compiler() -> None:

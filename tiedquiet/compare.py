@@ -1,7 +1,7 @@
 """A model held against its checkpoint's files, every byte: this sees what passes the watch by, or was read wrongly."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ def compare(model: torch.nn.Module, load: Load, checkpoint: Checkpoint, undo: Un
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
     comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undo)
-    found = comparing.run()
+    found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
         findings.pop(name, None)  # what could not be proven by watching is proven now
     findings.update({finding.key: finding for finding in found})
@@ -91,6 +91,21 @@ class _Comparing:
         for names in layers.values():
             self._try_names(self._undone(names), names)
         return [self._explain(name) for name in self._open()]
+
+    def rivals(self, own: Collection[str]) -> Iterator[Finding]:
+        """Findings on tensors that hold one of two that a file has for them, with a base model's prefix and without.
+
+        Args:
+            own: the names of all of the model's tensors; what has one of these is no other's rival.
+        """
+        for name in self.held:
+            keys = [key for key in self._checkpoint.names_of(name) if key == name or key not in own]
+            pieces = plain(self._state[name]) if len(keys) > 1 else []
+            if len(pieces) == 1:
+                won = [key for key in keys if same(pieces[0], self._checkpoint.tensors[key]())]
+                if won and len(won) < len(keys):
+                    rival = next(key for key in keys if key not in won)
+                    yield Finding(name, Verdict.AMBIGUOUS, won[0], f"not of {rival}: the file has both", True)
 
     def _open(self) -> list[str]:
         return [name for name in self._state if name not in self.held]

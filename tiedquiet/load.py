@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from tiedquiet.memory import Memory, holds, plain, same
+from tiedquiet.memory import Memory, holds, plain, same, version
 from tiedquiet.survey import Survey, asks_for_ties, embeddings, name_of, survey, tensor_at
 from tiedquiet.ties import Declaration, Group, groups
 from tiedquiet.verdict import BUFFER, Finding, Proof, Verdict
-from tiedquiet.watch import Watch
+from tiedquiet.watch import Watch, Write
 
 _ATTRIBUTE = "_tiedquiet_load"
 Read = Callable[[str], torch.Tensor | None]
@@ -58,6 +58,7 @@ class Load:
         # The tensors that the checkpoint delivered, and aliases of the memory that they were read to.
         self.held = {name: now.state[name] for name in self.stored}
         self.read_to = {name: _alias(tensor) for name, tensor in self.held.items()}
+        self._versions = {name: version(tensor) for name, tensor in self.held.items()}
         self._buffers = list(now.others)
         self.ask_file = read
         self.files = list(files)
@@ -126,6 +127,7 @@ class Load:
         if not self.watch.was_entered:
             self.missing &= reported  # of an adapter; the base model's keys are not its business
         now = survey(model)
+        self._note_unseen_writes()
         self.lasting = {**self._clashes, **self._judge_stored(model, now), **self._judge_placeholders(now)}
         self._settled = {}
         findings = self._judge(model, now)
@@ -168,6 +170,17 @@ class Load:
 
     def _was_read(self, name: str, value: torch.Tensor) -> bool:
         return bool(holds(self.read_to[name], value))
+
+    def _note_unseen_writes(self) -> None:
+        """Note the writes of which torch tells and the watch did not: those of other threads."""
+        for name, tensor in self.held.items():
+            if version(tensor) == self._versions[name] or name in self.watch.writes:
+                continue
+            if lies_at(tensor, self.read_to[name]):  # otherwise it was given other memory
+                values = self.ask_file(name)
+                if values is not None and values.shape != tensor.shape:
+                    values = None  # it was converted while it was read
+                self.watch.writes[name] = Write("by another thread", values is not None, values)
 
     def _judge_stored(self, model: torch.nn.Module, now: Survey) -> dict[str, Finding]:
         """Findings on stored keys that no longer hold what was read."""

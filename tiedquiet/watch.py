@@ -17,13 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
-from tiedquiet.memory import Memory, plain
+from tiedquiet.memory import Memory, plain, version
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _COPY = (_aten.clone, _aten._to_copy, _aten.copy_, _aten.constant_pad_nd)  # the last pads a bias by nothing
 _MOST_KEPT = 1 << 30  # bytes of main memory for values that are about to be overwritten; anything beyond counts as lost
-_NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "functools"}
+_NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools"}
 
 
 @dataclass
@@ -102,8 +102,9 @@ class Watch(TorchDispatchMode):
         self._protect = protect
         self._memory: Memory | None = None
         self._kept = 0
-        # Memory without values, by the address of its storage object, and a mark for each element that was written.
-        self._placeholders: dict[int, StorageWeakRef] = {}
+        # Memory without values, by the address of its storage object, with the version that it had, unless that was
+        # left behind by a copy of other memory without values; and a mark for each element that was written.
+        self._placeholders: dict[int, tuple[StorageWeakRef, int | None]] = {}
         self._written: dict[int, torch.Tensor] = {}
         self._samples: dict[int, torch.Tensor] = {}  # what lay in memory that may be written to without torch
 
@@ -166,7 +167,7 @@ class Watch(TorchDispatchMode):
         """Treat the memory of a tensor as allocated and not yet written."""
         for piece in plain(tensor):
             storage = piece.untyped_storage()
-            self._placeholders[storage._cdata] = StorageWeakRef(storage)
+            self._placeholders[storage._cdata] = StorageWeakRef(storage), version(piece)
 
     def is_unwritten(self, tensor: torch.Tensor) -> bool:
         """Whether some of the tensor's memory was allocated under the watch and has not been written since."""
@@ -229,14 +230,22 @@ class Watch(TorchDispatchMode):
         empty = operation.copies and bool(self._placeholders) and self._is_untouched(args[1] if written else args[0])
         if operation.makes_empty or (empty and not written and result.numel() == args[0].numel()):
             self.add_placeholder(result)
-        elif not empty:
+        else:
             for tensor in written:
                 for piece in plain(tensor):
-                    self._mark(piece)
+                    if not empty:
+                        self._mark(piece)
+                    elif self._is_placeholder(piece):
+                        address = piece.untyped_storage()._cdata
+                        self._placeholders[address] = self._placeholders[address][0], None
 
     def _is_placeholder(self, piece: torch.Tensor) -> bool:
-        found = self._placeholders.get(piece.untyped_storage()._cdata)
-        return found is not None and not found.expired()
+        address = piece.untyped_storage()._cdata
+        storage, noted = self._placeholders.get(address, (None, None))
+        if storage is None or storage.expired():
+            return False
+        # A version that changed without a write having been seen: another thread wrote.
+        return noted is None or address in self._written or version(piece) == noted
 
     def _is_untouched(self, tensor: object) -> bool:
         pieces = plain(tensor) if isinstance(tensor, torch.Tensor) else []
