@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiedquiet
+from benchmarks.tiny_models import tiny
 from tests.pages import ROOT, fenced, sections
 
 CRASHES = {
@@ -55,3 +56,23 @@ def test_the_usual_answer_leaves_the_head_random(model_of: Callable[[str], Any])
     code = fenced(CRASHES["`'list' object has no attribute 'keys'`"], "python")[0]
     (finding,) = tiedquiet.check(model_of(code.replace('["lm_head.weight"]', "None"))).findings
     assert finding.verdict is tiedquiet.Verdict.UNTIED
+
+
+def test_the_renaming_that_a_subclass_does_not_get(tmp_path: Path) -> None:
+    from transformers import Qwen2VLForConditionalGeneration, conversion_mapping
+
+    if "is_custom_code" not in Path(conversion_mapping.__file__).read_text():
+        pytest.skip("this release renames for every class")
+
+    class MyQwen(Qwen2VLForConditionalGeneration):
+        pass
+
+    def missing(cls: Any) -> set[str]:
+        return set(cls.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"])
+
+    tiny(Qwen2VLForConditionalGeneration).save_pretrained(tmp_path)
+    assert not missing(Qwen2VLForConditionalGeneration)
+    assert missing(MyQwen)
+    page = sections(ROOT / "docs" / "faq.md")["My own subclass reports rows that the class itself does not"]
+    exec(fenced(page, "python")[0])
+    assert not missing(MyQwen)
