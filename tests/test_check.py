@@ -498,6 +498,20 @@ def test_code_of_the_checkpoint_runs_only_if_it_is_let(tmp_path: Path, capsys: p
     )
 
 
+def test_what_code_of_the_checkpoint_prints_is_not_in_what_a_machine_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = remote(
+        tmp_path / "remote",
+        "        super().__init__(config)\n",
+        "        super().__init__(config)\n        print('no flash')\n",
+    )
+    assert check(folder, "--trust-remote-code", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["components"]
+    assert "no flash" in err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

@@ -3,9 +3,10 @@
 import argparse
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
@@ -65,7 +66,10 @@ def check(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing is logged, and no bar is drawn, while a checkpoint is loaded: what is printed afterwards says it all."""
+    """Nothing is logged, and no bar is drawn, while a checkpoint is loaded: what is printed afterwards says it all.
+
+    What code of the checkpoint prints goes to stderr.
+    """
     from transformers.utils import logging as theirs
 
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "tiedquiet")]
@@ -74,7 +78,8 @@ def _silence() -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -87,7 +87,7 @@ class Load:
         """Let go of all tensors, after the last word on the load; what stays are names and verdicts."""
         self._is_open = False
         earlier, self._earlier = self._earlier, None
-        self.held, self.read_to, self.ask_file = {}, {}, lambda name: None
+        self.held, self.read_to, self._versions, self.ask_file = {}, {}, {}, lambda name: None
         self.watch = Watch({}, protect=False)
         if self._is_settled and isinstance(earlier, Load):
             # Of its base model before an adapter's, say.
