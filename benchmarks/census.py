@@ -531,7 +531,7 @@ def census_of_load(
     tiedquiet.disable()
     cls = way.cls(saved.cls)
     try:
-        with overheard() as (reports, printed), tiedquiet.enable("on"), dirty_memory():
+        with overheard() as (reports, printed, read), tiedquiet.enable("on"), dirty_memory():
             model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
         try:
@@ -540,7 +540,7 @@ def census_of_load(
         except Exception:
             return {"reason": f"transformers does not load it: {reason(error)}"}
         return {"failed_because_of_it": [reason(error)]}
-    truth = Truth(saved, way, file, model, info)
+    truth = Truth(saved, way, file, model, info, read)
     proof = tiedquiet.check(model)
     said = {finding.key: str(finding.verdict) for finding in proof.findings}
     assert len(reports) <= 1, "one load makes one report"
@@ -572,6 +572,7 @@ def census_of_load(
         "said_nothing": sorted(kind for kind in kinds if not any(kind in text for text in printed.loud)),
         "clashes": truth.clashes,
         "padding": sorted(truth.padding),
+        "read_otherwise": truth.read_otherwise,
         "other_buffers": truth.other_buffers(),
         "verdicts": dict(Counter(said.values())),
         "declared_hides": sum(bool(saved.group_of(key)) for key in true_rows),
@@ -580,8 +581,8 @@ def census_of_load(
 
 
 @contextmanager
-def overheard() -> Iterator[tuple[list[set[str]], Any]]:
-    """The missing keys that transformers' own report was given, and what both libraries logged."""
+def overheard() -> Iterator[tuple[list[set[str]], Any, Tensors]]:
+    """The missing keys that transformers' own report was given, what both libraries logged, and what was read."""
     from transformers import modeling_utils
     from transformers.utils import loading_report
 
@@ -596,13 +597,25 @@ def overheard() -> Iterator[tuple[list[set[str]], Any]]:
         reports.append(set(info.missing_keys if info is not None else kwargs["missing_keys"]))
         return original(*args, **kwargs)
 
+    read: Tensors = {}
+    reading = modeling_utils.PreTrainedModel._load_pretrained_model
+
+    @wraps(reading)
+    def noted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = reading(model, *args, **kwargs)
+        state = model.state_dict(keep_vars=True).items()
+        read.update((name, tensor.detach().clone()) for name, tensor in state if not tensor.is_meta)
+        return result
+
     theirs = logging.getLogger("transformers")
     handlers, theirs.handlers = theirs.handlers, []
     loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = report
+    modeling_utils.PreTrainedModel._load_pretrained_model = staticmethod(noted)
     try:
         with printing() as printed:
-            yield reports, printed
+            yield reports, printed, read
     finally:
+        modeling_utils.PreTrainedModel._load_pretrained_model = staticmethod(reading)
         loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = original
         theirs.handlers = handlers
 
@@ -638,7 +651,11 @@ def read_from_disk(model: Any, name: str) -> Any:
 class Truth:
     """What is true of a loaded model, from the bytes of the file it was loaded from."""
 
-    def __init__(self, saved: Saved, way: Way, file: dict[str, Any], model: Any, info: dict[str, Any]) -> None:
+    def __init__(
+        self, saved: Saved, way: Way, file: dict[str, Any], model: Any, info: dict[str, Any], read: Tensors
+    ) -> None:
+        import torch
+
         self.saved = saved
         self.way = way
         self.model = model
@@ -652,6 +669,8 @@ class Truth:
         self.padding: set[str] = set()
         # Stored values that gave way to those of another stored name.
         self.clashes: list[str] = []
+        # Merged or split tensors that transformers reads otherwise than it saved them.
+        self.read_otherwise: list[str] = []
         not_delivered = self.reported | {entry[0] for entry in info["mismatched_keys"]}
         base = f"{saved.model.base_model_prefix}." if way.tensors is base_model_s_file else ""
         for key, value in file.items():
@@ -661,15 +680,18 @@ class Truth:
             if name in self.now and name not in not_delivered:
                 self.stored[name] = value
         # Of a merged or split tensor no file has the bytes: what the loader does not miss is then delivered, and
-        # what it should be, the model that was saved tells.
+        # what it should be, the model that was saved tells; or what was read, where that was something else.
         not_delivered |= {name for group in saved.groups for name in group}
         ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
         places = {tensor.data_ptr() for name, tensor in self.now.items() if name in self.stored}
-        for name in self.now.keys() - self.stored.keys() - not_delivered:
+        for name in sorted(self.now.keys() - self.stored.keys() - not_delivered):
             if not any(re.search(pattern, name) for pattern in ignored) and self.now[name].data_ptr() not in places:
                 value = saved.state[name]
                 if way.tensors is in_bfloat16 and value.is_floating_point():
                     value = value.bfloat16()
+                if name in read and not torch.equal(read[name], value.to(read[name].dtype)):
+                    self.read_otherwise.append(name)
+                    value = read[name]
                 self.stored[name] = value
 
     def value(self, name: str) -> Any:
@@ -855,6 +877,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     disagreements, without, not_seen = [], [], []
     clashes: dict[str, int] = {}
     padding: dict[str, int] = Counter()
+    otherwise: dict[str, int] = Counter()
     unbuilt, unloaded, buffers = {}, {}, {}
     classes = set()
     for record in records:
@@ -880,6 +903,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
                 clashes[f"{name}, {way}"] = len(record["clashes"])
             for key in record.get("padding", ()):
                 padding[f"{name}: {key}"] += 1
+            for key in record.get("read_otherwise", ()):
+                otherwise[f"{name}: {key}"] += 1
             if record.get("other_buffers"):
                 buffers[f"{name}, {way}"] = record["other_buffers"]
             if any(record.get(what) for what in COUNTED):
@@ -894,6 +919,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         "disagreements": disagreements,
         "clashes": clashes,
         "padding": dict(padding),
+        "read_otherwise": dict(otherwise),
         "other_buffers": buffers,
         "unbuilt": unbuilt,
         "without_ties": sorted(without),
@@ -929,6 +955,10 @@ def table(release: str, summary: dict[str, Any]) -> str:
         (
             "The row of the padding zeroed again by transformers, which tiedquiet takes for no loss",
             [f"{where}, in {number} loads" for where, number in summary["padding"].items()],
+        ),
+        (
+            "Merged or split tensors that transformers reads otherwise than it saved them, before anything is watched",
+            [f"{where}, in {number} loads" for where, number in summary["read_otherwise"].items()],
         ),
         (
             "Buffers that were written, and not with what a model has that was built and not loaded",
