@@ -116,6 +116,26 @@ def test_side_by_side_two_threads_see_their_own_writes_only(tmp_path: Path, prin
     assert {name: list(watch.writes) for name, watch in done.items()} == {"a": ["a"], "b": ["b"]}
 
 
+class ZeroesARowFirst(Tiny):
+    """As where a base class zeroes the row of the padding, and a class made from it draws all anew."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            module.weight.data[0].zero_()
+            self.draw(module)
+            module.weight.data[1].zero_()
+
+    def draw(self, module: Part) -> None:
+        module.weight.data.normal_()
+
+
+def test_what_wrote_the_most_is_named(tmp_path: Path, printed: Printed) -> None:
+    Idiom(ZeroesARowFirst).save(tmp_path)
+    ZeroesARowFirst.from_pretrained(tmp_path)
+    assert "part.weight by ZeroesARowFirst.draw (" in printed.loud[0]
+
+
 def in_another_thread(work: Callable[[], object]) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(work).result()

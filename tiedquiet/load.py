@@ -180,7 +180,7 @@ class Load:
                 values = self.ask_file(name)
                 if values is not None and values.shape != tensor.shape:
                     values = None  # it was converted while it was read
-                self.watch.writes[name] = Write("by another thread", values is not None, values)
+                self.watch.writes[name] = Write("by another thread", 0 if values is None else tensor.numel(), values)
 
     def _judge_stored(self, model: torch.nn.Module, now: Survey) -> dict[str, Finding]:
         """Findings on stored keys that no longer hold what was read."""

@@ -31,14 +31,19 @@ class Write:
     """Somebody reached for a stored tensor.
 
     Attributes:
-        by: the function, file and line that was first seen to write; while none was, what last reached for it.
-        was_seen: whether a write was seen.
+        by: the function, file and line that wrote the most at once; while none was seen to, what last reached for it.
+        size: how many elements that was.
         before: the values as they were read, in main memory; None where they were too many to keep.
     """
 
     by: str
-    was_seen: bool
+    size: int
     before: torch.Tensor | None
+
+    @property
+    def was_seen(self) -> bool:
+        """Whether a write was seen."""
+        return self.size > 0
 
 
 class _Operation(NamedTuple):
@@ -202,12 +207,12 @@ class Watch(TorchDispatchMode):
                 self._memory = Memory(self._stored)
             names = [name for piece in plain(tensor) for name, _ in self._memory.meeting(piece)]
             for name in names:
-                self._note(name, is_written=bool(written))
+                self._note(name, tensor.numel() if written else 0)
             if names and written and self._protect:
                 protected.append(tensor)
         return protected
 
-    def _note(self, name: str, is_written: bool) -> None:
+    def _note(self, name: str, written: int) -> None:
         write = self.writes.get(name)
         if write is None:
             pieces = plain(self._stored[name])
@@ -216,9 +221,9 @@ class Watch(TorchDispatchMode):
             if len(pieces) == 1 and self._kept + size <= _MOST_KEPT:
                 self._kept += size
                 before = pieces[0].detach().to("cpu", copy=True)
-            self.writes[name] = Write(_culprit(), is_written, before)
-        elif not write.was_seen:
-            write.by, write.was_seen = _culprit(), is_written
+            self.writes[name] = Write(_culprit(), written, before)
+        elif written > write.size or not write.was_seen:
+            write.by, write.size = _culprit(), written
 
     def _look_at_placeholders(
         self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...], result: Any
