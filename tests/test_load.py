@@ -69,22 +69,26 @@ def test_another_view_of_the_same_memory_does_not_hold_what_was_stored(change: A
     assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.OVERWRITTEN}
 
 
+@pytest.mark.parametrize("then", [lambda weight: None, lambda weight: weight.mul_(1)])
 @pytest.mark.parametrize(
-    ("read", "verdict"),
+    ("values", "verdict"),
     [
-        (lambda name: torch.ones(2) if name == "a.weight" else None, Verdict.OVERWRITTEN),
-        (lambda name: torch.full((2,), 2.0) if name == "a.weight" else None, None),  # the same values again
-        (lambda name: None, Verdict.UNPROVEN),
-        (lambda name: torch.ones(2, 1), Verdict.UNPROVEN),  # converted while it was read
+        (torch.ones(2), Verdict.OVERWRITTEN),
+        (torch.full((2,), 2.0), None),  # the same values again
+        (None, Verdict.UNPROVEN),
+        (torch.ones(2, 1), Verdict.UNPROVEN),  # converted while it was read
     ],
 )
-def test_what_another_thread_wrote_is_held_against_the_file(read: Any, verdict: Verdict | None) -> None:
+def test_what_another_thread_wrote_is_held_against_the_file(
+    values: torch.Tensor | None, verdict: Verdict | None, then: Any
+) -> None:
     model = Pair(torch.ones(2), torch.ones(2))
-    load = Load(model, set(), read=read)
+    load = Load(model, set(), read={"a.weight": values}.get)
     with load.watch:
         writer = Thread(target=lambda: model.a.weight.add_(1))
         writer.start()
         writer.join()
+        then(model.a.weight)
         findings = load.settle(model, set())
     assert {f.key: f.verdict for f in findings} == ({"a.weight": verdict} if verdict else {})
 

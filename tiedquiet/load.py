@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tiedquiet.memory import Memory, holds, plain, same, version
+from tiedquiet.memory import Memory, holds, plain, same
 from tiedquiet.survey import Survey, asks_for_ties, embeddings, name_of, survey, tensor_at
 from tiedquiet.ties import Declaration, Group, groups
 from tiedquiet.verdict import BUFFER, Finding, Proof, Verdict
@@ -58,7 +58,6 @@ class Load:
         # The tensors that the checkpoint delivered, and aliases of the memory that they were read to.
         self.held = {name: now.state[name] for name in self.stored}
         self.read_to = {name: _alias(tensor) for name, tensor in self.held.items()}
-        self._versions = {name: version(tensor) for name, tensor in self.held.items()}
         self._buffers = list(now.others)
         self.ask_file = read
         self.files = list(files)
@@ -87,7 +86,7 @@ class Load:
         """Let go of all tensors, after the last word on the load; what stays are names and verdicts."""
         self._is_open = False
         earlier, self._earlier = self._earlier, None
-        self.held, self.read_to, self._versions, self.ask_file = {}, {}, {}, lambda name: None
+        self.held, self.read_to, self.ask_file = {}, {}, lambda name: None
         self.watch = Watch({}, protect=False)
         if self._is_settled and isinstance(earlier, Load):
             # Of its base model before an adapter's, say.
@@ -127,7 +126,7 @@ class Load:
         if not self.watch.was_entered:
             self.missing &= reported  # of an adapter; the base model's keys are not its business
         now = survey(model)
-        self._note_unseen_writes()
+        self._note_writes_elsewhere()
         self.lasting = {**self._clashes, **self._judge_stored(model, now), **self._judge_placeholders(now)}
         self._settled = {}
         findings = self._judge(model, now)
@@ -171,16 +170,17 @@ class Load:
     def _was_read(self, name: str, value: torch.Tensor) -> bool:
         return bool(holds(self.read_to[name], value))
 
-    def _note_unseen_writes(self) -> None:
+    def _note_writes_elsewhere(self) -> None:
         """Note the writes of which torch tells and the watch did not: those of other threads."""
         for name, tensor in self.held.items():
-            if version(tensor) == self._versions[name] or name in self.watch.writes:
-                continue
-            if lies_at(tensor, self.read_to[name]):  # otherwise it was given other memory
+            # If it was given other memory, that is compared in any case.
+            if self.watch.was_written_elsewhere(name) and lies_at(tensor, self.read_to[name]):
                 values = self.ask_file(name)
                 if values is not None and values.shape != tensor.shape:
                     values = None  # it was converted while it was read
-                self.watch.writes[name] = Write("by another thread", 0 if values is None else tensor.numel(), values)
+                seen = self.watch.writes.get(name)
+                by = seen.by if seen and seen.was_seen else "by another thread or by compiled code"
+                self.watch.writes[name] = Write(by, 0 if values is None else tensor.numel(), values)
 
     def _judge_stored(self, model: torch.nn.Module, now: Survey) -> dict[str, Finding]:
         """Findings on stored keys that no longer hold what was read."""

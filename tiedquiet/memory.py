@@ -23,14 +23,6 @@ def plain(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor] if not tensor.is_meta and tensor.layout is torch.strided and tensor.numel() else []
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often torch has written to a tensor and its views, in whatever thread; not through `.data`.
-
-    0 where torch does not count, and on meta, where nothing can be lost.
-    """
-    return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
-
-
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """First address of a plain tensor, and the one after its last."""
     start = tensor.data_ptr()

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
-from tiedquiet.memory import Memory, plain, version
+from tiedquiet.memory import Memory, plain
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
@@ -47,9 +47,10 @@ class Write:
 
 
 class _Operation(NamedTuple):
-    """What has to be known of an operator: the arguments that it writes to, by place and name, and what it makes."""
+    """What has to be known of an operator: the arguments that it changes, by place and name, and what it makes."""
 
-    writes: tuple[tuple[int, str], ...]
+    changes: tuple[tuple[int, str], ...]
+    writes: bool  # to their memory
     returns_only_these: bool
     makes_empty: bool
     copies: bool
@@ -58,7 +59,7 @@ class _Operation(NamedTuple):
 
 @cache
 def _operation(func: Any) -> _Operation | None:
-    """None for what neither writes nor makes empty memory."""
+    """None for what neither changes a tensor nor makes empty memory."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return None
@@ -66,19 +67,18 @@ def _operation(func: Any) -> _Operation | None:
     def is_written(value: Any) -> bool:
         return value.alias_info is not None and value.alias_info.is_write
 
-    writes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
-    if torch.Tag.inplace_view in func.tags:  # changes the tensor, not the memory
-        writes = ()
+    changes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
     packet = func.overloadpacket
     known = _Operation(
-        writes,
+        changes,
+        bool(changes) and torch.Tag.inplace_view not in func.tags,
         all(map(is_written, schema.returns)),
-        packet in _EMPTY and not writes,
+        packet in _EMPTY and not changes,
         packet in _COPY,
         # `.data`, `.detach()` and `.numpy()`: the way to write to a tensor behind torch's back.
         packet is _aten.detach,
     )
-    return known if any((writes, *known[2:])) else None
+    return known if any((changes, *known[3:])) else None
 
 
 class Watch(TorchDispatchMode):
@@ -107,9 +107,14 @@ class Watch(TorchDispatchMode):
         self._protect = protect
         self._memory: Memory | None = None
         self._kept = 0
-        # Memory without values, by the address of its storage object, with the version that it had, unless that was
-        # left behind by a copy of other memory without values; and a mark for each element that was written.
-        self._placeholders: dict[int, tuple[StorageWeakRef, int | None]] = {}
+        # What torch had counted of writes to them, and which storages were changed under the watch: of these, the count
+        # tells nothing any more of other threads.
+        self._versions = {name: _version(tensor) for name, tensor in stored.items()}
+        self._changed: set[int] = set()
+        self._elsewhere: set[str] = set()
+        # Memory without values, by the address of its storage object, with the version that it had, and a mark for each
+        # element that was written.
+        self._placeholders: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: dict[int, torch.Tensor] = {}
         self._samples: dict[int, torch.Tensor] = {}  # what lay in memory that may be written to without torch
 
@@ -135,8 +140,10 @@ class Watch(TorchDispatchMode):
         try:
             operation = _operation(func) if self.open else None
             if operation is not None:
-                written = _written(operation, args, kwargs)
+                changed = _changed(operation, args, kwargs)
+                written = changed if operation.writes else []
                 protected = self._look_at_stored(operation, written, args)
+                self._changed.update(address for tensor in changed for address in _addresses(tensor))
                 if protected and len(protected) == len(written) and operation.returns_only_these:
                     return _returned(func, written)
                 if protected:  # it must run for its other arguments, or for what else it returns
@@ -172,14 +179,14 @@ class Watch(TorchDispatchMode):
         """Treat the memory of a tensor as allocated and not yet written."""
         for piece in plain(tensor):
             storage = piece.untyped_storage()
-            self._placeholders[storage._cdata] = StorageWeakRef(storage), version(piece)
+            self._placeholders[storage._cdata] = StorageWeakRef(storage), _version(piece)
 
     def is_unwritten(self, tensor: torch.Tensor) -> bool:
         """Whether some of the tensor's memory was allocated under the watch and has not been written since."""
         for piece in plain(tensor) if self._placeholders else ():
             if self._is_placeholder(piece):
                 storage = piece.untyped_storage()
-                marks, sample = self._written.get(storage._cdata), self._samples.get(storage._cdata)
+                marks, sample = self._written.get(_address(piece)), self._samples.get(_address(piece))
                 if sample is not None and not torch.equal(sample, _sample(piece)):
                     continue  # by numpy, say
                 if marks is None:
@@ -189,6 +196,13 @@ class Watch(TorchDispatchMode):
                     if not own.all():
                         return True
         return False
+
+    def was_written_elsewhere(self, name: str) -> bool:
+        """Whether torch counted writes to a stored tensor that were not made under the watch."""
+        tensor = self._stored[name]
+        return name in self._elsewhere or (
+            _version(tensor) != self._versions[name] and self._changed.isdisjoint(_addresses(tensor))
+        )
 
     def give_up(self, error: Exception) -> None:
         """From here on nothing is known; the program goes on."""
@@ -215,6 +229,8 @@ class Watch(TorchDispatchMode):
     def _note(self, name: str, written: int) -> None:
         write = self.writes.get(name)
         if write is None:
+            if self.was_written_elsewhere(name):
+                self._elsewhere.add(name)
             pieces = plain(self._stored[name])
             size = sum(piece.numel() * piece.element_size() for piece in pieces)
             before = None
@@ -230,32 +246,26 @@ class Watch(TorchDispatchMode):
     ) -> None:
         if operation.reaches and self._placeholders and args[0].is_cpu and self._is_untouched(args[0]):
             for piece in plain(args[0]):
-                self._samples.setdefault(piece.untyped_storage()._cdata, _sample(piece))
+                self._samples.setdefault(_address(piece), _sample(piece))
         # What is copied from memory without values has none either.
         empty = operation.copies and bool(self._placeholders) and self._is_untouched(args[1] if written else args[0])
         if operation.makes_empty or (empty and not written and result.numel() == args[0].numel()):
             self.add_placeholder(result)
-        else:
+        elif not empty:
             for tensor in written:
                 for piece in plain(tensor):
-                    if not empty:
-                        self._mark(piece)
-                    elif self._is_placeholder(piece):
-                        address = piece.untyped_storage()._cdata
-                        self._placeholders[address] = self._placeholders[address][0], None
+                    self._mark(piece)
 
     def _is_placeholder(self, piece: torch.Tensor) -> bool:
-        address = piece.untyped_storage()._cdata
-        storage, noted = self._placeholders.get(address, (None, None))
+        storage, noted = self._placeholders.get(_address(piece), (None, 0))
         if storage is None or storage.expired():
             return False
-        # A version that changed without a write having been seen: another thread wrote.
-        return noted is None or address in self._written or version(piece) == noted
+        return _address(piece) in self._changed or _version(piece) == noted
 
     def _is_untouched(self, tensor: object) -> bool:
         pieces = plain(tensor) if isinstance(tensor, torch.Tensor) else []
         return bool(pieces) and all(
-            self._is_placeholder(piece) and piece.untyped_storage()._cdata not in self._written for piece in pieces
+            self._is_placeholder(piece) and _address(piece) not in self._written for piece in pieces
         )
 
     def _mark(self, piece: torch.Tensor) -> None:
@@ -275,9 +285,28 @@ class Watch(TorchDispatchMode):
             self._samples[storage._cdata] = _sample(piece)
 
 
-def _written(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def _version(tensor: torch.Tensor) -> int:
+    """How often torch has written to a tensor and its views, in whatever thread; not through `.data`.
+
+    0 where torch does not count, and on meta, where nothing can be lost.
+    """
+    return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
+
+
+def _address(piece: torch.Tensor) -> int:
+    """Of the object that stands for a plain tensor's memory, and tells it from all others while that lives."""
+    return int(piece.untyped_storage()._cdata)
+
+
+def _addresses(tensor: torch.Tensor) -> list[int]:
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    is_empty = is_plain and not tensor.numel() and not tensor.is_meta
+    return [_address(piece) for piece in ([tensor] if is_empty else plain(tensor))]
+
+
+def _changed(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    for place, name in operation.writes:
+    for place, name in operation.changes:
         value = args[place] if place < len(args) else kwargs.get(name)
         found += [value] if isinstance(value, torch.Tensor) else value or ()
     return found
