@@ -1,6 +1,6 @@
 """What tiedquiet costs as the report grows: 1 to 1,000,000 MISSING keys, 0 to 10,000 declared ties.
 
-    python benchmarks/report_scale.py                       # some ten minutes, 10 GB of memory at the last size
+    python benchmarks/report_scale.py                       # some ten minutes, 5 GB of memory at the last size
     python benchmarks/report_scale.py --max-keys 10000
 
 Each point is a real `from_pretrained` of a model of transformer-like layers (ten tensors each, in a module of its own)

@@ -13,6 +13,7 @@ import tiedquiet
 from tests.checkpoints import Printed, gpt2, holds, save, t5
 from tests.compat import cases
 from tiedquiet import Finding, LoadError, Verdict
+from tiedquiet.report import explanations
 
 
 def verdicts(model: torch.nn.Module) -> dict[str, Verdict]:
@@ -93,6 +94,12 @@ def test_untied_by_an_override_names_it(tmp_path: Path, printed: Printed) -> Non
         r"because DoesNothing.tie_weights \(.*cases.py:\d+\) does not tie it\. .*=repair or mend that method;",
         printed.loud[0],
     )
+
+
+def test_a_folder_called_accelerate_is_not_accelerate() -> None:
+    why = "because Model.tie_weights (/src/accelerate/modeling.py:3) does not tie it"
+    (line,) = explanations([Finding("head.weight", Verdict.UNTIED, "embed.weight", why, True)], list)
+    assert "set TIEDQUIET=repair or mend that method;" in line
 
 
 def test_untied_without_a_cause_says_that_the_config_asks_for_it(tmp_path: Path, printed: Printed) -> None:

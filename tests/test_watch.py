@@ -180,7 +180,7 @@ def test_entering_it_imports_no_compiler() -> None:
 
     code = """
 import sys, torch
-from tiedquiet.watch import Watch, _version
+from tiedquiet.watch import Watch
 with Watch({"a": torch.ones(2)}, protect=False):
     torch.empty(2).zero_()
 print("torch._dynamo" in sys.modules)

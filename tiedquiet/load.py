@@ -126,7 +126,8 @@ class Load:
         if not self.watch.was_entered:
             self.missing &= reported  # of an adapter; the base model's keys are not its business
         now = survey(model)
-        self._note_writes_elsewhere()
+        if not self._is_settled:  # what is written afterwards, `repair` writes
+            self._note_writes_elsewhere()
         self.lasting = {**self._clashes, **self._judge_stored(model, now), **self._judge_placeholders(now)}
         self._settled = {}
         findings = self._judge(model, now)

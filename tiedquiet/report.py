@@ -13,7 +13,7 @@ _AT_MOST = 8
 # What a cause of `untied` says, and what can be done about it.
 _CURES = {
     "tie_word_embeddings is false": "correct config.json",
-    "accelerate": "load it without disk offload",
+    "accelerate finds nothing": "load it without disk offload",
     "two threads": "load one after the other",
     "does not declare it": "declare it there",
     "does not tie it": "mend that method",

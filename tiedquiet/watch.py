@@ -178,20 +178,19 @@ class Watch(TorchDispatchMode):
     def add_placeholder(self, tensor: torch.Tensor) -> None:
         """Treat the memory of a tensor as allocated and not yet written."""
         for piece in plain(tensor):
-            storage = piece.untyped_storage()
-            self._placeholders[storage._cdata] = StorageWeakRef(storage), _version(piece)
+            self._placeholders[_address(piece)] = StorageWeakRef(piece.untyped_storage()), _version(piece)
 
     def is_unwritten(self, tensor: torch.Tensor) -> bool:
         """Whether some of the tensor's memory was allocated under the watch and has not been written since."""
         for piece in plain(tensor) if self._placeholders else ():
             if self._is_placeholder(piece):
-                storage = piece.untyped_storage()
-                marks, sample = self._written.get(_address(piece)), self._samples.get(_address(piece))
+                address = _address(piece)
+                marks, sample = self._written.get(address), self._samples.get(address)
                 if sample is not None and not torch.equal(sample, _sample(piece)):
                     continue  # by numpy, say
                 if marks is None:
                     return True
-                if marks.numel() == storage.nbytes() // piece.element_size():
+                if marks.numel() == piece.untyped_storage().nbytes() // piece.element_size():
                     own = marks.as_strided(piece.shape, piece.stride(), piece.storage_offset())
                     if not own.all():
                         return True
@@ -232,10 +231,10 @@ class Watch(TorchDispatchMode):
             if self.was_written_elsewhere(name):
                 self._elsewhere.add(name)
             pieces = plain(self._stored[name])
-            size = sum(piece.numel() * piece.element_size() for piece in pieces)
+            nbytes = sum(piece.numel() * piece.element_size() for piece in pieces)
             before = None
-            if len(pieces) == 1 and self._kept + size <= _MOST_KEPT:
-                self._kept += size
+            if len(pieces) == 1 and self._kept + nbytes <= _MOST_KEPT:
+                self._kept += nbytes
                 before = pieces[0].detach().to("cpu", copy=True)
             self.writes[name] = Write(_culprit(), written, before)
         elif written > write.size or not write.was_seen:
@@ -257,10 +256,11 @@ class Watch(TorchDispatchMode):
                     self._mark(piece)
 
     def _is_placeholder(self, piece: torch.Tensor) -> bool:
-        storage, noted = self._placeholders.get(_address(piece), (None, 0))
+        address = _address(piece)
+        storage, noted = self._placeholders.get(address, (None, 0))
         if storage is None or storage.expired():
             return False
-        return _address(piece) in self._changed or _version(piece) == noted
+        return address in self._changed or _version(piece) == noted
 
     def _is_untouched(self, tensor: object) -> bool:
         pieces = plain(tensor) if isinstance(tensor, torch.Tensor) else []
@@ -271,18 +271,18 @@ class Watch(TorchDispatchMode):
     def _mark(self, piece: torch.Tensor) -> None:
         if not self._is_placeholder(piece):
             return
-        storage = piece.untyped_storage()
-        elements, marks = storage.nbytes() // piece.element_size(), self._written.get(storage._cdata)
+        address, elements = _address(piece), piece.untyped_storage().nbytes() // piece.element_size()
+        marks = self._written.get(address)
         # Written whole; or through a view of another element size, after which nothing is claimed.
         if piece.numel() >= elements or (marks is not None and marks.numel() != elements):
-            del self._placeholders[storage._cdata]
-            self._written.pop(storage._cdata, None)
+            del self._placeholders[address]
+            self._written.pop(address, None)
             return
         if marks is None:
-            marks = self._written[storage._cdata] = torch.zeros(elements, dtype=torch.bool)
+            marks = self._written[address] = torch.zeros(elements, dtype=torch.bool)
         marks.as_strided(piece.shape, piece.stride(), piece.storage_offset()).fill_(True)
-        if storage._cdata in self._samples:  # what changes from here on changes unseen
-            self._samples[storage._cdata] = _sample(piece)
+        if address in self._samples:  # what changes from here on changes unseen
+            self._samples[address] = _sample(piece)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -299,6 +299,7 @@ def _address(piece: torch.Tensor) -> int:
 
 
 def _addresses(tensor: torch.Tensor) -> list[int]:
+    """Of all memory that a tensor lies in, also where it is a view of no elements: writing to it counts, too."""
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     is_empty = is_plain and not tensor.numel() and not tensor.is_meta
     return [_address(piece) for piece in ([tensor] if is_empty else plain(tensor))]
