@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from argparse import Namespace
@@ -59,6 +60,8 @@ ARMS: dict[str, dict[str, Any]] = {
         "student_steps": 4,
     },
 }
+# What --scaling measures: the two that the README recommends, a student of velocity and one of few steps.
+SCALED = ["compiled, checkpointing but attention, float8 teacher", "segments: compiled, checkpointing but attention"]
 # What gradients are held against: as plain, in less memory.
 REFERENCE = {False: "checkpointing", True: "segments: checkpointing"}
 HEAD, PATCH, CHANNELS = 128, (1, 2, 2), 16
@@ -69,10 +72,10 @@ def main() -> None:
     parser.add_argument("--shape", default="wan2.1-1.3b", help=f"one of {', '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps for each arm (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="which of them (default: all)")
+    parser.add_argument("--arms", nargs="+", help="which of them (default: all; with --scaling, the two recommended)")
     parser.add_argument("--student-blocks", type=int, help="of the student (default: half the teacher's)")
     parser.add_argument("--memory-limit", type=float, help="GiB that torch may hold; an arm that needs more says so")
-    parser.add_argument("--scaling", action="store_true", help="the last of the arms on more than one GPU")
+    parser.add_argument("--scaling", action="store_true", help="the arms on one GPU and on more")
     parser.add_argument(
         "--kinds", nargs="+", choices=["one", "ddp", "fsdp"], default=["one", "ddp", "fsdp"], help="with --scaling"
     )
@@ -81,6 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.shape not in SHAPES:
         stop(f"no shape {options.shape!r}; there are {', '.join(SHAPES)}")
+    options.arms = options.arms or (SCALED if options.scaling else list(ARMS))
     if unknown := [arm for arm in options.arms if arm not in ARMS]:
         stop(f"no arm {unknown[0]!r}; there are {'; '.join(ARMS)}")
     if options.rounds < 1:
@@ -433,32 +437,35 @@ def scaling(options: Any) -> None:
 
     found = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
     runs: list[dict[str, Any]] = []
-    for kind in options.kinds:
-        processes = 1 if kind == "one" else options.processes
-        if processes > found:
-            print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
-        elif run := launch(options, processes, kind):
-            runs.append(run)
+    for arm in options.arms:
+        for kind in options.kinds:
+            processes = 1 if kind == "one" else options.processes
+            if processes > found:
+                print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
+            elif run := launch(options, arm, processes, kind):
+                runs.append(run)
     if not runs:
         stop("nothing was measured")
-    one = next((run["tokens_per_s"] for run in runs if run["kind"] == "one"), None)
+    one = {run["arm"]: run["tokens_per_s"] for run in runs if run["kind"] == "one"}
     for run in runs:
-        run["ratio_to_one"] = run["tokens_per_s"] / one if one else None
-    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": ARMS[options.arms[-1]]}
+        run["ratio_to_one"] = run["tokens_per_s"] / one[run["arm"]] if run["arm"] in one else None
+    example = {arm: ARMS[arm] for arm in options.arms}
+    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": example}
     path = write(f"distill-scaling-{options.shape}", configuration, {"runs": runs}, options.out)
-    print("| | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| arm | | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for run in runs:
         ratio = f"{run['ratio_to_one']:.2f}" if run["ratio_to_one"] else ""
         print(
-            f"| {run['kind']} | {run['processes']} | {show(run['seconds'])} | {run['tokens_per_s']:,.0f} | {ratio} "
-            f"| {run['peak_gib']:.1f} | {run['communication']:.1%} | {run['communication_not_hidden']:.1%} |"
+            f"| {run['arm']} | {run['kind']} | {run['processes']} | {show(run['seconds'])} "
+            f"| {run['tokens_per_s']:,.0f} | {ratio} | {run['peak_gib']:.1f} "
+            f"| {run['communication']:.1%} | {run['communication_not_hidden']:.1%} |"
         )
     plot_scaling(path, runs, options.shape)
     print(path)
 
 
-def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
+def launch(options: Any, arm: str, processes: int, kind: str) -> dict[str, Any] | None:
     """One run under accelerate's launcher, whose output is shown; None if it failed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--num_processes", str(processes), "--mixed_precision", "bf16" if kind == "fsdp" else "no"]
@@ -472,13 +479,13 @@ def launch(options: Any, processes: int, kind: str) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command += [__file__, "--worker", str(answer), "--shape", options.shape, "--device", options.device]
-        command += ["--rounds", str(options.rounds), "--arms", options.arms[-1]]
+        command += ["--rounds", str(options.rounds), "--arms", arm]
         command += ["--student-blocks", str(options.student_blocks)]
         subprocess.run(command, env=environment, stdout=sys.stderr)
         if not answer.exists():
-            print(f"{kind}: failed, as told above", file=sys.stderr)
+            print(f"{arm}, {kind}: failed, as told above", file=sys.stderr)
             return None
-        return {"kind": kind, "processes": processes, **json.loads(answer.read_text())}
+        return {"arm": arm, "kind": kind, "processes": processes, **json.loads(answer.read_text())}
 
 
 def scaling_worker(options: Any) -> None:
@@ -553,18 +560,20 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [f"{run['kind']}, {run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in runs]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
-    speeds = axes[0].bar(names, [run["tokens_per_s"] for run in runs])
-    ratios = [run["ratio_to_one"] for run in runs]
-    axes[0].bar_label(speeds, [f"{ratio:.2f}x" if ratio else "" for ratio in ratios])
-    axes[0].margins(y=0.1)
-    axes[0].set(title="tokens per second")
-    axes[1].bar(names, [run["peak_gib"] for run in runs])
-    axes[1].set(title="peak memory per GPU, GiB")
-    axes[2].bar(names, [100 * run["communication"] for run in runs])
-    axes[2].bar(names, [100 * run["communication_not_hidden"] for run in runs], color="tab:red")
-    axes[2].set(title="communication", ylabel="% of a step (red: not hidden)")
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure, axes = plt.subplots(len(arms), 3, figsize=(11, 2.8 * len(arms) + 0.4), squeeze=False)
+    for row, arm in zip(axes, arms, strict=True):
+        ours = [run for run in runs if run["arm"] == arm]
+        names = [f"{run['kind']}\n{run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in ours]
+        speeds = row[0].bar(names, [run["tokens_per_s"] for run in ours])
+        row[0].bar_label(speeds, [f"{run['ratio_to_one']:.2f}x" if run["ratio_to_one"] else "" for run in ours])
+        row[0].margins(y=0.1)
+        row[0].set(title="tokens per second", ylabel=textwrap.fill(arm, 24))
+        row[1].bar(names, [run["peak_gib"] for run in ours])
+        row[1].set(title="peak memory per GPU, GiB")
+        row[2].bar(names, [100 * run["communication"] for run in ours])
+        row[2].bar(names, [100 * run["communication_not_hidden"] for run in ours], color="tab:red")
+        row[2].set(title="communication", ylabel="% of a step (red: not hidden)")
     figure.suptitle(f"one distillation step, {shape}")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)

@@ -177,11 +177,15 @@ def test_a_step_that_computes_nothing_is_not_timed(wrong: str, capsys: pytest.Ca
 
 
 def test_a_distillation_step_in_two_processes(tmp_path: Path) -> None:
-    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--arms", "plain"]
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    small += ["--arms", "plain", "segments: checkpointing"]
     done = run("distill_step", "--scaling", "--kinds", "one", "ddp", *small)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     runs = json.loads(path.read_text())["results"]["runs"]
-    assert [(run["kind"], run["processes"]) for run in runs] == [("one", 1), ("ddp", 2)]
-    assert runs[0]["ratio_to_one"] == 1
+    assert [(run["arm"], run["kind"], run["processes"]) for run in runs] == [
+        (arm, kind, count) for arm in small[-2:] for kind, count in (("one", 1), ("ddp", 2))
+    ]
+    assert [run["ratio_to_one"] for run in runs[::2]] == [1, 1]
+    assert runs[1]["ratio_to_one"] == runs[1]["tokens_per_s"] / runs[0]["tokens_per_s"]
     assert all(run["tokens_per_s"] > 0 for run in runs)
