@@ -51,6 +51,12 @@ ARMS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "attention",
         "teacher_attention": "float8",
     },
+    "compiled, checkpointing but attention, float8 teacher, flash3 student": {
+        "compile": True,
+        "gradient_checkpointing": "attention",
+        "teacher_attention": "float8",
+        "student_attention": "flash3",
+    },
     "compiled, float8 teacher": {"compile": True, "teacher_attention": "float8"},
     "segments: checkpointing": {"gradient_checkpointing": "blocks", "student_steps": 4},
     "segments: compiled": {"compile": True, "student_steps": 4},
@@ -59,9 +65,18 @@ ARMS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "attention",
         "student_steps": 4,
     },
+    "segments: compiled, checkpointing but attention, flash3": {
+        "compile": True,
+        "gradient_checkpointing": "attention",
+        "student_attention": "flash3",
+        "student_steps": 4,
+    },
 }
 # What --scaling measures: the two that the README recommends, a student of velocity and one of few steps.
-SCALED = ["compiled, checkpointing but attention, float8 teacher", "segments: compiled, checkpointing but attention"]
+SCALED = [
+    "compiled, checkpointing but attention, float8 teacher, flash3 student",
+    "segments: compiled, checkpointing but attention",
+]
 # What gradients are held against: as plain, in less memory.
 REFERENCE = {False: "checkpointing", True: "segments: checkpointing"}
 HEAD, PATCH, CHANNELS = 128, (1, 2, 2), 16

@@ -13,6 +13,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +39,7 @@ from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Expert, Teacher
-from tiedquiet.distill.speed import Float8Attention, speed_up
+from tiedquiet.distill.speed import SelfAttention, in_float8, speed_up
 from tiedquiet.distill.tiny import recipe
 from tiedquiet.distill.tiny.clips import PROMPTS
 from tiedquiet.distill.train import Distillation, distillation_loss, main, words_above_the_bar
@@ -480,24 +482,35 @@ def test_another_process_waits_for_the_first_to_say_it(
 
 
 @pytest.mark.parametrize(("capability", "words"), [((8, 0), "needs a Hopper GPU"), ((9, 0), "pip install fa3-fwd")])
-def test_attention_in_8_bits_needs(
+@pytest.mark.parametrize("asked", ["--teacher_attention float8", "--student_attention flash3 --mixed_precision bf16"])
+def test_other_kernels_need(
+    asked: str,
     capability: tuple[int, int],
     words: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The GPU that it runs on, and its kernels."""
+    """The GPU that they run on, and a package."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        main(["--teacher_attention", "float8", "--output_dir", str(tmp_path / "out")])
-    assert words in capsys.readouterr().err
+        main([*asked.split(), "--output_dir", str(tmp_path / "out")])
+    assert f"{' '.join(asked.split()[:2])}: needs " in (said := capsys.readouterr().err)
+    assert words in said
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
-    speed.check_float8()
+    speed.check_kernels(parse(DOC, asked.split()))
+
+
+def test_flash_attention_needs_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--student_attention", "flash3", "--output_dir", str(tmp_path / "out")])
+    assert (
+        "--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16" in capsys.readouterr().err
+    )
 
 
 def test_the_expert_is_chosen_by_timestep() -> None:
@@ -594,13 +607,13 @@ def test_what_gets_gradients_of_the_modulation_wrong_on_gpus_is_off_where_blocks
 
 
 class Counting(TorchDispatchMode):
-    """Counts forward attention over all pairs of tokens, and products that give fewer numbers than they take."""
+    """Counts forward attention, and products that give fewer numbers than they take."""
 
     attention = narrowing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "scaled_dot_product" in str(func) and "backward" not in str(func):
-            self.attention += args[0].shape[-2] == args[1].shape[-2]
+            self.attention += 1
         if str(func) == "aten.addmm.default":  # backward there is no bias to add
             self.narrowing += args[2].shape[0] == 192
         return func(*args, **(kwargs or {}))
@@ -610,7 +623,8 @@ class Counting(TorchDispatchMode):
 def test_what_is_computed_again(checkpointing: str | None, again: int) -> None:
     with Counting() as counting:
         step(parse(DOC, []), checkpointing)
-    assert counting.attention == counting.narrowing == 6 + 4 + again  # six blocks of the teacher, four of the student
+    assert counting.narrowing == 6 + 4 + again  # six blocks of the teacher, four of the student
+    assert counting.attention == 2 * counting.narrowing  # to all tokens, and to the text
 
 
 def test_attention_in_8_bits_is_close_to_the_teachers_own() -> None:
@@ -625,10 +639,42 @@ def test_attention_in_8_bits_is_close_to_the_teachers_own() -> None:
     with torch.no_grad():
         native = frozen(*inputs, return_dict=False)[0]
         for block in frozen.blocks:
-            block.attn1.set_processor(Float8Attention(attend))
+            block.attn1.set_processor(SelfAttention(partial(in_float8, attend)))
         rounded = frozen(*inputs, return_dict=False)[0]
     error = (rounded - native).norm() / native.norm()
     assert 0 < error < 0.05, error
+
+
+def test_self_attention_by_other_kernels_is_self_attention() -> None:
+    learner = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
+    inputs = torch.randn(2, 16, 3, 8, 8), torch.tensor([900.0, 950.0]), torch.randn(2, 16, 64)
+
+    def attend(*tensors: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(*(t.transpose(1, 2) for t in tensors)).transpose(1, 2)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        learner.zero_grad()
+        learner(*inputs, return_dict=False)[0].square().mean().backward()
+        return {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
+
+    native = gradients()
+    for block in learner.blocks:
+        block.attn1.set_processor(SelfAttention(attend))
+    torch.testing.assert_close(gradients(), native)
+
+
+def test_flash_attention_is_traced_with_its_gradients() -> None:
+    """As the compiler sees it; what it computes, the benchmark of a step holds against torch's own on a GPU."""
+    with FakeTensorMode():
+        query = torch.randn(2, 24, 3, 16, requires_grad=True)
+        key, value = torch.randn(2, 24, 3, 16), torch.randn(2, 24, 3, 16, dtype=torch.bfloat16, requires_grad=True)
+        out = speed.flash3(query, key, value)
+        assert (out.shape, out.dtype) == (value.shape, torch.bfloat16)
+        out.sum().backward()
+        assert query.grad is not None
+        assert value.grad is not None
+        assert (query.grad.shape, query.grad.dtype) == (query.shape, torch.float32)
+        assert (value.grad.shape, value.grad.dtype) == (value.shape, torch.bfloat16)
 
 
 def test_guidance_distillation_learns_the_guided_velocity() -> None:

@@ -133,9 +133,11 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # Memory and speed.
     add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
-        help="compute the student's blocks again in the backward pass; attention: all but self-attention")  # fmt: skip
+        help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
         help="float8: self-attention's products in 8 bits; needs a Hopper GPU and the package fa3-fwd")  # fmt: skip
+    add("--student_attention", choices=["native", "flash3"], default="native",
+        help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
     add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")

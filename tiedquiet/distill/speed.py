@@ -1,4 +1,4 @@
-"""What makes a step fast or small: compiled blocks, what is computed again backward, the teacher's attention in 8 bits.
+"""What makes a step fast or small: compiled blocks, what is computed again backward, other kernels for attention.
 
 What each bought is measured by `benchmarks/distill_step.py`.
 """
@@ -20,25 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tiedquiet.distill.options import fail
 
 
-def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round (batch, tokens, heads, dim) to e4m3, which goes to 448; returns it and its scales, (batch, heads)."""
-    scale = (x.abs().amax(dim=(1, 3)).float() / 448).clamp(min=1e-12)
-    return (x / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale
-
-
-class Float8Attention(WanAttnProcessor):  # type: ignore[misc]
-    """Self-attention whose two products are of 8-bit numbers, for a transformer that only runs forward.
-
-    What all keys or all values have in common is taken out before rounding (https://arxiv.org/abs/2411.10958): softmax
-    does not see it in the keys, and of the values it is added again. Left in, it would grow so large in the product's
-    sum over all tokens that the sum lost the rest.
+class SelfAttention(WanAttnProcessor):  # type: ignore[misc]
+    """Self-attention as `WanAttnProcessor` has it, by other kernels.
 
     Args:
-        attend: FlashAttention-3 (https://arxiv.org/abs/2407.08608) or its like: takes query, key and value in e4m3,
-            (batch, tokens, heads, dim), and their scales, (batch, heads), as q_descale, k_descale and v_descale.
+        attend: takes query, key and value, (batch, tokens, heads, dim), and returns as much.
     """
 
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.attend = attend
 
@@ -50,40 +39,121 @@ class Float8Attention(WanAttnProcessor):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """As `WanAttnProcessor` where it is self-attention, but rounded once, after rotation."""
+        """As `WanAttnProcessor` where it is self-attention."""
         assert rotary_emb is not None
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         cos, sin = rotary_emb[0][..., 0::2], rotary_emb[1][..., 1::2]
         pairs = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (query, key))
         query, key = (torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2) for a, b in pairs)
-        common = value.mean(1, keepdim=True)
-        (query, q), (key, k), (value, v) = map(to_float8, (query, key - key.mean(1, keepdim=True), value - common))
-        out = self.attend(query, key, value, q_descale=q, k_descale=k, v_descale=v) + common
-        return cast(Tensor, attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states))))
+        out = self.attend(query, key, value).flatten(2).type_as(hidden_states)
+        return cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
 
 
-def check_float8() -> None:
-    """Stop unless the teacher's attention can be in 8 bits here.
+def in_float8(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention whose two products are of 8-bit numbers, for a transformer that only runs forward.
+
+    What all keys or all values have in common is taken out before rounding (https://arxiv.org/abs/2411.10958): softmax
+    does not see it in the keys, and of the values it is added again. Left in, it would grow so large in the product's
+    sum over all tokens that the sum lost the rest.
+
+    Args:
+        attend: takes query, key and value in e4m3, (batch, tokens, heads, dim), and their scales, (batch, heads), as
+            q_descale, k_descale and v_descale.
+        query: (batch, tokens, heads, dim), as `key` and `value`.
+        key: see `query`.
+        value: see `query`.
+    """
+    common = value.mean(1, keepdim=True)
+    (query, q), (key, k), (value, v) = map(to_float8, (query, key - key.mean(1, keepdim=True), value - common))
+    return attend(query, key, value, q_descale=q, k_descale=k, v_descale=v) + common
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round (batch, tokens, heads, dim) to e4m3, which goes to 448; returns it and its scales, (batch, heads)."""
+    scale = (x.abs().amax(dim=(1, 3)).float() / 448).clamp(min=1e-12)
+    return (x / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale
+
+
+@torch.library.custom_op("tiedquiet::attention", mutates_args=())
+def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # pragma: no cover - needs a GPU
+    """Attention by FlashAttention-3, and the logarithm of softmax's sums, (batch, heads, tokens)."""
+    from fa3_fwd_interface import flash_attn_func
+
+    out, sums = flash_attn_func(query, key, value, return_attn_probs=True)
+    return out, sums
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("tiedquiet::attention_backward", mutates_args=())
+def _backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover - needs a GPU
+    """cuDNN's, which needs of a forward pass only what every one gives: its result and the logarithms of its sums."""
+    tensors = [x.transpose(1, 2) for x in (gradient, query, key, value, out)]
+    undrawn = torch.zeros((), dtype=torch.int64, device=query.device)  # there is no dropout
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *tensors, sums.unsqueeze(-1), undrawn, undrawn, None, None, None, query.shape[1], key.shape[1], 0.0, False
+    )
+    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_forward.register_autograd(
+    lambda ctx, gradient, _: _backward(gradient.contiguous(), *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention in 16 bits, forward by FlashAttention-3 (https://arxiv.org/abs/2407.08608), backward by cuDNN.
+
+    Each is the faster one of the two on Hopper, of what can be installed as a package.
+
+    Args:
+        query: (batch, tokens, heads, dim), as `key` and `value`; of another type than `value`, it is cast to that.
+        key: see `query`.
+        value: see `query`; bfloat16 or float16.
+    """
+    return cast(Tensor, _forward(query.type_as(value), key.type_as(value), value)[0])
+
+
+def check_kernels(args: Namespace) -> None:
+    """Stop unless the attention that was asked for can run here.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        fail("--teacher_attention float8: needs a Hopper GPU, such as an H100")
-    if not find_spec("fa3_fwd_interface"):
-        fail("--teacher_attention float8: needs FlashAttention-3: pip install fa3-fwd")
+    asked = {"--teacher_attention": args.teacher_attention, "--student_attention": args.student_attention}
+    for flag, kernel in asked.items():
+        if kernel == "native":
+            continue
+        if kernel == "flash3" and args.mixed_precision != "bf16":
+            fail(f"{flag} {kernel}: computes in 16 bits, so it needs --mixed_precision bf16")
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+            fail(f"{flag} {kernel}: needs a Hopper GPU, such as an H100")
+        if not find_spec("fa3_fwd_interface"):
+            fail(f"{flag} {kernel}: needs FlashAttention-3: pip install fa3-fwd")
 
 
 def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what self-attention gave, 70 % of all arithmetic at 32,760 tokens; compute the rest again.
+    """Keep what attention gave, 70 % of all arithmetic at 32,760 tokens; compute the rest again.
 
     The feed-forward part's second product is kept as well: its sum runs over several times as many numbers as it gives,
     so no other result saves as much arithmetic for its memory.
     """
-    self_attention = "scaled_dot_product" in str(op) and args[0].shape[-2] == args[1].shape[-2]
     narrowing = str(op) in ("aten.mm.default", "aten.addmm.default") and args[-1].shape[0] > args[-1].shape[1]
-    return CheckpointPolicy.MUST_SAVE if self_attention or narrowing else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if "attention" in str(op) or narrowing else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpointed(forward: Callable[..., Tensor], **keep: Any) -> Callable[..., Tensor]:
@@ -97,7 +167,7 @@ def checkpointed(forward: Callable[..., Tensor], **keep: Any) -> Callable[..., T
 
 
 def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, args: Namespace) -> None:
-    """Choose the teacher's attention and what the student computes again backward; compile the blocks of both.
+    """Choose the attention of both and what the student computes again backward; compile the blocks of both.
 
     A block is told to checkpoint itself, so that what checkpoints is compiled with it, and what FSDP or a hook does
     around the block is not.
@@ -106,7 +176,10 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
         from fa3_fwd_interface import flash_attn_func
 
         for block in teacher.blocks:
-            block.attn1.set_processor(Float8Attention(flash_attn_func))
+            block.attn1.set_processor(SelfAttention(partial(in_float8, flash_attn_func)))
+    if args.student_attention == "flash3":  # pragma: no cover - needs a GPU
+        for block in student.blocks:
+            block.attn1.set_processor(SelfAttention(flash3))
     if args.gradient_checkpointing:
         keep: dict[str, Any] = {}
         if args.gradient_checkpointing == "attention":

@@ -66,7 +66,7 @@ from tiedquiet.distill.pipeline import (
     save_weights,
     write_pipeline,
 )
-from tiedquiet.distill.speed import check_float8, shard, speed_up
+from tiedquiet.distill.speed import check_kernels, shard, speed_up
 
 
 def distillation_loss(
@@ -334,8 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
     check(args, teacher.index, teacher.transformer, teacher.vae)
-    if args.teacher_attention == "float8":
-        check_float8()
+    check_kernels(args)
     experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
     names = [expert.name for expert in experts]
     clips = read_metadata(args) if args.train_data_dir else []
