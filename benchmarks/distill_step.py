@@ -620,9 +620,10 @@ def plot(path: Path, results: dict[str, Any], shape: str) -> None:
 
     arms = results["arms"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.6 * len(arms) + 1.6), sharey=True)
-    left.barh(list(arms), [arm["percent_of_ceiling"] for arm in arms.values()])
-    left.set(xlabel="useful arithmetic, % of the matrix-product ceiling", title=shape)
-    right.barh(list(arms), [arm["peak_gib"] for arm in arms.values()], color="tab:orange")
+    names = [textwrap.fill(name, 36) for name in arms]
+    left.barh(names, [arm["percent_of_ceiling"] for arm in arms.values()])
+    left.set(xlabel="useful arithmetic,\n% of the matrix-product ceiling", title=shape)
+    right.barh(names, [arm["peak_gib"] for arm in arms.values()], color="tab:orange")
     right.set(xlabel="peak memory, GiB")
     left.invert_yaxis()
     figure.tight_layout()
