@@ -8,7 +8,8 @@ Every run is `python -m tiedquiet.distill` with the tiny teacher and as many opt
 teacher's blocks, `half the blocks` half of them. The velocity student has all, and learns the guided velocity, so that
 it needs no guidance either; it is sampled at the teacher's number of steps and at four. What a student draws is held
 against its teacher's clips from the same seeds. What it cost to make the data and to train is counted in block passes,
-forward and twice that backward; seconds say something only where runs do not share a machine.
+forward and twice that backward; seconds say something only where runs do not share a machine. The pictures of each
+student's first run lie beside the results.
 """
 
 import json
@@ -64,10 +65,13 @@ def main() -> None:
         }
         for name in options.students
     }
+    pictures = {run["student"]: run.pop("picture") for run in reversed(runs)}  # of the first seed
     results = {"arms": table, "training": cost, "runs": runs}
     import torch  # noqa: F401 - so that the record names the GPU on which the runs trained
 
     path = write("distill-students", {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
+    for name, picture in pictures.items():
+        path.with_name(f"{path.stem}_{name.replace(' ', '-')}.png").write_bytes(picture)
     print(f"| | {' | '.join(m.replace('_', ' ') for m in MEASURES)} |\n| --- |{' ---: |' * len(MEASURES)}")
     for arm, measures in table.items():
         print(f"| {arm} | {' | '.join(cell(measures[m]) if m in measures else '' for m in MEASURES)} |")
@@ -88,7 +92,8 @@ def one(student: str, seed: int, passed: list[str]) -> dict[str, Any]:
         if done.returncode:
             stop(f"{student}, seed {seed}: failed, as told above")
         told = {"student": student, "seed": seed, **json.loads((out / "metrics.json").read_text())}
-        return {**told, "cost": passes(json.loads((out / "args.json").read_text()), out)}
+        cost = passes(json.loads((out / "args.json").read_text()), out)
+        return {**told, "cost": cost, "picture": (out / "samples.png").read_bytes()}
 
 
 def passes(args: dict[str, Any], out: Path) -> dict[str, int]:

@@ -148,6 +148,25 @@ def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None
     assert path.with_suffix(".png").exists()
 
 
+@pytest.mark.slow
+def test_the_control_of_two_students(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    small = ["--prompts_file", str(tmp_path / "prompts.txt"), "--max_train_steps", "1", "--samples_per_prompt", "1"]
+    out = tmp_path / "out"
+    done = run("distill_students", *small, "--seeds", "1", "--students", "segments", "velocity", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    passed = {arm: measured["block_passes"]["median"] for arm, measured in results["arms"].items()}
+    assert passed["teacher, 24 steps"] == 2 * passed["velocity: student, 24 steps"] == 288
+    assert passed["segments: student, 4 steps"] == passed["velocity: student, 4 steps"] == 24
+    # two experts, 32 samples: six blocks forward and, twice as dear, backward; the teacher is asked with guidance
+    cost = {name: spent["block_passes"]["training"] for name, spent in results["training"].items()}
+    assert cost == {"segments": 2 * 32 * 18, "velocity": 2 * 32 * (18 + 12)}
+    for student in ("segments", "velocity"):
+        assert path.with_name(f"{path.stem}_{student}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_one_wrong_gradient_is_not_lost_among_many() -> None:
     gradients = {
         f"blocks.{n}.{name}": torch.full((3,), 10.0**n) for n in range(4) for name in ("table", "ffn.0.weight")
