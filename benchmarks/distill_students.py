@@ -65,7 +65,9 @@ def main() -> None:
         }
         for name in options.students
     }
-    pictures = {run["student"]: run.pop("picture") for run in reversed(runs)}  # of the first seed
+    pictures: dict[str, bytes] = {}
+    for run in runs:
+        pictures.setdefault(run["student"], run.pop("picture"))  # of the first seed
     results = {"arms": table, "training": cost, "runs": runs}
     import torch  # noqa: F401 - so that the record names the GPU on which the runs trained
 

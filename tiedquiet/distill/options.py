@@ -197,6 +197,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
         fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
+    if args.student_attention == "flash3" and args.mixed_precision != "bf16":
+        fail("--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16")
     if args.validation_steps and not args.validation_prompts:
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:

@@ -138,8 +138,6 @@ def check_kernels(args: Namespace) -> None:
     for flag, kernel in asked.items():
         if kernel == "native":
             continue
-        if kernel == "flash3" and args.mixed_precision != "bf16":
-            fail(f"{flag} {kernel}: computes in 16 bits, so it needs --mixed_precision bf16")
         if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
             fail(f"{flag} {kernel}: needs a Hopper GPU, such as an H100")
         if not find_spec("fa3_fwd_interface"):
