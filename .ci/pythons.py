@@ -18,7 +18,7 @@ from tests.compat.__main__ import interpreter  # noqa: E402 - it is found from h
 
 OLDEST = (3, 10)
 ASK = "import sys; print(sys.implementation.name, *sys.version_info[:3])"
-TESTS = ["tests/test_startup.py", "tests/test_bare.py", "tests/test_ties.py"]
+TESTS = ["tests/test_startup.py", "tests/test_bare.py", "tests/proof/test_ties.py"]
 
 
 def others() -> dict[tuple[int, ...], str]:

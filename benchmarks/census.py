@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import tiny_models
+from benchmarks import census_resume, tiny_models
+from benchmarks.census_resume import LOUD
 from benchmarks.record import arguments, pins_of, stop, write
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that one class may take
-LOUD = ("untied", "overwritten", "unwritten", "ambiguous")
 # What must be 0: rows, then tensors and buffers, then words.
 COUNTED = (
     "hidden_wrongly",
@@ -52,6 +52,7 @@ COUNTED = (
     "cause_wrong",
     "said_nothing",
     "failed_because_of_it",
+    *census_resume.COUNTED,
 )
 
 
@@ -108,7 +109,7 @@ def main() -> int:
         "processor_seconds": round(own.ru_utime + own.ru_stime + theirs.ru_utime + theirs.ru_stime),
     }
     path = write(f"census-{transformers.__version__}", configuration, summary, options.out)
-    path.with_suffix(".md").write_text(table(transformers.__version__, summary))
+    path.with_suffix(".md").write_text(table(transformers.__version__, summary, records))
     print(row(["transformers", *COLUMNS.values()]), row(["---", *["---:"] * len(COLUMNS)]), sep="\n")
     print(row([transformers.__version__, *cells(summary["total"])]))
     print(path.with_suffix(".md"), file=sys.stderr)
@@ -261,6 +262,20 @@ def declared_sources(model: Any) -> dict[str, str]:
             if pairs[1] and len(pairs[0]) % len(pairs[1]) == 0:
                 sources.update(zip(pairs[0], pairs[1] * (len(pairs[0]) // len(pairs[1])), strict=True))
     return {target: source for target, source in sources.items() if target != source}
+
+
+def asked_for(model: Any) -> set[str]:
+    """The targets of declared ties that the declaring model's config asks for, and that of its text model allows."""
+    from transformers import PreTrainedModel
+
+    found = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PreTrainedModel) and module._tied_weights_keys:
+            inner = getattr(module.config, "text_config", None)
+            is_denied = getattr(inner, "tie_word_embeddings", None) is False
+            if getattr(module.config, "tie_word_embeddings", False) and not is_denied:
+                found |= {f"{prefix}.{name}" if prefix else name for name in declared_sources(module)}
+    return found
 
 
 def grouped(meant: dict[str, str]) -> list[set[str]]:
@@ -516,6 +531,11 @@ def census_of_class(cls: type[Any]) -> Iterator[dict[str, Any]]:
             Path(folder, "config.json").write_text(json.dumps(config))
             way.write(file, Path(folder))
             yield {**line, **census_of_load(saved, way, file, Path(folder), options)}
+    line = {"class": cls.__name__, "way": "resume"}
+    try:
+        yield {**line, **census_resume.census_of_resume(saved)}
+    except census_resume.NotTried as error:
+        yield {**line, "reason": f"transformers does not resume it: {reason(error.__cause__ or error)}"}
 
 
 # One load
@@ -658,6 +678,7 @@ class Truth:
 
         self.saved = saved
         self.way = way
+        self.in_file = set(file)
         self.model = model
         self.now = dict(model.state_dict(keep_vars=True))
         self.buffers = buffers_beside_the_state(model)
@@ -671,7 +692,10 @@ class Truth:
         self.clashes: list[str] = []
         # Merged or split tensors that transformers reads otherwise than it saved them.
         self.read_otherwise: list[str] = []
-        not_delivered = self.reported | {entry[0] for entry in info["mismatched_keys"]}
+        # Keys that the loader reported missing, and the names under which the file has their values all the same.
+        self.unread: dict[str, str] = {}
+        mismatched = {entry[0] for entry in info["mismatched_keys"]}
+        not_delivered = self.reported | mismatched
         base = f"{saved.model.base_model_prefix}." if way.tensors is base_model_s_file else ""
         for key, value in file.items():
             name = (
@@ -679,13 +703,14 @@ class Truth:
             )
             if name in self.now and name not in not_delivered:
                 self.stored[name] = value
+            elif name in self.reported - mismatched and self.now[name].shape == value.shape:
+                self.unread[name] = key
         # Of a merged or split tensor no file has the bytes: what the loader does not miss is then delivered, and
         # what it should be, the model that was saved tells; or what was read, where that was something else.
         not_delivered |= {name for group in saved.groups for name in group}
-        ignored = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
         places = {tensor.data_ptr() for name, tensor in self.now.items() if name in self.stored}
         for name in sorted(self.now.keys() - self.stored.keys() - not_delivered):
-            if not any(re.search(pattern, name) for pattern in ignored) and self.now[name].data_ptr() not in places:
+            if not self.needs_no_file(name) and self.now[name].data_ptr() not in places:
                 value = saved.state[name]
                 if way.tensors is in_bfloat16 and value.is_floating_point():
                     value = value.bfloat16()
@@ -693,6 +718,11 @@ class Truth:
                     self.read_otherwise.append(name)
                     value = read[name]
                 self.stored[name] = value
+
+    def needs_no_file(self, name: str) -> bool:
+        """Whether the class itself says so."""
+        patterns = [*(self.model._keys_to_ignore_on_load_missing or ()), *(self.model._keys_to_ignore_on_save or ())]
+        return any(re.search(pattern, name) for pattern in patterns)
 
     def value(self, name: str) -> Any:
         """What a forward pass would find under a name; None where that is nothing."""
@@ -760,11 +790,16 @@ class Truth:
             case "ambiguous":
                 rivals = [name for name in self.stored if name in found.why] or [found.key]
                 differ = any(not torch.equal(self.stored[n], self.stored[found.source]) for n in rivals)
-                return follows and differ and self.intact(found.source)
+                return (follows or found.key in self.stored) and differ and self.intact(found.source)
             case "overwritten":
                 # Of the code that writes in the other ways only transformers knows.
                 by_us = self.way.cls is subclass_of_version_4
                 return follows and (not by_us or f"._init_weights ({__file__}:" in found.why)
+            case "unread":
+                return self.unread.get(found.key) == found.source
+            case "missing":
+                # A guess at what it may be in the file is no more than that, but it has to be there.
+                return found.source is None or found.source in self.in_file
             case "unwritten":
                 return (found.why == "a buffer") is (found.key in dict(self.model.named_buffers()))
         return True
@@ -799,7 +834,7 @@ class Truth:
             for key in members:
                 if key not in self.stored:
                     verdict = self.verdict(key, stored)
-                    if verdict != "absent" or key not in found:
+                    if verdict != "missing" or key not in found:
                         found[key] = verdict
                 elif not self.intact(key) and any(self.one(key, name) and self.intact(name) for name in stored):
                     # Two names were one tensor before the load: the loader read both values into it, and the last
@@ -813,6 +848,27 @@ class Truth:
         for key in self.reported:
             if key not in found and (served := [name for name in self.stored if self.one(key, name)]):
                 found[key] = self.verdict(key, served)
+        return self.not_supplied(self.parted(found))
+
+    def parted(self, found: dict[str, str]) -> dict[str, str]:
+        """With the targets of ties that are asked for, of which both ends are stored, with two different values."""
+        import torch
+
+        for key in asked_for(self.model):
+            source = next((name for name in self.chain(key) if name in self.stored), None)
+            is_parted = key in self.stored and source is not None and not self.one(key, source)
+            if is_parted and key not in found and not torch.equal(self.stored[key], self.stored[source]):
+                found[key] = "ambiguous"
+        return found
+
+    def not_supplied(self, found: dict[str, str]) -> dict[str, str]:
+        """With what nothing supplied: the file has it under a name that nothing read, or it has nothing for it."""
+        for key in self.now.keys() - self.stored.keys():
+            if found.get(key, "missing") in ("missing", "untied") and not any(self.one(key, n) for n in self.stored):
+                if key in self.unread:
+                    found[key] = "unread"
+                elif found.setdefault(key, "missing") == "missing" and self.needs_no_file(key):
+                    del found[key]
         return found
 
     def asked_for_by_the_config(self) -> tuple[str, str] | None:
@@ -830,7 +886,7 @@ class Truth:
         import torch
 
         if not stored:
-            return "absent"
+            return "missing"
         followed = [name for name in stored if self.one(key, name)]
         if not followed:
             now = self.value(key)
@@ -873,7 +929,7 @@ COLUMNS = {
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    ways: dict[str, Counter[str]] = {way: Counter() for way in WAYS}
+    ways: dict[str, Counter[str]] = {way: Counter() for way in (*WAYS, "resume")}
     disagreements, without, not_seen = [], [], []
     clashes: dict[str, int] = {}
     padding: dict[str, int] = Counter()
@@ -925,6 +981,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
         "without_ties": sorted(without),
         "not_built_and_may_carry": sorted(not_seen),
         "unloaded": unloaded,
+        "resumed": census_resume.totals(records),
+        "resumed_with_a_loss": census_resume.by_class(records),
     }
 
 
@@ -936,7 +994,7 @@ def row(values: list[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def table(release: str, summary: dict[str, Any]) -> str:
+def table(release: str, summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
     lines = [
         f"## transformers {release}",
         "",
@@ -944,6 +1002,7 @@ def table(release: str, summary: dict[str, Any]) -> str:
         row(["---", *["---:"] * len(COLUMNS)]),
         *(row([way, *cells(count)]) for way, count in summary["ways"].items()),
         row(["all", *cells(summary["total"])]),
+        *census_resume.table(records),
     ]
     unloaded = {text: ", ".join(ways) for text, ways in summary["unloaded"].items()}
     for title, found in (

@@ -18,8 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _enabled() -> Iterator[None]:
-    with tiedquiet.enable("on"):
-        yield
+    tiedquiet.enable("on")
+    yield
+    tiedquiet.enable("on")
 
 
 @pytest.fixture

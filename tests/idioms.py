@@ -1337,6 +1337,9 @@ class Truth:
         ties: for each missing key, the stored keys that it is meant to be.
         perhaps: the same where that may be argued about.
         asked: missing keys that config or file ask to be tied.
+        missing: keys that the file has nothing for.
+        computed: buffers among them that have what their class computes.
+        parted: groups of stored keys that are meant to be one and have different values, in memory of their own.
     """
 
     lost: set[str] = field(default_factory=set)
@@ -1351,6 +1354,9 @@ class Truth:
     ties: dict[str, set[str]] = field(default_factory=dict)
     perhaps: dict[str, set[str]] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
+    parted: list[set[str]] = field(default_factory=list)
 
     def verdicts(self, file: Mapping[str, torch.Tensor]) -> dict[str, set[Verdict | None]]:
         """What may be said of each key; None stands for no word. Of all other keys there is nothing to say."""
@@ -1372,7 +1378,7 @@ class Truth:
             elif key in self.overlapping:
                 allowed[key] = {*Verdict, None} - {Verdict.TIED, Verdict.COPIED}
             elif not ends:
-                allowed[key] = {Verdict.ABSENT, None}
+                allowed[key] = {Verdict.MISSING}
                 if key in self.perhaps:
                     allowed[key] |= {Verdict.COPIED if self.equal.get(key) else Verdict.UNTIED}
             elif key in self.constant:
@@ -1385,6 +1391,10 @@ class Truth:
                 allowed[key] = {Verdict.UNTIED}
         for key in self.overlapping - allowed.keys():
             allowed[key] = {*Verdict, None} - {Verdict.TIED, Verdict.COPIED}
+        for key in self.missing - allowed.keys():
+            allowed[key] = {Verdict.MISSING, None} if key in self.computed else {Verdict.MISSING}
+        for key in {key for group in self.parted for key in group} - allowed.keys():
+            allowed[key] = {Verdict.AMBIGUOUS, None}
         for key in self.unwritten:
             allowed[key] = {Verdict.UNWRITTEN} | (allowed.get(key, set()) & {Verdict.UNTIED, Verdict.OVERWRITTEN})
         return allowed
@@ -1399,7 +1409,7 @@ class Truth:
             }
             answers.add(True if words <= LOUD else None if words & LOUD else False)
         # Two rivals have one finding between them: that some word is loud is certain, of which key is not.
-        return True if True in answers or self.rivals else None if None in answers else False
+        return True if True in answers or self.rivals or self.parted else None if None in answers else False
 
 
 def truth(
@@ -1413,7 +1423,7 @@ def truth(
     now = {key: value.detach() for key, value in model.state_dict(keep_vars=True).items()}
     right = reference.state_dict(keep_vars=True)
     where = {key: places(value) for key, value in now.items()}
-    missing = now.keys() - file.keys()
+    missing = found.missing = now.keys() - file.keys()
     found.lost = {key for key in file if is_lost(model, key, now[key], file[key])}
     found.rivals = {
         key
@@ -1444,6 +1454,7 @@ def truth(
             found.unwritten.add(key)
         if not same(buffers[key], expected[key]):
             found.wrong.add(key)
+    found.computed = {key for key in missing & buffers.keys() if same(buffers[key], expected[key])}
     for key in missing - buffers.keys():
         if never_written(now[key], right[key]):
             found.unwritten.add(key)
@@ -1453,6 +1464,10 @@ def truth(
             found.ties[key] = group & file.keys()
             if model.config.tie_word_embeddings or asked_by_file:
                 found.asked.add(key)
+        ends = group & file.keys()
+        differ = any(not same(file[a], file[b]) for a in ends for b in ends if file[a].shape == file[b].shape)
+        if model.config.tie_word_embeddings and differ and len({places(now[key]) for key in ends}) > 1:
+            found.parted.append(ends)
     spots = {key: places(value) for key, value in right.items()}
     for key in missing - found.ties.keys():
         if also := {s for s in file if spots[key] and spots[key] == spots[s]}:
@@ -1516,11 +1531,15 @@ def assert_agrees(proof: Proof, model: PreTrainedModel, found: Truth, file: Mapp
     for rival in found.rivals:
         group = {key for key in found.rivals if places(everything(model)[key]) == places(everything(model)[rival])}
         assert any(said.get(key) for key in group), (group, proof)
+    for ends in found.parted:
+        assert any(said.get(key) for key in ends), (ends, proof)
     intact = file.keys() - found.lost
     unchanged = [key for key in intact if same(everything(model)[key].detach(), file[key].to(everything(model)[key]))]
-    assert len({places(everything(model)[key]) for key in unchanged if key not in found.rivals}) <= proof.stored
+    of_parted = {key for ends in found.parted for key in ends}
+    sure = {places(everything(model)[key]) for key in unchanged if key not in found.rivals | of_parted}
+    assert len(sure) <= proof.stored
     assert proof.stored <= len(file.keys() - (found.lost - found.rivals))
-    if found.lost or found.unwritten or found.rivals:
+    if found.lost or found.unwritten or found.rivals or found.parted:
         assert not proof.ok
     if all(words <= CONFIRMED for words in allowed.values()):
         assert proof.ok

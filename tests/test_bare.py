@@ -71,5 +71,5 @@ def test_a_wrong_call_is_explained(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_what_is_known_without_torch_needs_none(package: str) -> None:
-    code = "import tiedquiet.ties, tiedquiet.verdict, tiedquiet.mode, tiedquiet.switch; print('well')"
+    code = "import tiedquiet.proof.ties, tiedquiet.verdict, tiedquiet.mode, tiedquiet.switch; print('well')"
     assert python("-c", code, without=(package,)).stdout == "well\n"

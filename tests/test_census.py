@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiedquiet.load import Load
 
 from benchmarks import census, tiny_models
 from tiedquiet import Finding, Verdict
-from tiedquiet.load import Load
 
 SAMPLE = """
     LlamaForCausalLM GPT2LMHeadModel Gemma3ForConditionalGeneration Qwen2VLForConditionalGeneration OPTForCausalLM

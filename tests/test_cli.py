@@ -10,9 +10,9 @@ import pytest
 from transformers import Trainer
 
 import tiedquiet
-from tests.test_patch import run
-from tiedquiet import patch
+from tests.doors.test_wrapping import run
 from tiedquiet.__main__ import main
+from tiedquiet.doors import wrapping
 
 
 def test_transformers_4_is_told(
@@ -42,7 +42,7 @@ def test_info_says_what_is_wrapped(capsys: pytest.CaptureFixture[str], monkeypat
     out = capsys.readouterr().out
     assert f"transformers {metadata.version('transformers')}" in out
     assert "mode: on (tiedquiet.enable)" in out
-    assert out.count(": wrapped\n") == len(patch.SEAMS)
+    assert out.count(": wrapped\n") == len(wrapping._seams)
     with monkeypatch.context() as changed:
         ours = Trainer.__dict__["_issue_warnings_after_load"]
         changed.setattr(Trainer, "_issue_warnings_after_load", functools.wraps(ours)(lambda *_: None))

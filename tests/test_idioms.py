@@ -8,6 +8,7 @@ import torch
 
 import tiedquiet
 from tests.checkpoints import Printed, printing
+from tests.gate.test_compare import compared
 from tests.idioms import (
     CONFIRMED,
     IDIOMS,
@@ -23,7 +24,6 @@ from tests.idioms import (
     same,
     truth,
 )
-from tests.test_compare import compared
 from tiedquiet import LoadError, Proof
 
 SEEN = [name for name, idiom in IDIOMS.items() if not idiom.blind]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.doors.test_wrapping import run
 from tests.programs import LINE, LOAD
-from tests.test_patch import run
 
 
 def test_visible_by_default_and_leaves_the_logger_as_it_was() -> None:
@@ -57,7 +57,7 @@ def test_only_rank_0_speaks(rank: str, seen: bool) -> None:
 @pytest.mark.parametrize(("rank", "seen"), [(0, True), (1, False)])
 def test_an_initialised_process_group_decides(rank: int, seen: bool) -> None:
     group = f"import torch.distributed as d\nd.is_initialized = lambda: True\nd.get_rank = lambda: {rank}\n"
-    done = run("import tiedquiet\nfrom tiedquiet.report import say\n" + group + "say(20, 'hello')")
+    done = run("import tiedquiet\nfrom tiedquiet.words import say\n" + group + "say(20, 'hello')")
     assert ("hello" in done.stderr) is seen
 
 
@@ -65,7 +65,7 @@ def test_no_line_is_lost_between_two_threads() -> None:
     code = """
 import logging, sys, threading, time
 import tiedquiet
-from tiedquiet.report import say
+from tiedquiet.words import say
 class Slow(logging.Filter):
     def filter(self, record):
         time.sleep(0.001)  # another thread's turn, in the middle of a line
@@ -81,7 +81,7 @@ for thread in threads: thread.join()
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_failure_is_told_by_rank_0_alone(rank: str) -> None:
-    fail = "import tiedquiet.load\ndef fails(*_, **__): raise KeyError('injected')\ntiedquiet.load.survey = fails\n"
+    fail = "import tiedquiet.proof.judge\ndef fails(*_, **__): raise KeyError('injected')\ntiedquiet.proof.judge.survey = fails\n"
     done = run("import tiedquiet\n" + LOAD.replace("path = ", fail + "path = "), RANK=rank)
     assert ("goes on without it: KeyError" in done.stderr) is (rank == "0")
     assert "LOAD REPORT" in done.stderr

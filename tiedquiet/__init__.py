@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tiedquiet import mode as _modes
-from tiedquiet.switch import switch as _switch
+from tiedquiet.switch import apply as _apply
 from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
 
 if TYPE_CHECKING:
@@ -19,18 +19,19 @@ __version__ = "0.2.0"
 
 
 class _Restore:
-    """Puts back the mode that was in force, when left as a context manager."""
+    """Takes a mode back when left as a context manager; inside, the mode is that of this context alone."""
 
-    def __init__(self, mode: _modes.Mode, origin: str) -> None:
-        self._mode, self._origin = mode, origin
+    def __init__(self, setting: _modes.Setting) -> None:
+        self._setting, self._before = setting, _modes.put(setting)
 
     def __enter__(self) -> None:
-        return None
+        _modes.enter(self._setting)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _switch(self._mode, self._origin)
+        _modes.leave(self._setting, self._before)
+        _apply()
 
 
 def enable(mode: str | None = None) -> _Restore:
@@ -40,36 +41,47 @@ def enable(mode: str | None = None) -> _Restore:
         mode: `on`, `repair`, `strict` or `off` (or a synonym that `TIEDQUIET` takes); None reads `TIEDQUIET`.
 
     Returns:
-        A context manager; leaving it restores the mode that was in force before this call.
+        A context manager. In a `with`, the mode is that of this context (thread, task) and of the threads started in
+        it, and leaving restores the mode that was in force before; without, it is the process's from here on.
 
     Raises:
         ValueError: the mode is none of these; the message lists them.
         LoadError: the mode is `strict`, and the transformers that is imported cannot be guarded.
     """
-    chosen, origin = _modes.from_environment() if mode is None else (_modes.parse(mode, "mode"), "tiedquiet.enable")
-    previous = _Restore(_modes.current, _modes.origin)
-    _switch(chosen, origin)
-    return previous
+    setting = (
+        _modes.from_environment() if mode is None else _modes.Setting(_modes.parse(mode, "mode"), "tiedquiet.enable")
+    )
+    restore = _Restore(setting)
+    _apply()
+    return restore
 
 
 def disable() -> None:
-    """Put transformers' own functions back. Harmless when there is nothing to put back."""
-    _switch("off", "tiedquiet.disable")
+    """Put the libraries' own functions back. Harmless when there is nothing to put back."""
+    _modes.put(_modes.Setting("off", "tiedquiet.disable"))
+    _apply()
 
 
 def check(model: "torch.nn.Module") -> Proof:
     """Say what is known of a loaded model.
 
     Args:
-        model: one that transformers loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`,
-            DDP or PEFT made of it, or a module that has several of them inside.
+        model: one that was loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`, DDP or PEFT
+            made of it, or a module that has several of them inside.
 
     Returns:
         A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false.
-    """
-    from tiedquiet import load, patch  # they import torch, which takes seconds and is needed only with a model
 
-    return load.proof(model, patch.inert_because())
+    Raises:
+        TypeError: it is a path; the message names the command that checks one.
+    """
+    if not hasattr(model, "named_modules"):
+        kind = type(model).__name__
+        raise TypeError(f"check takes a model, not {kind}; for files there is: python -m tiedquiet check PATH|HUB_ID")
+    from tiedquiet.doors import wrapping  # it imports torch, which takes seconds and is needed only with a model
+    from tiedquiet.proof import judge
+
+    return judge.proof(model, wrapping.inert_because())
 
 
 enable()

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 import tiedquiet
-from tiedquiet import gate, mode
-from tiedquiet.diagnosis import CannotCheck
+from tiedquiet import mode
+from tiedquiet.gate import command as gate
+from tiedquiet.gate.diagnosis import CannotCheck
 
 TESTED = "5.0.0 to 5.24.0"  # releases of transformers; tests/compat has the list
 
@@ -52,19 +54,21 @@ def _info() -> int:
     # Without these no model is loaded, and nothing is wrapped before they are imported.
     for name in ("transformers.modeling_utils", "transformers.trainer"):
         import_module(name)
-    from tiedquiet import patch
+    with suppress(ImportError):
+        import_module("peft.peft_model")
+    from tiedquiet.doors import wrapping
 
     for package, version in gate.versions().items():
         print(f"{package} {version or '(not installed)'}")
-    print(f"mode: {mode.current} ({mode.origin})")
+    print(f"mode: {(now := mode.setting()).mode} ({now.origin})")
     print(f"tested with transformers {TESTED}")
-    if reason := patch.inert_because():
+    if reason := wrapping.inert_because():
         print(reason)
         return 1
-    states = patch.states()
+    states = wrapping.states()
     for name, state, _ in states:
         print(f"{name}: {state}")
-    return int(mode.current != "off" and not all(well for _, _, well in states))
+    return int(mode.current() != "off" and not all(well for _, _, well in states))
 
 
 if __name__ == "__main__":

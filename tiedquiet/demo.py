@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tiedquiet
-from tiedquiet import patch
+from tiedquiet.doors import wrapping
 
 
 def demo() -> None:
@@ -33,7 +33,7 @@ def demo() -> None:
         UMT5EncoderModel,
     )
 
-    if reason := patch.inert_because():
+    if reason := wrapping.inert_because():
         sys.exit(f"tiedquiet: {reason}")
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()

@@ -1,6 +1,13 @@
-"""How tiedquiet was asked to behave: the mode in force, and the only reader of the environment."""
+"""How tiedquiet was asked to behave: the mode in force, and the only reader of the environment.
+
+A `with enable(...)` sets the mode of its context (`contextvars`), a plain call that of the process. A new thread begins
+with an empty context; so that a guard set around it holds there as well, the strictest mode in force anywhere counts
+where a context says nothing.
+"""
 
 import os
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["off", "on", "repair", "strict"]
@@ -12,9 +19,68 @@ _WORDS: dict[str, Mode] = {
     "repair": "repair",
     "strict": "strict",
 }
+_STRICTNESS: tuple[Mode, ...] = ("off", "on", "repair", "strict")
 
-current: Mode = "off"
-origin = "not enabled"
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One call of `enable` or `disable`."""
+
+    mode: Mode
+    origin: str
+
+
+_of_context: ContextVar[Setting | None] = ContextVar("tiedquiet", default=None)
+_of_process: list[Setting] = [Setting("off", "not enabled")]  # the last one counts
+_around: list[Setting] = []  # that of every context that is inside a `with`
+
+
+def setting() -> Setting:
+    """The setting that counts here."""
+    own = _of_context.get()
+    return own or max((_of_process[-1], *_around), key=lambda one: _STRICTNESS.index(one.mode))
+
+
+def current() -> Mode:
+    """The mode in force here."""
+    return setting().mode
+
+
+def is_on_somewhere() -> bool:
+    """Whether any context, or the process, has a mode other than `off`."""
+    return any(one.mode != "off" for one in (_of_process[-1], *_around))
+
+
+def put(chosen: Setting) -> Setting | None:
+    """Set the mode of the `with` around this call, or of the process where there is none; returns what gives way."""
+    before = _of_context.get()
+    if before is None:
+        _of_process.append(chosen)
+    else:
+        _replace(before, chosen)
+    return before
+
+
+def enter(chosen: Setting) -> None:
+    """Make the context's what was put for the process."""
+    if chosen in _of_process:
+        _of_process.remove(chosen)
+        _replace(None, chosen)
+
+
+def leave(chosen: Setting, before: Setting | None) -> None:
+    """Take a setting back, and give the context the one that it had before; harmless the second time."""
+    if chosen in _of_process:
+        _of_process.remove(chosen)
+    _replace(_of_context.get(), before)
+
+
+def _replace(old: Setting | None, new: Setting | None) -> None:
+    if old in _around:
+        _around.remove(old)
+    if new is not None:
+        _around.append(new)
+    _of_context.set(new)
 
 
 def parse(value: str, name: str = VARIABLE) -> Mode:
@@ -30,10 +96,10 @@ def parse(value: str, name: str = VARIABLE) -> Mode:
         raise ValueError(f"{name}={value!r} is not a mode of tiedquiet; valid values: {words}") from None
 
 
-def from_environment() -> tuple[Mode, str]:
+def from_environment() -> Setting:
     """The mode that `TIEDQUIET` asks for, and where that came from; unset or empty means `on`."""
     value = os.environ.get(VARIABLE, "")
-    return parse(value), f"{VARIABLE}={value}" if value else f"the default; {VARIABLE} is not set"
+    return Setting(parse(value), f"{VARIABLE}={value}" if value else f"the default; {VARIABLE} is not set")
 
 
 def is_main_process() -> bool:

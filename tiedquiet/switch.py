@@ -1,4 +1,4 @@
-"""On and off. All that `import tiedquiet` runs; the rest of the shim is imported along with transformers."""
+"""On and off. All that `import tiedquiet` runs; the rest of the shim is imported along with what it wraps."""
 
 import sys
 from types import ModuleType
@@ -7,26 +7,31 @@ import wrapt
 
 from tiedquiet import mode
 
-WRAPPED = ("transformers.utils.loading_report", "transformers.modeling_utils", "transformers.trainer")
+# Each module with functions that are wrapped, and the door that wraps them.
+DOORS = {
+    "transformers.utils.loading_report": "tiedquiet.doors.from_pretrained",
+    "transformers.modeling_utils": "tiedquiet.doors.from_pretrained",
+    "transformers.trainer": "tiedquiet.doors.trainer",
+    "peft.peft_model": "tiedquiet.doors.adapters",
+}
 
 _hooked = False
 
 
-def switch(new: mode.Mode, origin: str) -> None:
-    """Wrap transformers' functions, now or as soon as it is imported; with `off`, put the originals back.
+def apply() -> None:
+    """Wrap the libraries' functions, now or when they are imported; with `off` everywhere, put the originals back.
 
     Raises:
-        LoadError: the new mode is `strict`, and the transformers that is imported cannot be guarded.
+        LoadError: the mode in force is `strict`, and what is imported cannot be guarded.
     """
     global _hooked
-    mode.current, mode.origin = new, origin
-    if new == "off":
-        if "tiedquiet.patch" in sys.modules:
-            from tiedquiet import patch
+    if not mode.is_on_somewhere():
+        if "tiedquiet.doors.wrapping" in sys.modules:
+            from tiedquiet.doors import wrapping
 
-            patch.unwrap()
+            wrapping.unwrap()
         return
-    for name in WRAPPED:
+    for name in DOORS:
         if not _hooked:
             wrapt.register_post_import_hook(_on_import, name)
         elif name in sys.modules:
@@ -35,16 +40,17 @@ def switch(new: mode.Mode, origin: str) -> None:
 
 
 def _wrap(module: ModuleType) -> None:
-    from tiedquiet import patch
+    __import__(DOORS[module.__name__])
+    from tiedquiet.doors import wrapping
 
-    patch.wrap(module)
+    wrapping.wrap(module)
 
 
 def _on_import(module: ModuleType) -> None:
-    if mode.current != "off":
+    if mode.is_on_somewhere():
         try:
             _wrap(module)
-        except Exception as error:  # an import of transformers must not fail for it, unless a guard was asked for
-            if mode.current == "strict":
+        except Exception as error:  # an import must not fail for it, unless a guard was asked for
+            if mode.current() == "strict":
                 raise SystemExit(f"tiedquiet: {error}") from error
             print(f"tiedquiet stays off: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What can be true of a tensor after loading, and how it is handed over. No torch."""
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
@@ -9,11 +10,12 @@ class Verdict(str, Enum):
 
     TIED = "tied"
     COPIED = "copied"
+    UNREAD = "unread"
     UNTIED = "untied"
     OVERWRITTEN = "overwritten"
     UNWRITTEN = "unwritten"
     AMBIGUOUS = "ambiguous"
-    ABSENT = "absent"
+    MISSING = "missing"
     UNPROVEN = "unproven"
 
     __str__ = str.__str__
@@ -21,7 +23,7 @@ class Verdict(str, Enum):
 
 WELL = (Verdict.TIED, Verdict.COPIED)
 BUFFER = "a buffer"  # why something is unwritten
-LOUD = (Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
+LOUD = (Verdict.UNREAD, Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Finding:
     Attributes:
         key: the tensor's name in the model's state dict; empty where the finding is about the whole load.
         verdict: what was found.
-        source: the stored key that `key` follows, should follow, or lost to; None where there is none.
+        source: the stored key that `key` follows, should follow, or lost to; for `unread`, the name that the files
+            have for it (the first, where it is made of several). None where there is none.
         why: the cause, in words; empty where there is nothing to add.
         broken: whether `strict` stops for it. False for a head that nobody asked to tie.
+        cure: what to do about this cause, as a sentence without its full stop; empty where the verdict alone tells.
     """
 
     key: str
@@ -41,6 +45,7 @@ class Finding:
     source: str | None = None
     why: str = ""
     broken: bool = False
+    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,22 +54,41 @@ class Proof:
 
     Attributes:
         model: the name of its class.
-        stored: how many tensors were delivered by the checkpoint and are proven to have reached the model unchanged.
-        findings: one for each name that is not simply stored and unchanged, sorted by key.
+        stored: how many tensors of its state dict were read from the checkpoint, and held its values when the load had
+            ended.
+        findings: one for each name of which that cannot be said, sorted by key.
+        total: how many tensors its state dict had when it was loaded.
     """
 
     model: str
     stored: int
     findings: tuple[Finding, ...]
+    total: int = 0
 
     @property
     def ok(self) -> bool:
-        """Whether all that the checkpoint stored is held, and every tie holds. False where nothing is known."""
+        """Whether every tensor came from the checkpoint and every tie holds. False where nothing is known.
+
+        A tensor that its class says needs no file (`_keys_to_ignore_on_load_missing`) is not asked for.
+        """
         return all(finding.verdict in WELL for finding in self.findings)
 
+    @property
+    def missing(self) -> int:
+        """How many tensors the checkpoint has nothing for."""
+        return sum(finding.verdict is Verdict.MISSING for finding in self.findings)
+
+    @property
+    def unread(self) -> int:
+        """How many tensors the checkpoint has under another name, or in another form, and nothing read."""
+        return sum(finding.verdict is Verdict.UNREAD for finding in self.findings)
+
     def __str__(self) -> str:
-        count = "1 stored tensor is" if self.stored == 1 else f"{self.stored} stored tensors are"
-        lines = [f"{self.model}: {count} held unchanged; {'all is well' if self.ok else 'not all is well'}"]
+        count = Counter(finding.verdict for finding in self.findings)
+        came = self.stored + sum(count[verdict] for verdict in WELL)
+        said = [f"{came} of {self.total} tensor{'s' * (self.total != 1)} came from the checkpoint"]
+        said += [f"{count[verdict]} {verdict}" for verdict in Verdict if verdict not in WELL and count[verdict]]
+        lines = [f"{self.model}: {'; '.join(said)}; the load was {'' if self.ok else 'not '}sound"]
         for finding in self.findings:
             parts = [finding.verdict.value, finding.key, f"({finding.source})" if finding.source else "", finding.why]
             lines.append("  " + " ".join(filter(None, parts)))

@@ -37,7 +37,10 @@ RELEASES = {
 NEWEST = "newest"
 TESTS = [
     "tests/compat",
-    *(f"tests/test_{name}.py" for name in ("ties", "modes", "seams", "patch", "idioms", "watch_property", "faq")),
+    "tests/doors",
+    *(f"tests/proof/test_{name}.py" for name in ("ties", "names", "reading", "watch_property")),
+    "tests/test_idioms.py",
+    "tests/test_faq.py",
 ]
 
 

@@ -18,10 +18,9 @@ def start() -> None:
     _started = True
     try:
         __import__("tiedquiet")
-    except ValueError as error:  # the word is no mode
-        print(f"tiedquiet stays off: {error}", file=sys.stderr)
     except Exception:
-        # What it needs may lie in a folder that Python adds later: a virtual environment's system packages, say.
+        # What it needs may lie in a folder that Python adds later: a virtual environment's system packages, say. And a
+        # word that is no mode must not stop a program that never loads a model.
         sys.meta_path.insert(0, _AtTransformers())
 
 
@@ -37,6 +36,8 @@ class _AtTransformers:
             sys.meta_path.remove(self)
             try:
                 __import__("tiedquiet")
+            except ValueError as error:  # the word is no mode: a guard that was asked for is not lost by a typo
+                raise SystemExit(f"tiedquiet: {error}") from error
             except Exception as error:
                 if _word() == "strict":
                     raise SystemExit(f"tiedquiet: no guard, although TIEDQUIET=strict asks for one: {error}") from error

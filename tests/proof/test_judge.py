@@ -1,0 +1,133 @@
+"""One load without transformers around it: what no model of the other tests runs into."""
+
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import loading
+from tiedquiet import Verdict
+from tiedquiet.proof.judge import proof
+from tiedquiet.proof.repair import repair
+from tiedquiet.proof.watch import _operation
+
+
+class Pair(torch.nn.Module):
+    """Two names that are declared to be one tensor."""
+
+    _tied_weights_keys = {"b.weight": "a.weight"}  # noqa: RUF012
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(tie_word_embeddings=True, pad_token_id=None)
+        for name, weight in (("a", a), ("b", b)):
+            part = torch.nn.Module()
+            part.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.add_module(name, part)
+
+
+def judged(model: torch.nn.Module, missing: set[str], **how: Any) -> dict[str, Verdict]:
+    load = loading(model, missing, **how)
+    with load.watch:
+        findings = load.settle(model, missing)
+    return {finding.key: finding.verdict for finding in findings}
+
+
+def test_two_names_of_one_tensor_that_the_file_does_not_know_are_unproven() -> None:
+    model = Pair(torch.ones(2), torch.ones(2))
+    model.b = model.a
+    assert judged(model, set()) == {"a.weight": Verdict.UNPROVEN, "b.weight": Verdict.UNPROVEN}
+    values = {"a.weight": torch.ones(2), "b.weight": torch.zeros(2)}
+    assert judged(model, set(), read=values.get) == {"b.weight": Verdict.AMBIGUOUS}
+    assert judged(model, set(), read={**values, "b.weight": torch.ones(2)}.get) == {}
+
+
+def test_what_cannot_be_compared_is_unproven() -> None:
+    model = Pair(torch.ones(2), torch.ones(2).to_sparse())
+    assert judged(model, {"b.weight"}) == {"b.weight": Verdict.UNPROVEN}
+
+
+def test_a_tie_without_a_stored_end_does_not_hide_that_nothing_was_written() -> None:
+    model = Pair(torch.ones(2), torch.ones(2))
+    load = loading(model, {"a.weight", "b.weight"})
+    with load.watch:
+        model.a.weight = torch.nn.Parameter(torch.empty(2), requires_grad=False)
+        findings = load.settle(model, {"a.weight", "b.weight"})
+    assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.UNWRITTEN, "b.weight": Verdict.MISSING}
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data.t(), lambda data: data.view(torch.int32)], ids=["turned", "retyped"]
+)
+def test_another_view_of_the_same_memory_does_not_hold_what_was_stored(change: Any) -> None:
+    model = Pair(torch.arange(9.0).reshape(3, 3), torch.ones(2))
+    load = loading(model, set())
+    model.a.weight.data = change(model.a.weight.data)  # on a GPU the watch takes no notice of `.data`
+    with load.watch:
+        findings = load.settle(model, set())
+    assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.OVERWRITTEN}
+
+
+@pytest.mark.parametrize("then", [lambda weight: None, lambda weight: weight.mul_(1)])
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        (torch.ones(2), Verdict.OVERWRITTEN),
+        (torch.full((2,), 2.0), None),  # the same values again
+        (None, Verdict.UNPROVEN),
+        (torch.ones(2, 1), Verdict.UNPROVEN),  # converted while it was read
+    ],
+)
+def test_what_another_thread_wrote_is_held_against_the_file(
+    values: torch.Tensor | None, verdict: Verdict | None, then: Any
+) -> None:
+    model: Any = Pair(torch.ones(2), torch.ones(2))
+    model.config.tie_word_embeddings = False  # or the two ends, both stored, would differ
+    load = loading(model, set(), read={"a.weight": values}.get)
+    with load.watch:
+        writer = Thread(target=lambda: model.a.weight.add_(1))
+        writer.start()
+        writer.join()
+        then(model.a.weight)
+        findings = load.settle(model, set())
+    assert {f.key: f.verdict for f in findings} == ({"a.weight": verdict} if verdict else {})
+
+
+@pytest.mark.parametrize("why", ["file", "group"])
+def test_repair_leaves_what_would_lose_something(why: str) -> None:
+    model: Any = Pair(torch.arange(3.0), torch.ones(3))
+    missing, expected, places = {"b.weight"}, Verdict.UNTIED, {}
+    if why == "file":  # the stored end stays on disk, and its file is gone
+        model.a.weight = torch.nn.Parameter(torch.ones(3, device="meta"), requires_grad=False)
+        expected, places = Verdict.UNPROVEN, {"a.weight": {}}
+    else:  # two stored members differ, and none of them is what this one was declared tied to
+        model.c = torch.nn.Module()
+        model.c.weight = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+        model._tied_weights_keys = {"a.weight": "b.weight", "c.weight": "b.weight"}
+    load = loading(model, missing, protect=True, offloaded=places)
+    with load.watch:
+        findings, repaired = repair(load, model, load.settle(model, missing))
+    assert repaired == []
+    assert {finding.key: finding.verdict for finding in findings} == {"b.weight": expected}
+
+
+def test_a_file_that_went_away_while_it_was_repaired() -> None:
+    model: Any = Pair(torch.ones(3, device="meta"), torch.ones(3))
+    answers = [torch.arange(3.0)]
+    load = loading(model, {"b.weight"}, read=lambda _: answers.pop() if answers else None, protect=True)
+    with load.watch:
+        findings, repaired = repair(load, model, load.settle(model, {"b.weight"}))
+    assert repaired == []
+    assert findings[0].verdict is Verdict.UNPROVEN
+
+
+def test_an_operator_without_a_schema_is_let_through() -> None:
+    assert _operation(torch.ops.higher_order.cond) is None
+
+
+def test_a_load_that_was_not_settled_proves_nothing() -> None:
+    model = Pair(torch.ones(2), torch.ones(2))
+    loading(model, set()).close(model)
+    assert not proof(model).ok

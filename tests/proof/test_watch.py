@@ -1,0 +1,279 @@
+"""The dispatch mode among others, and under errors; through real loads wherever a load can show it."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from transformers import initialization as init
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.idioms import IDIOMS, Idiom, IdiomConfig, Part, Tiny, dirty_memory, same
+from tiedquiet import Verdict
+from tiedquiet.proof.watch import Watch, _version
+
+
+def saved(folder: Path, name: str = "good citizen, lin.bias missing") -> Path:
+    folder.mkdir(exist_ok=True)
+    IDIOMS[name].save(folder)
+    return folder
+
+
+def verdicts(model: torch.nn.Module) -> dict[str, Verdict]:
+    return {finding.key: finding.verdict for finding in tiedquiet.check(model).findings}
+
+
+class Raises(Tiny):
+    """An initialiser that tries something and does without it."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, torch.nn.Linear) and module.bias is not None and not module.bias.is_meta:
+            with pytest.raises(RuntimeError, match="must match the size"):
+                module.bias.data.add_(torch.ones(3))
+            Raises.tried += 1
+
+    tried = 0
+
+
+@pytest.mark.parametrize("mode", ["on", "repair"])
+def test_an_operation_that_raises_raises_as_before(mode: str, tmp_path: Path, printed: Printed) -> None:
+    before = Raises.tried
+    with tiedquiet.enable(mode):
+        Raises.from_pretrained(saved(tmp_path))
+    assert Raises.tried > before
+    assert not any("goes on without it" in line for line in printed.of("tiedquiet"))
+
+
+compiled = torch.compile(lambda tensor: init.zeros_(tensor), backend="eager")
+
+
+class Compiles(Tiny):
+    """Calls compiled code while it initialises."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.lin and not module.bias.is_meta:
+            compiled(module.bias)
+
+
+class UserMode(TorchDispatchMode):
+    """Somebody else's mode, around the load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("around", ["autocast", "inference", "mode", "compiled"])
+def test_loads_in_the_middle_of_other_things(around: str, tmp_path: Path, printed: Printed) -> None:
+    folder = saved(tmp_path)
+    mode = UserMode()
+    context: Any = {
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "inference": torch.inference_mode(),
+        "mode": mode,
+        "compiled": torch.no_grad(),
+    }[around]
+    with context:
+        model = (Compiles if around == "compiled" else Tiny).from_pretrained(folder)
+        assert _get_current_dispatch_mode() is (mode if around == "mode" else None)
+    assert Verdict.OVERWRITTEN not in verdicts(model).values()
+    assert printed.loud == [] or list(verdicts(model).values()) == [Verdict.UNWRITTEN], (
+        "5.2.0 leaves the bias unwritten"
+    )
+
+
+def test_side_by_side_two_threads_see_their_own_writes_only(tmp_path: Path, printed: Printed) -> None:
+    """Each under its own watch; what `from_pretrained` itself swaps for the whole process is left out."""
+    start, done = threading.Barrier(2), {}
+
+    def work(name: str) -> None:
+        tensors = {name: torch.ones(8)}
+        watch = Watch(tensors, protect=False)
+        with watch:
+            start.wait()
+            for _ in range(200):
+                tensors[name].add_(1)
+                torch.empty(4)
+            start.wait()
+        done[name] = watch
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: list(watch.writes) for name, watch in done.items()} == {"a": ["a"], "b": ["b"]}
+
+
+class ZeroesARowFirst(Tiny):
+    """As where a base class zeroes the row of the padding, and a class made from it draws all anew."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            module.weight.data[0].zero_()
+            self.draw(module)
+            module.weight.data[1].zero_()
+
+    def draw(self, module: Part) -> None:
+        module.weight.data.normal_()
+
+
+def test_what_wrote_the_most_is_named(tmp_path: Path, printed: Printed) -> None:
+    Idiom(ZeroesARowFirst).save(tmp_path)
+    ZeroesARowFirst.from_pretrained(tmp_path)
+    assert "part.weight by ZeroesARowFirst.draw (" in printed.loud[0]
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+class InitialisesInThreads(Tiny):
+    """A pool draws the weights and computes the tables, several at a time."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, Part):
+            in_another_thread(lambda: module.weight.detach().normal_())
+            in_another_thread(lambda: module.mask.copy_(torch.arange(8) % 2.0))
+        else:
+            super()._init_weights(module)
+
+
+def test_a_stored_tensor_that_another_thread_wrote_to(tmp_path: Path, printed: Printed) -> None:
+    file = Idiom(InitialisesInThreads).save(tmp_path)
+    model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert verdicts(model) == {"part.weight": Verdict.OVERWRITTEN}
+    assert "LOST after they were read: part.weight by another thread or by compiled code" in printed.loud[0]
+    with tiedquiet.enable("repair"):
+        model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert same(model.part.weight.detach(), file["part.weight"])
+    assert tiedquiet.check(model).ok
+    assert (
+        "kept as stored, although written to by another thread or by compiled code: part.weight" in printed.confirmed[0]
+    )
+
+
+def test_memory_that_another_thread_wrote_to_is_not_called_unwritten(tmp_path: Path) -> None:
+    with dirty_memory():
+        InitialisesInThreads(IdiomConfig()).save_pretrained(tmp_path)
+        model = InitialisesInThreads.from_pretrained(tmp_path)
+    assert not model.part.mask.isnan().any()
+    assert "part.mask" not in verdicts(model)
+
+
+def test_entering_it_imports_no_compiler() -> None:
+    """Torch's own mode class imports torch._dynamo at the first operation, which takes a second."""
+    from tests.doors.test_wrapping import run
+
+    code = """
+import sys, torch
+from tiedquiet.proof.watch import Watch
+with Watch({"a": torch.ones(2)}, protect=False):
+    torch.empty(2).zero_()
+print("torch._dynamo" in sys.modules)
+"""
+    assert run(code).stdout.strip() == "False"
+
+
+def test_what_was_protected_stays_and_the_rest_of_the_operation_is_done() -> None:
+    stored, other = torch.ones(4), torch.ones(4)
+    watch = Watch({"stored": stored}, protect=True)
+    with watch:
+        assert stored.mul_(2) is stored
+        torch._foreach_mul_([stored, other], 3)
+        values, places = torch.empty(()), torch.empty((), dtype=torch.long)
+        torch.max(torch.tensor([1.0, 5.0]), 0, out=(values, places))
+        stored[1:3].zero_()
+        assert torch.add(other, 1, out=stored) is stored
+        stored.t_()
+    assert stored.tolist() == [1, 1, 1, 1]
+    assert other.tolist() == [3, 3, 3, 3]
+    assert (values.item(), places.item()) == (5, 1)
+    assert watch.error is None
+    assert "test_what_was_protected" in watch.writes["stored"].by
+
+
+def test_memory_of_another_element_size_is_not_claimed() -> None:
+    watch = Watch({}, protect=False)
+    with watch:
+        table = torch.empty(8)
+        table.view(torch.int16)[:4] = 1
+        untouched = torch.empty(8)
+    assert not watch.is_unwritten(table)
+    assert watch.is_unwritten(untouched)
+    assert watch.is_unwritten(untouched.to(torch.float64)) is False, "made after the watch"
+
+
+def test_what_is_copied_from_memory_without_values_has_none() -> None:
+    watch = Watch({}, protect=False)
+    with watch:
+        empty = torch.empty(4)
+        cast, twin, into = empty.to(torch.float64), empty.clone(), torch.empty(4)
+        into.copy_(empty)
+        padded = torch.nn.functional.pad(empty, (0, 0))
+        longer = torch.nn.functional.pad(empty, (0, 2))
+    assert all(map(watch.is_unwritten, (cast, twin, into, padded)))
+    assert not watch.is_unwritten(longer), "some of it is"
+
+
+def test_what_is_counted_as_a_write_and_writes_nothing_leaves_memory_without_values() -> None:
+    watch = Watch({}, protect=False)
+    with watch:
+        nothing, turned, sparse = torch.empty(4), torch.empty(2, 3), torch.empty(0).to_sparse()
+        nothing[:0].zero_()
+        turned.t_()
+        sparse.zero_()
+    assert watch.error is None
+    assert watch.is_unwritten(nothing)
+    assert watch.is_unwritten(turned)
+
+
+def test_values_that_are_too_many_to_keep_count_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiedquiet.proof.watch
+
+    monkeypatch.setattr(tiedquiet.proof.watch, "_MOST_KEPT", 0)
+    idiom = IDIOMS["WritesAndRestores"]
+    idiom.save(tmp_path)
+    assert Verdict.OVERWRITTEN in verdicts(idiom.cls.from_pretrained(tmp_path)).values()
+    idiom = IDIOMS["good citizen"]
+    idiom.save(tmp_path)
+    assert verdicts(idiom.cls.from_pretrained(tmp_path)) == {}
+
+
+class WantsMore(Tiny):
+    """Cannot be built from its config alone, and computes a buffer in `__init__`."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.arange(float(more)), persistent=False)
+
+
+def test_buffers_of_a_model_that_no_twin_can_be_built_of_stay_loud(tmp_path: Path, printed: Printed) -> None:
+    saved(tmp_path, "good citizen")
+    with tiedquiet.enable("repair"):
+        model = WantsMore.from_pretrained(tmp_path, more=3)
+    assert verdicts(model) == {"table": Verdict.UNWRITTEN}
+    assert "unwritten" in printed.loud[0]
+
+
+def test_writes_are_counted_through_every_view_and_where_torch_counts() -> None:
+    tensor = torch.ones(4)
+    before = _version(tensor)
+    tensor.detach()[1:].add_(1)
+    assert _version(tensor) > before
+    with torch.inference_mode():
+        uncounted = torch.ones(4).add_(1)
+    assert _version(uncounted) == _version(torch.ones(4, device="meta").add_(1)) == 0

@@ -1,0 +1,153 @@
+"""The door of peft: `PeftModel.load_adapter`, through which `PeftModel.from_pretrained` goes as well.
+
+The adapters that transformers loads itself come through its own functions (from_pretrained.py); what is asked of an
+adapter alone is asked here for both.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+from tiedquiet import mode, words
+from tiedquiet.doors.outcome import Outcome, say, told
+from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
+from tiedquiet.proof import names, record
+from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.reading import Reading
+from tiedquiet.proof.record import Record
+from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import Finding, Verdict
+
+_AT_MOST = 8  # names in a line
+
+
+def is_loading(model: Any) -> bool:
+    """Whether transformers is loading an adapter into a model, not the model itself."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def note_rest(reading: Reading, unread: names.Headers) -> None:
+    """Note the tensors of an adapter's files that no key was found for: every one of them was trained."""
+    claimed = {finding.source for finding in reading.found.values()}
+    rest = sorted(name for name in unread if name not in claimed)
+    if rest:
+        reading.found[""] = _unread(len(reading.checkpoint.headers), len(unread), rest)
+    if finding := _older(reading.checkpoint):
+        reading.found.setdefault("", finding)
+
+
+def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `PeftModel.load_adapter`: hold what it says of its keys against what the adapter's files hold."""
+    if mode.current() == "off":
+        return wrapped(*args, **kwargs)
+    versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
+    result = wrapped(*args, **kwargs)
+    outcome, failure = None, None
+    try:
+        bound = bind(wrapped, args, kwargs)
+        outcome = _judge(model, str(bound["model_id"]), str(bound["adapter_name"]), result, versions)
+    except Exception as error:
+        failure = stand_aside(error)
+    if outcome is not None:
+        say(outcome)
+        failure = outcome.failure
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str, tuple[int, int]]) -> Outcome:
+    base = model.get_base_model()
+    prefix = next(name for name, module in model.named_modules() if module is base) + "."
+    checkpoint = _checkpoint(where)
+    state = survey(base).state
+    # The names that the adapter has in the model, as the files have them: without the adapter's own.
+    in_files = {key: prefix + _without(adapter, key) for key in state if adapter in key.split(".")}
+    missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
+    if checkpoint.headers:
+        missing |= {k for k, n in in_files.items() if ".modules_to_save." in k and n not in checkpoint.headers}
+    known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
+    known.tensors = {key: ref(state[key]) for key in known.stored}
+    unread = {
+        key.removeprefix(prefix): checkpoint.headers[name]
+        for key in result.unexpected_keys
+        if (name := _without(adapter, key)) in checkpoint.headers
+    }
+    prefixes = names.by_prefix(unread, {key: state[key] for key in missing}, missing)
+    repaired = []
+    for key, name in (prefixes.names if prefixes else {}).items():
+        old, new = (part or "no prefix" for part in (prefixes.old, prefixes.new)) if prefixes else ("", "")
+        why = f"since the adapter has {old} where the model has {new}"
+        cure = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+        finding = Finding(key, Verdict.UNREAD, name, why, True, cure)
+        value = checkpoint.tensors[prefix + _without(adapter, name)]
+        if mode.current() == "repair" and copy_in_place(state[key], value()):
+            repaired.append(finding)
+            known.stored, known.missing = known.stored | {key}, known.missing - {key}
+            known.tensors[key] = ref(state[key])
+        else:
+            known.lasting[key] = finding
+    of_prefixes = set(prefixes.names.values()) if prefixes else set()
+    if rest := sorted(
+        key.removeprefix(prefix) for key in result.unexpected_keys if key.removeprefix(prefix) not in of_prefixes
+    ):
+        known.lasting[""] = _unread(len(checkpoint.headers), len(result.unexpected_keys), rest)
+    if (older := _older(checkpoint)) is not None:
+        known.lasting.setdefault("", older)
+    left = known.missing - known.lasting.keys()
+    findings = [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in sorted(left))]
+    outcome = told(model, where, findings, repaired, set(), known.total)
+    own = set(in_files.values()) | {prefix + key for key in in_files}
+    now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions and name not in own}
+    if changed := sorted(name for name, seen in now.items() if seen != versions[name]):
+        few = ", ".join(changed[:_AT_MOST]) + (
+            f" and {len(changed) - _AT_MOST} more" if len(changed) > _AT_MOST else ""
+        )
+        line = f"{words.name_of(model, where)}: it also changed tensors of the base model: {few}"
+        outcome.lines.append((logging.INFO, line))
+    known.settled = {finding.key: finding for finding in findings}
+    earlier = record.of(base)
+    record.leave(base, known if earlier is None else known.after(earlier))
+    return outcome
+
+
+def _unread(total: int, unread: int, rest: list[str]) -> Finding:
+    few = ", ".join(rest[:_AT_MOST]) + (f" and {len(rest) - _AT_MOST} more" if len(rest) > _AT_MOST else "")
+    of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
+    why = f"{of}; the model has no place for {few}"
+    return Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")
+
+
+def _older(checkpoint: Checkpoint) -> Finding | None:
+    """A finding on a `.safetensors` that was read although the `.bin` beside it was written later."""
+    for path in map(Path, checkpoint.files):
+        rival = path.with_suffix(".bin")
+        if path.suffix == ".safetensors" and rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1:
+            why = f"{path.name} was read, and {rival.name} beside it is newer and was not"
+            return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
+    return None
+
+
+def _checkpoint(where: str) -> Checkpoint:
+    """The adapter's files, where it is a folder."""
+    try:
+        checkpoint = of_folder(where, kind="adapter_model")
+        checkpoint.headers  # noqa: B018 (it opens the files)
+    except Exception:
+        return Checkpoint({})
+    return checkpoint
+
+
+def _without(adapter: str, key: str) -> str:
+    """A tensor's name in the adapter's files: without the adapter's own name, which peft puts in."""
+    return key.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "", 1)
+
+
+add(
+    Seam(
+        "peft.peft_model", "PeftModel", ("load_adapter",), (frozenset({"self", "model_id", "adapter_name"}),), _on_load
+    ),
+)

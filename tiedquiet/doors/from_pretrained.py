@@ -1,0 +1,227 @@
+"""The door of transformers' `from_pretrained`, and of its `load_adapter`, which goes through the same functions."""
+
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tiedquiet import mode
+from tiedquiet.doors import adapters
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude
+from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside
+from tiedquiet.proof import names
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.load import Load
+from tiedquiet.proof.reading import Reading, ask_headers, find_unread, needs_headers, read
+from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import Finding, Verdict
+
+
+def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_load_pretrained_model`: note what was read, and where it lies, before anything is initialised."""
+    result = wrapped(*args, **kwargs)
+    failure = None
+    # What cannot be watched afterwards is not judged.
+    if mode.current() != "off" and is_wrapped(_FINALIZE):
+        try:
+            if not _left_empty():
+                _note(wrapped, bind(wrapped, args, kwargs), result)
+        except Exception as error:
+            failure = stand_aside(error)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_finalize_model_loading`: watch what is done to the model between reading and the report."""
+    load, model, failure = None, None, None
+    with ExitStack() as entered:
+        try:
+            model = bind(wrapped, args, kwargs)["model"]
+            load = Load.of(model)
+            if load is not None:
+                entered.callback(load.close, model)
+                entered.enter_context(load.watch)
+        except Exception as error:
+            if load is None:
+                failure = stand_aside(error)
+            else:
+                load.watch.give_up(error)  # reported when the load is judged
+        result = wrapped(*args, **kwargs)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_move_missing_keys_from_meta_to_device`: it makes placeholders, perhaps a million of them."""
+    load = Load.of(model)
+    if load is None:
+        return wrapped(*args, **kwargs)
+    were_on_meta: set[str] = set()
+    try:
+        were_on_meta = load.on_meta(model)
+    except Exception as error:
+        load.watch.give_up(error)
+    with load.watch.aside():
+        result = wrapped(*args, **kwargs)
+    try:
+        load.note_placeholders(model, were_on_meta)
+    except Exception as error:
+        load.watch.give_up(error)
+    return result
+
+
+def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `log_state_dict_report`: the same report without the rows that are proven false."""
+    outcome, failure = None, None
+    try:
+        bound = bind(wrapped, args, kwargs)
+        load = Load.of(bound["model"]) if mode.current() != "off" else None
+        # transformers reports on a load that fails as well. An exception that the program was already handling when
+        # it began to load is no such failure.
+        if load is not None and sys.exc_info()[1] is load.in_flight:
+            outcome = _plan(load, bound)
+    except Exception as error:
+        failure = stand_aside(error)
+    result = carry_out(outcome, wrapped, args, kwargs)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> None:
+    """Note what was read; in `repair`, let transformers read what the files have under other names."""
+    model, config = bound["model"], bound["load_config"]
+    info, offloaded = result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
+    base = getattr(model, "base_model_prefix", "")
+    checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
+    quantised = config.hf_quantizer is not None
+    mended: list[Finding] = []
+    reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
+    if unread:
+        origins, prefixes = find_unread(model, reading, unread, config.weight_mapping or ())
+        to_disk = "disk" in (config.device_map or {}).values()
+        if mode.current() == "repair" and (origins or prefixes) and not quantised and not to_disk:
+            before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+            _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
+            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
+            mended = [finding for key, finding in before.items() if key in reading.held]
+            find_unread(model, reading, unread, config.weight_mapping or ())
+    load = Load(model, reading, protect=mode.current() == "repair")
+    load.mended = mended
+    if adapters.is_loading(model):
+        adapters.note_rest(reading, unread)
+
+
+def _read(
+    model: Any, info: Any, checkpoint: Checkpoint, offloaded: Any, config: Any, quantised: bool
+) -> tuple[Reading, names.Headers]:
+    """What was read, and what nothing read, if the loader left anything open."""
+    missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
+    reading = read(model, missing, checkpoint, offloaded)
+    reading.names_of = partial(_names_of, model, checkpoint, list(config.weight_mapping or ()))
+    unread: names.Headers = {}
+    if needs_headers(model, reading, info.unexpected_keys):
+        try:
+            unread = ask_headers(model, reading, list(config.weight_mapping or ()), quantised)
+        except (ValueError, OSError):  # GGUF, whose names are none of the model's
+            unread = {}
+    return reading, unread
+
+
+def _names_of(model: Any, checkpoint: Checkpoint, conversions: list[Any], key: str) -> tuple[str, ...]:
+    """The names that the files have for what was read into a key, if it was renamed."""
+    targets = names.targets(model, checkpoint.headers, survey(model).state, conversions)
+    return tuple(name for name, target in targets.items() if target == key)
+
+
+def _read_again(
+    wrapped: Callable[..., Any],
+    bound: dict[str, Any],
+    info: Any,
+    checkpoint: Checkpoint,
+    origins: dict[str, names.Origin],
+    prefixes: names.Prefixes | None,
+) -> None:
+    """Let transformers read what it left, as it reads everything: with its types, devices and conversions."""
+    model, config = bound["model"], bound["load_config"]
+    if prefixes is None:
+        mapping = names.conversions_of_native(model)
+        given = {name: checkpoint.tensors[name]() for origin in origins.values() for name in origin.names}
+    else:
+        mapping = []
+        given = {key: checkpoint.tensors[name]() for key, name in prefixes.names.items()}
+    used = list(getattr(model, "_weight_conversions", None) or ())
+    more = wrapped(
+        **{
+            **bound,
+            "state_dict": given,
+            "checkpoint_files": None,
+            "load_config": replace(config, weight_mapping=mapping),
+        }
+    )
+    more = more[0] if isinstance(more, tuple) else more
+    model._weight_conversions = [*used, *getattr(model, "_weight_conversions", ())]
+    info.missing_keys = info.missing_keys & more.missing_keys
+    reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
+    came_from = {n for o in origins.values() for n in o.names} | set(prefixes.names.values() if prefixes else ())
+    info.unexpected_keys = info.unexpected_keys - {reported.get(name, name) for name in came_from} - came_from
+
+
+def _plan(load: Load, bound: dict[str, Any]) -> Outcome:
+    info = bound.get("loading_info")
+    missing = (info.missing_keys if info is not None else bound["missing_keys"]) or ()
+    named = bound if info is not None else vars(bound["load_config"])
+    outcome = conclude(load, bound["model"], named.get("pretrained_model_name_or_path"), set(missing))
+    if info is not None:
+        # The caller gets this very object back through `output_loading_info`.
+        info = copy.copy(info)
+        info.missing_keys = outcome.missing
+        outcome.arguments = {**bound, "loading_info": info}
+    else:
+        outcome.arguments = {**bound, "missing_keys": outcome.missing}
+    return outcome
+
+
+def _left_empty() -> bool:
+    """Whether this process has no weights yet: FSDP's RAM-efficient loading sends it those of the first one later."""
+    own = vars(sys.modules["transformers.modeling_utils"])
+    return bool(own.get("is_fsdp_enabled", bool)()) and not own.get("is_local_dist_rank_0", bool)()
+
+
+_FINALIZE = Seam(
+    "transformers.modeling_utils",
+    "PreTrainedModel",
+    ("_finalize_model_loading", "_finalize_load_state_dict"),
+    (frozenset({"model", "load_config"}),),
+    _on_finalize,
+)
+add(
+    Seam(
+        "transformers.utils.loading_report",
+        "",
+        ("log_state_dict_report",),
+        (frozenset({"model", "loading_info"}), frozenset({"model", "load_config", "missing_keys"})),
+        _on_report,
+    ),
+    Seam(
+        "transformers.modeling_utils",
+        "PreTrainedModel",
+        ("_load_pretrained_model",),
+        (frozenset({"model", "load_config"}),),
+        _on_read,
+    ),
+    _FINALIZE,
+    Seam(
+        "transformers.modeling_utils",
+        "PreTrainedModel",
+        ("_move_missing_keys_from_meta_to_device",),
+        (frozenset({"self"}),),
+        _on_move,
+    ),
+)

@@ -1,0 +1,103 @@
+"""What follows from the findings of a load, in each mode: repair, the lines, the rows that go, and the error."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiedquiet import mode, words
+from tiedquiet.doors.wrapping import stand_aside
+from tiedquiet.proof.load import Load
+from tiedquiet.proof.repair import repair
+from tiedquiet.verdict import WELL, Finding, LoadError, Verdict
+
+
+@dataclass
+class Outcome:
+    """What is to be done once a load has been judged.
+
+    Attributes:
+        missing: the missing keys that are not proven to be in the model after all.
+        lines: what to say, with its level.
+        failure: what to raise after that.
+        arguments: what to call the wrapped function with, where it is called anew.
+    """
+
+    missing: set[str] = field(default_factory=set)
+    lines: list[tuple[int, str]] = field(default_factory=list)
+    failure: LoadError | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def conclude(load: Load, model: Any, where: object, missing: set[str], in_place: bool = False) -> Outcome:
+    """Judge a load, repair what the mode says, and leave the record on the model.
+
+    Args:
+        load: the load.
+        model: the loaded model.
+        where: where the checkpoint lies.
+        missing: the keys that the loader is about to report.
+        in_place: whether every parameter has to stay the object that it is, since an optimizer may hold it.
+    """
+    findings = load.settle(model, missing)
+    repaired = list(load.mended)
+    if mode.current() == "repair":
+        findings, more = repair(load, model, findings, in_place)
+        repaired += more
+    outcome = told(model, where, findings, repaired, missing, load.known.total if load.known else 0)
+    load.close(model)
+    return outcome
+
+
+def told(
+    model: Any, where: object, findings: list[Finding], repaired: list[Finding], missing: set[str], total: int
+) -> Outcome:
+    """What there is to say of findings, and what is to be raised."""
+    mended = {finding.key for finding in repaired}
+    proven = [f for f in findings if f.verdict in WELL and f.key in missing]
+    broken = [f for f in findings if f.broken] if mode.current() == "strict" else []
+    name = words.name_of(model, where)
+    lines = [(logging.DEBUG, line) for line in words.unproven(findings)]
+    if confirmed := words.confirmation([f for f in proven if f.key not in mended], repaired, fold):
+        lines.append((logging.INFO, confirmed))
+    loud = [f for f in findings if f not in broken]
+    lines += [(logging.WARNING, line) for line in (*words.explanations(loud, fold, total), *words.hints(loud, fold))]
+    failure = None
+    if broken:
+        failure = LoadError(f"{name}: {'; '.join(words.explanations(broken, fold, total))}", tuple(broken))
+    filled = {f.key for f in repaired if f.verdict in (Verdict.UNWRITTEN, Verdict.UNREAD)}
+    left = missing - filled - {f.key for f in proven}
+    return Outcome(left, [(level, f"{name}: {line}") for level, line in lines], failure)
+
+
+def carry_out(
+    outcome: Outcome | None, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call the wrapped function as the outcome says, or as it was called; say the lines; raise what is to be raised."""
+    if outcome is None:
+        return wrapped(*args, **kwargs)
+    try:
+        result = wrapped(**outcome.arguments)
+    finally:
+        say(outcome)
+    if outcome.failure is not None:
+        raise outcome.failure
+    return result
+
+
+def say(outcome: Outcome) -> None:
+    """Say its lines."""
+    for level, line in outcome.lines:
+        try:
+            words.say(level, line)
+        except Exception as error:
+            stand_aside(error)
+
+
+def fold(names: list[str]) -> Iterable[str]:
+    """Fold numbered keys as the loading report does: `layers.{0, 1}...`."""
+    try:
+        return list(sys.modules["transformers.utils.loading_report"].update_key_name(names))
+    except Exception:
+        return names  # a private function of transformers: names that it cannot fold are given in full

@@ -1,0 +1,178 @@
+"""The door of transformers' `Trainer`: the resume of a run, and its best model.
+
+`save_pretrained` writes the published names. `Trainer` reads them back with `load_state_dict(..., strict=False)`,
+without the renaming and the conversion that `from_pretrained` makes: what has another name in the file keeps the values
+that it had. What the files would give by transformers' own rules is held against what was read, by names and shapes.
+"""
+
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from tiedquiet import mode, words
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude
+from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
+from tiedquiet.proof import names, record
+from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.load import Load
+from tiedquiet.proof.reading import Reading, find_unread, note_unread, read
+from tiedquiet.proof.record import Record
+from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import Finding, Verdict
+
+_WHY = "since Trainer reads a checkpoint without the renaming and conversion that from_pretrained makes"
+_CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pretrained has read from this checkpoint"
+
+
+@dataclass
+class _Resume:
+    """A call that is going on: the folder that it reads, and whether what it read was judged."""
+
+    folder: str
+    was_judged: bool = False
+
+
+_going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
+
+
+def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `Trainer._load_from_checkpoint`."""
+    folder = bind(wrapped, args, kwargs).get("resume_from_checkpoint")
+    return _around(wrapped, trainer, args, kwargs, folder)
+
+
+def _on_best_model(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `Trainer._load_best_model`."""
+    return _around(wrapped, trainer, args, kwargs, getattr(trainer.state, "best_model_checkpoint", None))
+
+
+def _around(
+    wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], folder: object
+) -> Any:
+    resume = _Resume(str(folder))
+    before = _going_on.set(resume)
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        _going_on.reset(before)
+    if mode.current() != "off" and not resume.was_judged and not _has_adapters(trainer.model):
+        how = next((name for name in ("deepspeed", "fsdp") if getattr(trainer, f"is_{name}_enabled", False)), "")
+        why = f"{resume.folder} was read by {how or 'code'} that tiedquiet does not look at"
+        record.leave(trainer.model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
+        words.say(logging.DEBUG, f"{words.name_of(trainer.model, resume.folder)}: unproven: {why}")
+    return result
+
+
+def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `Trainer._issue_warnings_after_load`: the same for what is still true of the two lists."""
+    outcome, failure = None, None
+    try:
+        if mode.current() != "off" and not _has_adapters(trainer.model):
+            resume = _going_on.get() or _Resume("")
+            resume.was_judged = True
+            outcome = _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
+    except Exception as error:
+        failure = stand_aside(error)
+    result = carry_out(outcome, wrapped, args, kwargs)
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
+    reading, mended = _read(model, folder, set(loaded.missing_keys))
+    load = Load(model, reading, is_resumed=True)
+    load.mended = mended
+    outcome = conclude(load, model, folder or "the Trainer's checkpoint", set(loaded.missing_keys), in_place=True)
+    read_since = {finding.key for finding in mended}
+    names_read = {name for key in read_since for name in reading.names_of(key)}
+    left = [key for key in loaded.missing_keys if key in outcome.missing]
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    if set(loaded.missing_keys) == ignored:
+        left = list(loaded.missing_keys)  # for exactly that set the Trainer ties again, and prints nothing
+    elif left and outcome.missing == ignored:
+        # The Trainer would take what is left for that set, and print nothing.
+        what = "not in the checkpoint, since the model's _keys_to_ignore_on_save keeps them out of it"
+        outcome.lines.append((logging.WARNING, f"{words.name_of(model, '')}: {what}: {left}"))
+    unexpected = [name for name in loaded.unexpected_keys if name not in names_read]
+    outcome.arguments = {"load_result": loaded._replace(missing_keys=left, unexpected_keys=unexpected)}
+    return outcome
+
+
+def _read(model: Any, folder: str, missing: set[str]) -> tuple[Reading, list[Finding]]:
+    """What was read of a folder, what it has and nothing read; in `repair`, that is read now, and returned."""
+    checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
+    headers, now = checkpoint.headers, survey(model)
+    if headers and now.is_plain:
+        missing |= now.state.keys() - headers.keys()  # an index may promise what no shard has
+    reading = read(model, missing, checkpoint)
+    for name, first, second in checkpoint.twice():
+        if name in reading.held:
+            why = f"{first} and {second} have different values for it, and the one read last stayed"
+            reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
+    if not headers.keys() - now.state.keys() or not reading.missing - reading.free:
+        return reading, []
+    done: dict[str, tuple[str, ...]] = {}
+    for conversions in (names.conversions_of(model), list(getattr(model, "_weight_conversions", None) or ())):
+        open_keys = reading.missing - reading.found.keys() - done.keys()
+        made = names.origins(model, headers, now.state, conversions) if open_keys else {}
+        made = {key: origin for key, origin in made.items() if key in open_keys}
+        note_unread(reading, made, _WHY, _CURE)
+        if mode.current() == "repair":
+            wanted = {name: headers[name] for origin in made.values() for name in origin.names}
+            for key, origin, value in names.converted(
+                model, wanted, now.state, conversions, lambda name: checkpoint.tensors[name]()
+            ):
+                if key in made and copy_in_place(now.state[key], value):
+                    done[key] = origin.names
+    used = {name for key in reading.found for name in done.get(key, (str(reading.found[key].source),))}
+    left = {name: header for name, header in headers.items() if name not in now.state and name not in used}
+    _, prefixes = find_unread(model, reading, left, cure="Set TIEDQUIET=repair to read them")
+    if prefixes is not None and mode.current() == "repair":
+        for key, name in prefixes.names.items():
+            if copy_in_place(now.state[key], checkpoint.tensors[name]()):
+                done[key] = (name,)
+    mended = [reading.found[key] for key in sorted(done)]
+    again = read(model, reading.missing - done.keys(), checkpoint)
+    again.found.update({key: finding for key, finding in reading.found.items() if key not in done})
+    again.likely, again.names_of = reading.likely, lambda key: done.get(key, ())
+    return again, mended
+
+
+def _checkpoint(folder: str, base: str) -> Checkpoint:
+    """The files that Trainer has just read; none, where they cannot be told."""
+    try:
+        checkpoint = of_folder(folder, base)
+        checkpoint.headers  # noqa: B018 (it opens the files)
+    except Exception:
+        return Checkpoint({})
+    return checkpoint
+
+
+def _has_adapters(model: Any) -> bool:
+    """Whether peft wrapped the model: of its adapters, another door tells."""
+    return isinstance(getattr(model, "peft_config", None), dict) and not isinstance(model, _model_class())
+
+
+def _model_class() -> type:
+    from transformers import PreTrainedModel
+
+    return PreTrainedModel  # type: ignore[no-any-return]
+
+
+add(
+    Seam(
+        "transformers.trainer",
+        "Trainer",
+        ("_load_from_checkpoint",),
+        (frozenset({"resume_from_checkpoint"}),),
+        _on_resume,
+    ),
+    Seam("transformers.trainer", "Trainer", ("_load_best_model",), (frozenset({"self"}),), _on_best_model),
+    Seam(
+        "transformers.trainer", "Trainer", ("_issue_warnings_after_load",), (frozenset({"load_result"}),), _on_warnings
+    ),
+)

@@ -1,0 +1,188 @@
+"""One way of wrapping for all doors: on and off, what is wrapped and by whom, and what happens where our code fails."""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from tiedquiet import mode, words
+from tiedquiet.verdict import LoadError
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function of a library that is wrapped.
+
+    Attributes:
+        module: where it lives.
+        owner: a class of that module, or empty for the module itself.
+        names: what it is called, in one release or another.
+        forms: sets of parameters; a function that has all of one set is understood.
+        hook: what is called in its place.
+    """
+
+    module: str
+    owner: str
+    names: tuple[str, ...]
+    forms: tuple[frozenset[str], ...]
+    hook: Callable[..., Any]
+
+    def __str__(self) -> str:
+        return ".".join(filter(None, (self.module, self.owner, self.names[0])))
+
+    def find(self) -> tuple[Any, str] | None:
+        """The object that has the function, and its name there; None where it is not in a form that is understood."""
+        owner = sys.modules.get(self.module)
+        owner = getattr(owner, self.owner, None) if self.owner else owner
+        for name in self.names:
+            if name in getattr(owner, "__dict__", ()):
+                parameters = set(inspect.signature(getattr(owner, name)).parameters)
+                return (owner, name) if any(form <= parameters for form in self.forms) else None
+        return None
+
+
+@dataclass
+class _Wrapping:
+    owner: Any
+    name: str
+    original: Any
+    wrapper: Any
+
+
+_seams: list[Seam] = []
+_wrappings: dict[Seam, _Wrapping] = {}
+_parameters: dict[str, list[str]] = {}  # of each wrapped function, asked once: a signature costs more than a verdict
+_said: set[str] = set()
+
+
+def add(*seams: Seam) -> None:
+    """Take in what a door wraps."""
+    _seams.extend(seams)
+
+
+def is_wrapped(seam: Seam) -> bool:
+    """Whether a seam is wrapped."""
+    return seam in _wrappings
+
+
+def wrap(module: ModuleType) -> None:
+    """Wrap the seams of a module that are not wrapped yet.
+
+    Raises:
+        LoadError: in `strict`, where a seam cannot be wrapped.
+    """
+    problem = inert_because()
+    for seam in _seams:
+        if not problem and seam.module == module.__name__ and seam not in _wrappings:
+            try:
+                if not _wrap(seam):
+                    problem = f"{seam} is not in a form that this release of tiedquiet knows; left untouched"
+            except Exception as error:
+                problem = f"{seam} cannot be wrapped: {error}"
+            if problem and mode.current() != "strict":
+                _say_once(logging.WARNING, problem)
+                problem = ""
+    if problem and mode.current() == "strict":
+        raise LoadError(f"no guard, although the mode is strict: {problem}")
+
+
+def unwrap() -> None:
+    """Put every original back that nobody else has wrapped since."""
+    for seam, wrapping in list(_wrappings.items()):
+        if not seam.owner:
+            _swap_copies(wrapping.name, wrapping.wrapper, wrapping.original)
+        if vars(wrapping.owner).get(wrapping.name) is wrapping.wrapper:
+            setattr(wrapping.owner, wrapping.name, wrapping.original)
+        if vars(wrapping.owner).get(wrapping.name) is wrapping.original:
+            del _wrappings[seam]
+        else:
+            _say_once(logging.INFO, f"{seam} was wrapped again by somebody else; tiedquiet's wrapper stays, inert")
+
+
+def inert_because() -> str:
+    """Why tiedquiet can do nothing with the transformers that is imported; empty where it can."""
+    version = str(getattr(sys.modules.get("transformers"), "__version__", "5"))
+    if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < 5:
+        return f"transformers {version} has no loading report; tiedquiet needs 5.0.0 or newer and is inert"
+    return ""
+
+
+def states() -> list[tuple[str, str, bool]]:
+    """For each seam: its name, what became of it, and whether all is well with it."""
+    found = []
+    for seam in _seams:
+        wrapping = _wrappings.get(seam)
+        if seam.module not in sys.modules:
+            found.append((str(seam), "not imported", True))
+        elif wrapping is None:
+            found.append((str(seam), "not wrapped: " + ("it is there" if seam.find() else "not understood"), False))
+        elif (now := vars(wrapping.owner).get(wrapping.name)) is wrapping.wrapper:
+            found.append((str(seam), "wrapped", True))
+        else:
+            found.append((str(seam), f"wrapped, and again by {_maker(now)}", True))
+    return found
+
+
+def _wrap(seam: Seam) -> bool:
+    found = seam.find()
+    if found is None:
+        return False
+    owner, name = found
+    original = vars(owner)[name]
+    wrapper = wrapt.FunctionWrapper(original, seam.hook)
+    setattr(owner, name, wrapper)
+    _wrappings[seam] = _Wrapping(owner, name, original, wrapper)
+    _parameters[name] = [p for p in inspect.signature(getattr(owner, name)).parameters if p != "self"]
+    if not seam.owner:
+        _swap_copies(name, original, wrapper)
+    return True
+
+
+def _swap_copies(name: str, old: object, new: object) -> None:
+    """Replace the copies that other modules of the library took with `from ... import`."""
+    library = f"{old.__module__.partition('.')[0]}."
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith(library) and getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
+
+
+def _maker(function: object) -> str:
+    wrapper = getattr(function, "_self_wrapper", function)
+    return str(getattr(wrapper, "__module__", None) or type(wrapper).__module__)
+
+
+# For the hooks
+
+
+def bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(_parameters[wrapped.__name__], args, strict=False)), **kwargs}
+
+
+def stand_aside(error: Exception) -> LoadError | None:
+    """Tell that tiedquiet failed; the load goes on as if it were not there.
+
+    Returns:
+        In `strict`, what is to be raised once the original has run: a guard that failed lets nothing pass.
+    """
+    what = f"{type(error).__name__}: {error}"
+    if mode.current() == "strict":
+        failure = LoadError(f"tiedquiet failed, and the mode is strict, so what was loaded is not proven: {what}")
+        failure.__cause__ = error
+        return failure
+    try:
+        words.say(logging.WARNING, f"tiedquiet failed and this load goes on without it: {what}")
+    except Exception:
+        return None
+    return None
+
+
+def _say_once(level: int, message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        words.say(level, message)

@@ -1,0 +1,198 @@
+"""A model held against its checkpoint's files, every byte: this sees what passes the watch by, or was read wrongly."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.judge import is_padding, proof_of
+from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.record import Record, loaded_name
+from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import WELL, Finding, Verdict
+
+Tensors = dict[str, torch.Tensor]
+Undo = Callable[[Tensors], Tensors]
+_PREFIX = 16  # elements that tell which tensors can be equal
+
+
+class Comparison(NamedTuple):
+    """What came out.
+
+    Attributes:
+        held: how many tensors of the model hold the files' bytes.
+        total: how many the checkpoint delivered.
+        buffers: how many of the model's tensors are in no state dict.
+        findings: those of the load, and what the comparison adds to them, sorted by key.
+    """
+
+    held: int
+    total: int
+    buffers: int
+    findings: list[Finding]
+
+
+def compare(model: torch.nn.Module, known: Record, checkpoint: Checkpoint, undos: Sequence[Undo]) -> Comparison:
+    """Compare each tensor that the checkpoint delivered with the files, one at a time.
+
+    Args:
+        model: a loaded model.
+        known: what is known of its load.
+        checkpoint: the files that it was loaded from.
+        undos: each gives tensors of the model, by name, back in the form and under the names that files have for them.
+
+    Returns:
+        What was found. Where the files cannot be read, that is a finding.
+    """
+    now = survey(model)
+    state = {loaded_name(name): tensor for name, tensor in now.state.items()}
+    findings = {finding.key: finding for finding in proof_of(model, known).findings}
+    lost = {key for key, finding in findings.items() if finding.verdict not in (*WELL, Verdict.UNPROVEN)}
+    names = sorted(known.stored & state.keys())
+    try:
+        checkpoint.tensors  # noqa: B018 (it opens the files)
+    except Exception as error:
+        why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
+        unread = Finding("", Verdict.UNPROVEN, None, why)
+        return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
+    comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undos)
+    found = [*comparing.run(), *comparing.rivals(state.keys())]
+    for name in comparing.held:
+        findings.pop(name, None)  # what could not be proven by watching is proven now
+    findings.update({finding.key: finding for finding in found})
+    for finding in list(findings.values()):
+        source = findings.get(finding.source or "")
+        if finding.verdict in WELL and source is not None and source.verdict not in WELL:
+            findings[finding.key] = Finding(finding.key, source.verdict, finding.source, source.why, source.broken)
+    return Comparison(len(comparing.held), len(names), len(now.others), [findings[key] for key in sorted(findings)])
+
+
+class _Comparing:
+    def __init__(self, model: torch.nn.Module, state: Tensors, checkpoint: Checkpoint, undos: Sequence[Undo]) -> None:
+        self._model, self._state, self._checkpoint, self._undo = model, state, checkpoint, undos[0]
+        self._undos = undos
+        self.held: set[str] = set()
+        self._claimed: set[str] = set()  # names in the files
+        self._prefixes: dict[tuple[int, torch.dtype], dict[bytes, list[str]]] = {}
+
+    def run(self) -> list[Finding]:
+        for name, tensor in self._state.items():
+            self._try_names({name: tensor}, [name])
+        for undo in self._undos:
+            self._undo = undo
+            self._go_back()
+        return [self._explain(name) for name in self._open()]
+
+    def _go_back(self) -> None:
+        # One at a time, as far as that goes: several tensors that were one in the file have to go back together.
+        for name in self._open():
+            back = self._undone([name])
+            self._try_names(back, [name])
+            if back and all(self._is_itself(name, tensor) for tensor in back.values()):  # at most renamed
+                self._try_content(name)
+        layers: dict[str, list[str]] = {}
+        for name in self._open():
+            layer = re.match(r".*?\.\d+\.", name)
+            layers.setdefault(layer[0] if layer else "", []).append(name)
+        for names in layers.values():
+            self._try_names(self._undone(names), names)
+
+    def rivals(self, own: Collection[str]) -> Iterator[Finding]:
+        """Findings on tensors that hold one of two that a file has for them, with a base model's prefix and without.
+
+        Args:
+            own: the names of all of the model's tensors; what has one of these is no other's rival.
+        """
+        for name in self.held:
+            keys = [key for key in self._checkpoint.names_of(name) if key == name or key not in own]
+            pieces = plain(self._state[name]) if len(keys) > 1 else []
+            if len(pieces) == 1:
+                won = [key for key in keys if same(pieces[0], self._checkpoint.tensors[key]())]
+                if won and len(won) < len(keys):
+                    rival = next(key for key in keys if key not in won)
+                    yield Finding(name, Verdict.AMBIGUOUS, won[0], f"not of {rival}: the file has both", True)
+
+    def _open(self) -> list[str]:
+        return [name for name in self._state if name not in self.held]
+
+    def _undone(self, names: list[str]) -> Tensors:
+        try:
+            return self._undo({name: self._state[name] for name in names})
+        except Exception:
+            return {}  # it wants more tensors than these, or cannot be undone
+
+    def _is_itself(self, name: str, tensor: torch.Tensor) -> bool:
+        ours = self._state[name]
+        return ours is tensor or (bool(plain(tensor) and plain(ours)) and ours.data_ptr() == tensor.data_ptr())
+
+    def _try_names(self, tensors: Tensors, names: list[str]) -> None:
+        """Take the names for held if the files have all of the tensors, which are these in the files' form."""
+        keys = {key for name, tensor in tensors.items() if (key := self._key_of(name, tensor)) is not None}
+        if tensors and len(keys) == len(tensors):
+            self._claimed |= keys
+            self.held |= set(names)
+
+    def _key_of(self, name: str, tensor: torch.Tensor) -> str | None:
+        """The name under which a file has the tensor, of those that its name in the model tells."""
+        pieces = plain(tensor) or ([] if tensor.is_meta or tensor.numel() else [tensor])
+        for key in self._checkpoint.names_of(name) if len(pieces) == 1 else ():
+            values = self._checkpoint.tensors[key]()
+            if same(pieces[0], values) or (name in self._state and is_padding(self._model, name, tensor, values)):
+                return key
+        return None
+
+    def _try_content(self, name: str) -> None:
+        pieces = plain(self._state[name])
+        if name in self.held or len(pieces) != 1 or any(self._checkpoint.names_of(name)):
+            return
+        tensor, kind = pieces[0], (pieces[0].numel(), pieces[0].dtype)
+        if kind not in self._prefixes:
+            self._prefixes[kind] = {}
+            for key, read in self._checkpoint.tensors.items():
+                if (values := read()).numel() == kind[0]:
+                    self._prefixes[kind].setdefault(_prefix(values, tensor.dtype), []).append(key)
+        for key in self._prefixes[kind].get(_prefix(tensor, tensor.dtype), ()):
+            if key not in self._claimed and same(tensor, self._checkpoint.tensors[key]()):
+                self._claimed.add(key)
+                self.held.add(name)
+                return
+
+    def _explain(self, name: str) -> Finding:
+        tensor, pieces = self._state[name], plain(self._state[name])
+        if tensor.is_meta:
+            return Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, or it has none")
+        if len(pieces) != 1:
+            return Finding(name, Verdict.UNPROVEN, None, f"a {type(tensor).__name__} does not show its values")
+        back = self._undone([name])
+        if not any(key for other in back for key in self._checkpoint.names_of(other)):
+            back = {name: tensor}  # 5.0.0 gives names back that are older than the file
+        for other, values in back.items():
+            key = next(self._checkpoint.names_of(other), None)
+            if key is None:
+                continue
+            stored = self._checkpoint.tensors[key]()
+            if stored.shape != values.shape or stored.is_floating_point() != values.is_floating_point():
+                kinds = [f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in (stored, values)]
+                return Finding(name, Verdict.UNPROVEN, None, f"the file has it as {kinds[0]}, the model as {kinds[1]}")
+            if len(back) == 1 and self._is_itself(name, values):
+                where = "the file" if key == name else f"{key} in the file"
+                why = f"differs from {where} in {_differing(values, stored):,} of {values.numel():,} elements"
+                return Finding(name, Verdict.OVERWRITTEN, name, why, True)
+            why = "transformers converted it while reading, and converted back it does not match the file"
+            return Finding(name, Verdict.UNPROVEN, None, why)
+        return Finding(name, Verdict.UNPROVEN, None, "no file holds these values, under this name or any other")
+
+
+def _prefix(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+    few = tensor.detach().reshape(-1)[:_PREFIX].to("cpu", dtype).contiguous()
+    return bytes(few.view(torch.uint8).tolist())
+
+
+def _differing(tensor: torch.Tensor, values: torch.Tensor) -> int:
+    ours, theirs = (
+        part.detach().to("cpu", tensor.dtype).reshape(-1).contiguous().view(torch.uint8).reshape(tensor.numel(), -1)
+        for part in (tensor, values)
+    )
+    return int((ours != theirs).any(1).sum())

@@ -1,0 +1,133 @@
+"""What a checkpoint's files hold, tensor by tensor."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tiedquiet.proof.memory import same
+
+# What a safetensors header calls the types that torch has (https://huggingface.co/docs/safetensors); no model has the
+# others, of less than a byte.
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Checkpoint:
+    """The tensors that a load reads from. Opened when they are first asked for, and each read when it is.
+
+    Args:
+        state_dict: the tensors themselves, where the caller handed them over.
+        files: paths of `.safetensors` or `.bin` files, where not.
+        base: the prefix that a model with a head puts before the names of its base model.
+    """
+
+    def __init__(
+        self, state_dict: Mapping[str, Any] | None = None, files: Sequence[str] | None = None, base: str = ""
+    ) -> None:
+        self.state_dict = state_dict
+        self.files = list(files or ())
+        self._base = f"{base}." if base else ""
+
+    @cached_property
+    def headers(self) -> dict[str, torch.Tensor]:
+        """Name, shape and type of each tensor, as a tensor on meta; no value is read.
+
+        Raises:
+            Exception: a file cannot be opened.
+        """
+        if self.state_dict is not None or not all(path.endswith(".safetensors") for path in self.files):
+            return {key: torch.empty_like(read(), device="meta") for key, read in self.tensors.items()}
+        return {key: header for path in self.files for key, header in _headers(path)}
+
+    @cached_property
+    def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """What reads each tensor, under the name that the file has for it; the last file of a name counts.
+
+        Raises:
+            Exception: a file cannot be opened.
+        """
+        if self.state_dict is not None:
+            return {key: partial(_itself, value) for key, value in self.state_dict.items() if torch.is_tensor(value)}
+        return dict(pair for path in self.files for pair in _open(path))
+
+    def twice(self) -> Iterator[tuple[str, str, str]]:
+        """Each name that two of the files have with different values, and those files; the second counts."""
+        found: dict[str, str] = {}
+        for path in self.files if len(self.files) > 1 else ():
+            for key in [key for key, _ in _headers(path)] if path.endswith(".safetensors") else dict(_open(path)):
+                if key in found and not _equal(key, found[key], path):
+                    yield key, Path(found[key]).name, Path(path).name
+                found[key] = path
+
+    def names_of(self, name: str) -> Iterator[str]:
+        """The names that files have for one of the model's tensors, unless they were renamed: its own comes first."""
+        for key in dict.fromkeys((name, name.removeprefix(self._base), self._base + name)):
+            if key in self.tensors:
+                yield key
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """The stored values of one of the model's tensors; None where no file has it under a name that can be told."""
+        key = next(self.names_of(name), None)
+        return None if key is None else self.tensors[key]()
+
+
+def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
+    """The checkpoint that `Trainer` and peft read from a folder: safetensors before pickle, whole before sharded.
+
+    Args:
+        folder: where it lies.
+        base: the prefix of the base model.
+        kind: `model`, or `adapter_model`.
+
+    Raises:
+        OSError, ValueError, KeyError: there is none, or its index cannot be read.
+    """
+    import json
+
+    pickle = "pytorch_model" if kind == "model" else kind
+    names = f"{kind}.safetensors", f"{pickle}.bin", f"{kind}.safetensors.index.json", f"{pickle}.bin.index.json"
+    path = next((path for name in names if (path := Path(folder, name)).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
+    if path.suffix != ".json":
+        return Checkpoint(None, [str(path)], base)
+    shards = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    return Checkpoint(None, [str(Path(folder, shard)) for shard in shards], base)
+
+
+def _headers(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            entry = file.get_slice(key)
+            yield key, torch.empty(entry.get_shape(), dtype=_TYPES.get(entry.get_dtype(), torch.uint8), device="meta")
+
+
+def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    if Path(path).suffix == ".safetensors":
+        file: Any = safe_open(path, "pt")  # mapped until the last reference to it goes
+        yield from ((key, partial(file.get_tensor, key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
+        return
+    if Path(path).suffix == ".gguf":
+        raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the form before torch 1.6 cannot be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    yield from ((key, partial(_itself, value)) for key, value in tensors.items() if torch.is_tensor(value))
+
+
+def _equal(key: str, *paths: str) -> bool:
+    one, other = (dict(_open(path))[key]() for path in paths)
+    return one.dtype is other.dtype and same(one, other)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,382 @@
+"""The judge: from what was read, what was seen since and the model as it is, to findings. It changes none of them.
+
+That two names share a tensor proves nothing: a module shared in `__init__` can be initialised anew after it was loaded,
+and then both names hold the same random values. So a stored tensor counts as held only if it lies where it was read to
+and nobody was seen to write there, or if it equals in full what was read.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from weakref import ref
+
+import torch
+
+from tiedquiet.proof import record
+from tiedquiet.proof.memory import Memory, holds, lies_at, plain, same
+from tiedquiet.proof.reading import Reading, by_object
+from tiedquiet.proof.record import Record
+from tiedquiet.proof.survey import Survey, embeddings, is_denied, is_moved, survey, ties
+from tiedquiet.proof.ties import Group
+from tiedquiet.proof.watch import Watch, Write
+from tiedquiet.verdict import BUFFER, Finding, Proof, Verdict
+
+Values = Callable[[str], "torch.Tensor | None"]
+_REPAIR = "If it should be one tensor, set TIEDQUIET=repair"
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_NOWHERE: Values = lambda name: None  # noqa: E731
+
+
+def judge(
+    model: torch.nn.Module, reading: Reading, watch: Watch, reported: set[str], is_resumed: bool = False
+) -> Record:
+    """Judge a load, now that it has ended.
+
+    Args:
+        model: the loaded model.
+        reading: what was read into it.
+        watch: what was seen since.
+        reported: the keys that the loader is about to report missing.
+        is_resumed: the checkpoint is one of this very model.
+
+    Returns:
+        What is known; its `settled` are the findings.
+
+    Raises:
+        Exception: what went wrong under the watch; after that nothing can be said.
+    """
+    if watch.error is not None:
+        raise watch.error
+    missing = reading.missing if watch.was_entered or is_resumed else reading.missing & reported
+    now = survey(model)
+    lost, grown = _judge_stored(model, reading, watch.writes, now)
+    known = Record(
+        reading.stored,
+        missing,
+        len(reading.stored) + len(missing),
+        reading.free & missing,
+        lasting={**reading.found, **lost, **_judge_placeholders(reading, missing, watch, now)},
+        grown=grown,
+        narrowed=set(reading.narrowed),
+        places=reading.offloaded,
+        likely=reading.likely,
+        reported=reported,
+        is_resumed=is_resumed,
+        files=list(reading.checkpoint.files),
+        tensors={name: ref(tensor) for name, tensor in now.state.items() if name in reading.held},
+        model=ref(model),
+    )
+    known.two_ends = {finding.key: finding for finding in _judge_two_ends(known, now)}
+    known.settled = {finding.key: finding for finding in _judge_now(model, known, now, reading.values)}
+    return known
+
+
+def proof(model: Any, inert: str = "") -> Proof:
+    """What is known of a model, or of those inside it: of `torch.compile`, DDP, PEFT, or a composite of several.
+
+    Args:
+        model: any object.
+        inert: why no load can have been seen.
+    """
+    found: list[tuple[str, Proof]] = []
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        known = record.of(module)
+        inside = any(name.startswith(outer) for outer, _ in found)
+        if known is not None and not inside:
+            found.append((f"{name}." if name else "", proof_of(module, known)))
+    if len(found) == 1:
+        return found[0][1]
+    findings = [
+        replace(finding, key=prefix + finding.key, source=finding.source and prefix + finding.source)
+        for prefix, part in found
+        for finding in part.findings
+    ]
+    if not found:
+        why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"
+        findings = [Finding("", Verdict.UNPROVEN, None, why)]
+    stored, total = (sum(getattr(part, what) for _, part in found) for what in ("stored", "total"))
+    return Proof(type(model).__name__, stored, tuple(findings), total)
+
+
+def proof_of(model: torch.nn.Module, known: Record) -> Proof:
+    """What is known of a model's own load, and what can be seen to have changed since. To train it is no change."""
+    now = survey(model)
+    for parts in (now.state, now.others):
+        for name, tensor in list(parts.items()):
+            parts.setdefault(record.loaded_name(name), tensor)
+    findings = {finding.key: finding for finding in _judge_now(model, known, now, _NOWHERE)}
+    findings.update(
+        (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
+    )
+    stored = len(known.stored - findings.keys())
+    return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _judge_now(model: Any, known: Record, now: Survey, values: Values) -> list[Finding]:
+    findings = {**known.two_ends, **known.lasting}
+    for finding in _judge_missing(model, known, now, values):
+        # A tie of which no end was stored does not explain why nothing was written to this one.
+        # And what the files have and nothing read is no tie that came apart.
+        known_of_it = findings.get(finding.key)
+        if known_of_it is None or (
+            Verdict.UNREAD is not known_of_it.verdict and finding.verdict is not Verdict.MISSING
+        ):
+            findings[finding.key] = finding
+    return [findings[key] for key in sorted(findings) if key in now.state or key in now.others or not key]
+
+
+# What was read
+
+
+def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
+    """The writes of which torch tells and the watch did not see: those of other threads."""
+    found = {}
+    for name, tensor in reading.held.items():
+        # If it was given other memory, that is compared in any case.
+        if watch.was_written_elsewhere(name) and lies_at(tensor, reading.read_to[name]):
+            values = reading.values(name)
+            if values is not None and values.shape != tensor.shape:
+                values = None  # it was converted while it was read
+            seen = watch.writes.get(name)
+            by = seen.by if seen and seen.was_seen else "by another thread or by compiled code"
+            found[name] = Write(by, 0 if values is None else tensor.numel(), values)
+    return found
+
+
+def _judge_stored(
+    model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey
+) -> tuple[dict[str, Finding], set[str]]:
+    """Findings on stored keys that no longer hold what was read; and the names of those that were made larger."""
+    found, grown = {}, set()
+    for name, tensor in reading.held.items():
+        read = reading.read_to[name]
+        current, write = now.state.get(name), writes.get(name)
+        if current is tensor and write is None and lies_at(current, read):
+            if current.is_meta and name not in reading.offloaded:
+                found[name] = Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
+            continue
+        if name in reading.offloaded:
+            continue  # its values stay on disk, and are read from there whenever they are needed
+        before = write.before if write else read
+        held = None if current is None or before is None else holds(current, before)
+        if current is None or (held is None and not (write and write.was_seen)):
+            found[name] = Finding(name, Verdict.UNPROVEN, None, "what became of its values cannot be told")
+        elif held:
+            if before is not None and current.numel() > before.numel():
+                grown.add(name)
+        elif before is None or not is_padding(model, name, current, before):
+            by = write.by if write else "by another tensor that took its place"
+            found[name] = Finding(name, Verdict.OVERWRITTEN, name, by, True)
+    return found, grown
+
+
+def _judge_placeholders(reading: Reading, missing: set[str], watch: Watch, now: Survey) -> dict[str, Finding]:
+    """Findings on memory that was allocated while the model was loaded, and never written."""
+    on_disk = any(read.is_meta for read in reading.read_to.values())
+    tensors = {**{key: now.state[key] for key in missing if key in now.state}, **now.others}
+    return {
+        name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)
+        for name, tensor in tensors.items()
+        if watch.is_unwritten(tensor) or (tensor.is_meta and not on_disk and name in now.others)
+    }
+
+
+def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator[Finding]:
+    """Findings on what can be seen to have changed since the load; of a copy, none."""
+    if known.model is None or known.model() is not model:
+        return  # a copy has tensors of its own
+    for name in sorted(known.stored):
+        tensor = now.state.get(name)
+        if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in _ORDINARY):
+            continue  # accelerate holds the values elsewhere, FSDP has parted them
+        if tensor is None:
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has been taken out of the model since")
+        elif tensor.is_meta:
+            yield Finding(
+                name, Verdict.UNPROVEN, None, "it was read, and has been put on meta since, where nothing has values"
+            )
+        elif known.tensors[name]() is not tensor:
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and another tensor has taken its place since")
+        elif name in known.narrowed and tensor.isinf().any():
+            why = f"it has infinite values in {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
+            yield Finding(name, Verdict.UNPROVEN, None, why)
+
+
+# What was not
+
+
+def _judge_missing(model: Any, known: Record, now: Survey, values: Values) -> Iterator[Finding]:
+    """Findings on missing keys: ties, what lies in the memory of a stored one, and what nothing supplies."""
+    missing = [key for key in known.missing if key in now.state]
+    if not missing:
+        return
+    stored = {name: now.state[name] for name in known.stored if name in now.state}
+    memory: Memory | None = None
+    names_of, tied = by_object(stored), ties(now, known.missing, known.stored)
+    for key in missing:
+        tensor, group = now.state[key], tied.get(key)
+        if tensor.is_meta and key in known.settled:
+            yield known.settled[key]  # moved to disk since then
+            continue
+        followed = names_of.get(id(tensor), [])
+        if not followed and (pieces := plain(tensor)):
+            memory = memory or Memory(stored)
+            followed = memory.holding(pieces[0])
+        if followed:
+            yield _judge_follower(key, followed, group or Group(), stored, known)
+            continue
+        finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
+        if finding is None and key not in known.free:
+            why = "no end of its tie is in the checkpoint" if group else ""
+            if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
+                why = f"it is tied to {end}, which was not read"
+            elif (name := known.likely.get(key)) is not None:
+                why = f"it may be {name} in the checkpoint, which nothing read"
+            finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
+        if finding is not None:
+            yield finding
+
+
+def _judge_follower(
+    key: str, followed: list[str], group: Group, stored: dict[str, torch.Tensor], known: Record
+) -> Finding:
+    """The verdict on a missing key that lies in a stored one's memory."""
+    for name in followed:
+        lost = known.lasting.get(name)
+        if lost is not None and lost.verdict is Verdict.OVERWRITTEN:
+            return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True)
+        if lost is not None or name in known.grown:
+            return Finding(key, Verdict.UNPROVEN, name, lost.why if lost else f"{name} was made larger")
+    meant = next((name for name in group.chain(key) if name in stored), None)
+    source = meant if meant in followed else min(set(followed) & set(group.members) or followed)
+    # Following its own declared source is what the author asked for, whatever the rest of the group holds
+    # (a T5 with an `lm_head` of its own). Otherwise two different stored values leave the choice open.
+    if source != meant and (rival := rival_of(source, group, stored)):
+        return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
+    if known.place(source) != known.place(key):
+        # One tensor, without values: accelerate reads them for each name anew, and up to 5.12.1 it is not told
+        # where those of a tied one are.
+        why, cure = "because accelerate finds nothing on disk under its name", "load it without disk offload"
+        return Finding(key, Verdict.UNTIED, source, why, True, f"{_REPAIR} or {cure}")
+    return Finding(key, Verdict.TIED, source)
+
+
+def _judge_parted(
+    model: Any,
+    key: str,
+    tensor: torch.Tensor,
+    group: Group,
+    stored: dict[str, torch.Tensor],
+    known: Record,
+    values: Values,
+) -> Finding | None:
+    """The verdict on a missing key of a tie that lies in memory of its own; None where no end of it was stored."""
+    members = [name for name in group.members if name in stored]
+    if not members:
+        return None
+    meant = next((name for name in group.chain(key) if name in stored), None)
+    source = meant or members[0]
+    if tensor.is_meta and (place := known.place(key)) is not None and place == known.place(source):
+        return Finding(key, Verdict.TIED, source)
+    if not tensor.is_meta:  # what is on meta and not in the index of what is on disk has no values at all
+        other = stored[source]
+        if other.is_meta and (value := values(source)) is not None:  # it stays on disk
+            other = value
+        if not plain(tensor) or not plain(other):
+            if key in known.settled:
+                return known.settled[key]  # at the load they could be compared
+            kinds = " and ".join(f"{type(t).__name__} on {t.device}" for t in (tensor, other))
+            return Finding(key, Verdict.UNPROVEN, source, f"the two cannot be compared ({kinds})")
+        # Two tensors of one constant are equal by accident: biases that start at zero.
+        equal = holds(tensor, other) and tensor.numel() == other.numel()
+        equal = equal and not _is_constant(tensor) and source not in known.lasting
+        if equal and (meant or rival_of(source, group, stored) is None):
+            return Finding(key, Verdict.COPIED, source)
+    flag = group.flags.get(key, "")
+    broken = not flag or (key in known.reported and not _is_new_head(model, tensor, known.is_resumed))
+    why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
+    cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
+    if (name := known.likely.get(key)) is not None:
+        cure = f"Look whether it is {name}, which the checkpoint has and nothing read"
+    return Finding(key, Verdict.UNTIED, source, why, broken, cure)
+
+
+def _judge_two_ends(known: Record, now: Survey) -> Iterator[Finding]:
+    """Findings on ties that are asked for and whose two ends were both stored, with different values.
+
+    transformers parts them, with one warning, and training goes on with two.
+    """
+    stored = {name for name in known.stored if name in now.state and name not in known.lasting}
+    tied = ties(now, known.missing, known.stored) if stored else {}
+    for key, group in tied.items():
+        source = next((name for name in group.chain(key) if name in stored), None)
+        if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
+            continue
+        if holds(now.state[key], now.state[source]) is False:
+            if any(is_denied(model) for _, model in now.models):
+                return
+            why = "its own: the tie is asked for, but the checkpoint has both, and they differ"
+            yield Finding(key, Verdict.AMBIGUOUS, source, why, True)
+
+
+def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:
+    """Whether a key whose tie the config switches off is a head that nobody asked to tie.
+
+    It is not if the checkpoint was saved by the very class that is loaded, or by one that it inherits from: then
+    the head had a value, and the file lacks it. Nor if it is no head: the flag of the config is about heads, and
+    two input embeddings that are one by the model's design (UMT5's) cannot part.
+    """
+    saved_by = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if is_resumed or any(kind.__name__ in saved_by for kind in type(model).__mro__):
+        return False
+    head = embeddings(model, "output")
+    return isinstance(head, torch.nn.Module) and any(parameter is tensor for parameter in head.parameters())
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return "a parameter" if isinstance(tensor, torch.nn.Parameter) else BUFFER
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    flat = plain(tensor)[0].detach().reshape(-1)
+    return same(flat, flat[:1].expand_as(flat))
+
+
+def is_padding(model: Any, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether all that changed is the one row that stands for padding, zeroed again as releases before 5.9 do."""
+    pieces = plain(tensor)
+    if len(pieces) != 1 or pieces[0].dim() < 2 or pieces[0].shape != before.shape:
+        return False
+    now = pieces[0].detach()
+    owner = model.get_submodule(name.rpartition(".")[0])
+    rows = {getattr(owner, "padding_idx", None), getattr(getattr(model, "config", None), "pad_token_id", None)}
+    return any(
+        not now[row].any() and same(now[:row], before[:row]) and same(now[row + 1 :], before[row + 1 :])
+        for row in rows
+        if isinstance(row, int) and 0 <= row < len(now)
+    )
+
+
+def rival_of(source: str, group: Group, stored: dict[str, torch.Tensor]) -> str | None:
+    """A stored member of the group whose values are not those of `source`, or cannot be compared with them."""
+    for name in group.members:
+        if name in stored and stored[name] is not stored[source] and not holds(stored[name], stored[source]):
+            return name
+    return None
+
+
+def _why_untied(model: Any, group: Group) -> tuple[str, str]:
+    """Why a tie that is asked for does not hold, as a clause, and what cures it besides `repair`."""
+    method = inspect.unwrap(getattr(type(model), "tie_weights", len))
+    if "no_tie_weights" in method.__qualname__:
+        why = "because two models were loaded at once in two threads, which left PreTrainedModel.tie_weights empty"
+        return why, "load one after the other"
+    if group.by_config:
+        why = f"although its config asks for it, because {group.by_config}._tied_weights_keys does not declare it"
+        return why, "declare it there"
+    code = getattr(method, "__code__", None)
+    if code is not None and not method.__module__.startswith("transformers."):
+        why = f"because {method.__qualname__} ({code.co_filename}:{code.co_firstlineno}) does not tie it"
+        return why, "mend that method"
+    return "although its config asks for it", ""

@@ -1,0 +1,233 @@
+"""How the names of a checkpoint's files and those of a model meet: by transformers' own rules, then by one of prefixes.
+
+Nothing here reads a value: tensors are headers on meta.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Headers = Mapping[str, torch.Tensor]
+
+
+class Origin(NamedTuple):
+    """What `from_pretrained` makes a tensor of.
+
+    Attributes:
+        names: the names that the files have for it; several where it is merged from them.
+        is_converted: whether its values are more than renamed.
+    """
+
+    names: tuple[str, ...]
+    is_converted: bool
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """One prefix of the files' names that stands where the model has another.
+
+    Attributes:
+        old: as the files have it, with its last dot; empty where it has to be added.
+        new: as the model has it, in the same form.
+        names: for each of the model's names the one in the files.
+        is_of_files: whether they are as the files have them; else as transformers had already renamed them.
+    """
+
+    old: str
+    new: str
+    names: dict[str, str]
+    is_of_files: bool = True
+
+    def key_mapping(self) -> dict[str, str]:
+        """The `key_mapping` that makes `from_pretrained` read them; empty where none does."""
+        if not self.is_of_files:
+            return {}
+        if self.old:
+            return {f"^{re.escape(self.old)}": self.new}
+        first = sorted({name.partition(".")[0] for name in self.names.values()})
+        return {f"^(?=({'|'.join(map(re.escape, first))})\\b)": self.new}
+
+
+def native_class(model: Any) -> Any:
+    """The class of transformers that a model's class is made from; None where it is one itself, or made from none."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
+    return None if not kinds or kinds[0] is type(model) else kinds[0]
+
+
+def conversions_of(model: Any) -> list[Any]:
+    """What transformers renames and converts when it reads a checkpoint of this class; nothing for other modules."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return list(get_model_conversion_mapping(model))
+    except (ImportError, AttributeError):  # transformers 4; no model of transformers
+        return []
+
+
+def conversions_of_native(model: Any) -> list[Any]:
+    """What transformers would rename and convert for the class that the model's class is made from."""
+    native = native_class(model)
+    if native is None:
+        return []
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return conversions_of(native(copy.deepcopy(model.config)))
+    except Exception:
+        return []  # it cannot be built from this config alone
+
+
+def targets(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, str]:
+    """Which of a model's names `from_pretrained` reads each of the files' names into; the first, where it is split."""
+    return {name: key for name, key, _ in _renamed(model, headers, state, conversions)}
+
+
+def origins(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, Origin]:
+    """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
+
+    Args:
+        model: it, or what stands for it.
+        headers: what the files hold.
+        state: the model's tensors by name.
+        conversions: transformers' own for its class.
+
+    Returns:
+        For each of the model's names that the files have something for: what. What does not fit its shape is left out.
+    """
+    made = converted(model, headers, state, conversions, headers.__getitem__)
+    return {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
+
+
+def converted(
+    model: Any, headers: Headers, state: Headers, conversions: list[Any], read: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, Origin, torch.Tensor]]:
+    """Each tensor that `from_pretrained` makes of what the files hold, by transformers' own code, one group at a time.
+
+    Args:
+        model: it, or what stands for it.
+        headers: what the files hold.
+        state: the model's tensors by name.
+        conversions: transformers' own for its class.
+        read: gives the tensor that the files have under a name, or its header.
+    """
+    groups: dict[str, list[tuple[str, Any, str]]] = {}
+    for name, key, converter in _renamed(model, headers, state, conversions):
+        if converter is None:
+            yield key, Origin((name,), False), read(name)
+        else:
+            groups.setdefault(key, []).append((name, *converter))
+    for key, parts in groups.items():
+        one, origin = copy.deepcopy(parts[0][1]), Origin(tuple(name for name, _, _ in parts), True)
+        with suppress(Exception):  # it wants values, or a tensor that the files do not have
+            for name, _, pattern in parts:
+                one.add_tensor(key, name, pattern, read(name))
+            made = one.convert(key, model=model, config=model.config)
+            for made_key, made_tensor in (made[0] if isinstance(made, tuple) else made).items():
+                if made_key in state:
+                    yield made_key, origin, made_tensor[0] if isinstance(made_tensor, list) else made_tensor
+
+
+def _renamed(
+    model: Any, headers: Headers, state: Headers, conversions: list[Any]
+) -> Iterator[tuple[str, str, tuple[Any, str] | None]]:
+    """Each of the files' names that leads to one of the model's: that one, and the conversion with its pattern."""
+    rename, renamings, converters, in_order = _machinery(conversions)
+    base = getattr(model, "base_model_prefix", "")
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    for name in sorted(headers, key=in_order):
+        key, pattern = rename(name, renamings, converters, base, state)
+        if key not in state and name in state:
+            key, pattern = name, None
+        if key in state:
+            yield name, key, None if pattern is None else (by_pattern[pattern], pattern)
+
+
+def _machinery(conversions: list[Any]) -> tuple[Any, list[Any], list[Any], Any]:
+    """Transformers' own function that renames, the two kinds of conversions, and the order in which names are taken."""
+    from transformers import core_model_loading as theirs
+
+    renamings = [one for one in conversions if isinstance(one, theirs.WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, theirs.WeightConverter)]
+    return theirs.rename_source_key, renamings, converters, theirs.dot_natural_key
+
+
+def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Prefixes | None:
+    """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
+
+    It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
+    not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
+
+    Args:
+        unread: tensors of the files that nothing read.
+        missing: tensors of the model that the files did not deliver, by name.
+        needed: those of them that nothing else supplies.
+    """
+    found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
+    for old, new in _candidates(unread, missing):
+        names = {
+            new + name[len(old) :]: name
+            for name in unread
+            if name.startswith(old) and _fits(unread[name], missing.get(new + name[len(old) :]))
+        }
+        modules = {name.rpartition(".")[0] for name in names}
+        is_whole = len(names) == len(unread)
+        if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
+            len(modules) > 1 or not (old and new)
+        ):
+            shorter = found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))
+            if len(old) < len(shorter.old):
+                found[tuple(sorted(names.items()))] = Prefixes(old, new, names)
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _candidates(unread: Headers, missing: Headers) -> set[tuple[str, str]]:
+    """Every pair of prefixes that makes one chosen tensor of either side one of the other.
+
+    The chosen one is the one with the fewest partners of its shape, so that there is little to try.
+    """
+    by_shape: dict[tuple[int, ...], tuple[list[str], list[str]]] = {}
+    for side, headers in enumerate((unread, missing)):
+        for name, header in headers.items():
+            by_shape.setdefault(tuple(header.shape), ([], []))[side].append(name)
+    both = [pair for pair in by_shape.values() if all(pair)]
+    if not both:
+        return set()
+    files, model = min(both, key=lambda pair: len(pair[0]) * len(pair[1]))
+    return {pair for name in files for key in model for pair in _pairs(name, key)}
+
+
+def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
+    """The pairs of prefixes that turn a name into a key: what is left of each common end of them."""
+    ends = [name[place:] for place in range(len(name)) if place == 0 or name[place - 1] == "."]
+    for end in ends:
+        if key == end or key.endswith("." + end):
+            yield name[: len(name) - len(end)], key[: len(key) - len(end)]
+
+
+def likely(key: str, shape: torch.Size, unread: Headers) -> str | None:
+    """The unread tensor of the files that a missing key most likely is: the same shape, the longest common end."""
+    parts = key.split(".")[::-1]
+
+    def common(name: str) -> tuple[int, int]:
+        theirs = name.split(".")[::-1]
+        end = next((i for i, pair in enumerate(zip(parts, theirs, strict=False)) if len(set(pair)) > 1), len(parts))
+        return end, len(set(parts) & set(theirs))
+
+    alike = [name for name, header in unread.items() if header.shape == shape]
+    best = max(alike, key=common, default=None)
+    return best if best is not None and common(best)[0] else None
+
+
+def _fits(header: torch.Tensor, tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and header.shape == tensor.shape
+
+
+def renamed(model: Any, headers: Headers, conversions: list[Any]) -> dict[str, str]:
+    """What transformers makes of each of the files' names by renaming alone, whether the model has it or not."""
+    rename, renamings, _, _ = _machinery(conversions)
+    base = getattr(model, "base_model_prefix", "")
+    return {name: rename(name, renamings, [], base, {})[0] for name in headers}

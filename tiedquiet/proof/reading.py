@@ -1,0 +1,286 @@
+"""Reading: what a checkpoint's files hold, and what became of each of their tensors until the loader was done.
+
+What was read is kept by tensor and by memory, so that what happens to it afterwards can be judged. What was not read is
+looked for in the headers of the files, and only where a load is not plainly clean.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tiedquiet.proof import names
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import holds, loses, narrows
+from tiedquiet.proof.survey import declared, survey
+from tiedquiet.verdict import Finding, Verdict
+
+_REPAIR = "Set TIEDQUIET=repair to read them"
+_SURE = (torch.float32, torch.bfloat16, torch.float64)  # types that nothing loses much in when it is cast to them
+_CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
+
+
+@dataclass
+class Reading:
+    """What was read into a model, what was not, and what the files have for it.
+
+    Attributes:
+        checkpoint: the files.
+        held: the tensors that the checkpoint delivered, by the model's names.
+        read_to: aliases of the memory that they were read to.
+        missing: names that it did not deliver (mismatched shapes included).
+        total: how many names the state dict has.
+        free: those missing that the class itself says need no file.
+        found: findings on the reading itself, which nothing later changes.
+        narrowed: names of what was read into a type with a smaller range than the stored one.
+        likely: for missing keys, an unread tensor of the files that fits their shape.
+        offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
+        buffers: names of the buffers that are in no state dict.
+        names_of: names that the files have for those that were renamed.
+    """
+
+    checkpoint: Checkpoint
+    held: dict[str, torch.Tensor]
+    read_to: dict[str, torch.Tensor]
+    missing: set[str]
+    total: int
+    free: set[str] = field(default_factory=set)
+    found: dict[str, Finding] = field(default_factory=dict)
+    narrowed: set[str] = field(default_factory=set)
+    likely: dict[str, str] = field(default_factory=dict)
+    offloaded: dict[str, Any] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    names_of: Callable[[str], tuple[str, ...]] = lambda name: ()
+
+    @property
+    def stored(self) -> set[str]:
+        """The names that the checkpoint delivered."""
+        return set(self.held)
+
+    def values(self, name: str) -> torch.Tensor | None:
+        """The checkpoint's values of one of the model's tensors; None where they cannot be told or were converted."""
+        try:
+            value = self.checkpoint.read(name)
+            if value is None and len(own := self.names_of(name)) == 1:
+                value = self.checkpoint.tensors[own[0]]()
+        except Exception:
+            return None
+        return value
+
+
+def read(
+    model: torch.nn.Module,
+    missing: set[str],
+    checkpoint: Checkpoint | None = None,
+    offloaded: dict[str, Any] | None = None,
+) -> Reading:
+    """Note what has just been read into a model, and where it lies.
+
+    Args:
+        model: the model.
+        missing: the keys that the checkpoint did not deliver.
+        checkpoint: its files.
+        offloaded: transformers' index of what stays on disk.
+    """
+    now = survey(model)
+    missing = now.state.keys() & missing
+    stored = now.state.keys() - missing
+    if stored and not now.is_plain:
+        stored &= model.state_dict(keep_vars=True).keys()  # what is kept out of it was asked of no checkpoint
+    held = {name: now.state[name] for name in stored}
+    reading = Reading(
+        checkpoint or Checkpoint({}),
+        held,
+        {name: _alias(tensor) for name, tensor in held.items()},
+        missing,
+        len(stored) + len(missing),
+        free={name for name in missing if _is_free(model, name)},
+        offloaded={} if offloaded is None else offloaded,
+        buffers=list(now.others),
+    )
+    reading.found.update(_clashes(reading))
+    return reading
+
+
+def needs_headers(model: Any, reading: Reading, unexpected: set[str]) -> bool:
+    """Whether the files have to be asked: where the loader did not account for all of them and of the model.
+
+    That is where it reports keys that no tie explains, where two files may have one name, and where a type of the model
+    is narrower than the stored one may be.
+    """
+    tied = declared(survey(model))
+    return (
+        bool(unexpected)
+        or len(reading.checkpoint.files) > 1
+        or any(
+            key not in tied or reading.held.keys().isdisjoint(tied[key].members)
+            for key in reading.missing - reading.free
+        )
+        or any(tensor.dtype not in _SURE for tensor in reading.held.values())
+    )
+
+
+def ask_headers(model: Any, reading: Reading, conversions: list[Any], is_quantised: bool) -> names.Headers:
+    """Hold the headers of the files against what was read: two values of one name, types, and what nothing read.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        conversions: what the loader renamed and converted.
+        is_quantised: a quantiser had its hands in it, so that types and shapes of the two differ for good.
+
+    Returns:
+        The tensors of the files that nothing read.
+    """
+    headers = reading.checkpoint.headers
+    state = survey(model).state
+    for name, first, second in reading.checkpoint.twice():
+        for key in [key for key in (name, *_keys_of(model, name, state, conversions)) if key in reading.held][:1]:
+            why = f"{first} has other values for it than {second}, which was read last"
+            reading.found[key] = Finding(key, Verdict.AMBIGUOUS, name, why, True)
+    came_from = names.targets(model, headers, state, conversions)
+    unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not _is_ignored(model, n)}
+    if not is_quantised:
+        origin: dict[str, list[str]] = {}
+        for name, key in came_from.items():
+            origin.setdefault(key, []).append(name)
+        for key, own in origin.items():
+            if key in reading.held and len(own) == 1:
+                _judge_type(reading, key, own[0], headers, unread)
+    return unread
+
+
+def find_unread(
+    model: Any, reading: Reading, unread: names.Headers, conversions: Sequence[Any] = (), cure: str = ""
+) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
+    """Look for missing tensors among what the files have and nothing read, and note the findings.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        unread: what the files have beside it.
+        conversions: what the loader renamed and converted.
+        cure: what to do about it, where that is not to have `from_pretrained` read it.
+
+    Returns:
+        By transformers' renaming for the class that the model's is made from, what each is read from; and else the
+        prefix that fits.
+    """
+    now = survey(model)
+    missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
+    if not missing or not unread:
+        return {}, None
+    tied = declared(now)
+    needed = {key for key in missing if key not in tied and key not in reading.free}
+    prefixes = _prefixes(model, unread, missing, needed, conversions)
+    native = names.native_class(model)
+    made = names.origins(model, unread, now.state, names.conversions_of_native(model)) if native else {}
+    origins = {key: origin for key, origin in made.items() if key in missing}
+    mapping = prefixes.key_mapping() if prefixes else {}
+    other = f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
+    used: set[str] = set()
+    if origins:
+        ours, theirs = type(model).__name__, native.__name__
+        why = f"since transformers renames what it reads for {theirs}, and not for its subclass {ours}"
+        other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
+        note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
+        used, prefixes = {name for origin in origins.values() for name in origin.names}, None
+    elif prefixes is not None:
+        why = (
+            f"since the checkpoint has {prefixes.old or 'no prefix'} where the model has {prefixes.new or 'no prefix'}"
+        )
+        fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
+        note_unread(reading, fits, why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
+        used = set(prefixes.names.values())
+    rest = {name: header for name, header in unread.items() if name not in used}
+    for key in sorted(missing.keys() - reading.found.keys()):
+        if (name := names.likely(key, missing[key].shape, rest)) is not None:
+            reading.likely[key] = name
+    return origins, prefixes
+
+
+def _prefixes(
+    model: Any, unread: names.Headers, missing: names.Headers, needed: set[str], conversions: Sequence[Any]
+) -> names.Prefixes | None:
+    """The prefix that fits: of the names that the files have, or of what transformers made of these."""
+    if (prefixes := names.by_prefix(unread, missing, needed)) is not None or not conversions:
+        return prefixes
+    in_files = {new: old for old, new in names.renamed(model, unread, list(conversions)).items()}
+    prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed)
+    if prefixes is None:
+        return None
+    of_files = {key: in_files[name] for key, name in prefixes.names.items()}
+    return replace(prefixes, names=of_files, is_of_files=False)
+
+
+def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str, cure: str) -> None:
+    """Note that nothing read what the files have for these keys."""
+    for key, origin in origins.items():
+        reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], why, True, cure)
+
+
+def _keys_of(model: Any, name: str, state: names.Headers, conversions: list[Any]) -> Iterator[str]:
+    yield from names.targets(model, {name: torch.empty(0)}, state, conversions).values()
+
+
+def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, unread: names.Headers) -> None:
+    """Add a finding where the type that a tensor was read into cannot hold what is stored."""
+    stored, ours = headers[name].dtype, reading.held[key].dtype
+    if loses(stored, ours):
+        kinds = [str(kind).removeprefix("torch.") for kind in (stored, ours)]
+        why = f"by the cast to {kinds[1]}: the file has it as {kinds[0]}"
+        reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
+    elif stored in _CODES and ours not in _CODES and ours.is_floating_point:
+        beside = name.rpartition(".")[0] + "."
+        if scale := next((n for n in sorted(unread) if n.startswith(beside)), None):
+            why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
+            cure = "Load it with the quantization_config that it was saved with"
+            reading.found[key] = Finding(key, Verdict.UNREAD, None, why, True, cure)
+    elif narrows(stored, ours):
+        reading.narrowed.add(key)
+
+
+def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
+    """Findings on two names of one tensor that were both read: the last one stayed, whatever the other held."""
+    if len(set(map(id, reading.held.values()))) == len(reading.held):
+        return
+    for own in by_object(reading.held).values():
+        if len(own) > 1:
+            values = {name: reading.values(name) for name in sorted(own)}
+            won = [n for n, value in values.items() if value is not None and holds(reading.read_to[n], value)]
+            for name in values.keys() - set(won):
+                if won and values[name] is not None:
+                    yield (
+                        name,
+                        Finding(name, Verdict.AMBIGUOUS, won[0], "not its own: both were read into one tensor", True),
+                    )
+                else:
+                    why = "two stored keys share one tensor, and under these names the file does not have them"
+                    yield name, Finding(name, Verdict.UNPROVEN, None, why)
+
+
+def by_object(tensors: Mapping[str, torch.Tensor]) -> dict[int, list[str]]:
+    """The names of each tensor."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return names_of
+
+
+def _is_free(model: Any, name: str) -> bool:
+    """Whether the class says that a key needs no file: by a pattern, or because it is kept out of every file."""
+    return name in (getattr(model, "_keys_to_ignore_on_save", None) or ()) or any(
+        re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    )
+
+
+def _is_ignored(model: Any, name: str) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor over the same memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
+    return tensor.detach() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor

@@ -1,0 +1,104 @@
+"""The record of a load: names and verdicts, left on the model. It holds no tensor and keeps none alive."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
+
+import torch
+
+from tiedquiet.verdict import Finding, Verdict
+
+_WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
+_ATTRIBUTE = "_tiedquiet_record"
+
+
+@dataclass
+class Record:
+    """What is known of one load of one model. It goes with the model, into its copies too.
+
+    Attributes:
+        stored: names that the checkpoint delivered.
+        missing: names that it did not deliver.
+        total: how many names the state dict had.
+        free: those missing that the class itself says need no file.
+        lasting: findings on the load itself, which nothing later changes.
+        two_ends: findings on ties of which both ends were stored, with different values.
+        settled: all findings when the load had ended.
+        grown: names of tensors that were made larger.
+        narrowed: names of what was cast to a type with a smaller range.
+        places: where what stays on disk is, by name.
+        likely: for missing keys, an unread tensor of the files that fits their shape.
+        reported: the keys that the loader was about to report missing.
+        is_resumed: whether the checkpoint is one of this very model.
+        files: where the checkpoint lies.
+        tensors: the tensors when the load had ended, for as long as anybody else keeps them.
+        model: the model itself, in the same way: a copy of it has this record, too.
+    """
+
+    stored: set[str]
+    missing: set[str]
+    total: int
+    free: set[str] = field(default_factory=set)
+    lasting: dict[str, Finding] = field(default_factory=dict)
+    two_ends: dict[str, Finding] = field(default_factory=dict)
+    settled: dict[str, Finding] = field(default_factory=dict)
+    grown: set[str] = field(default_factory=set)
+    narrowed: set[str] = field(default_factory=set)
+    places: dict[str, Any] = field(default_factory=dict)
+    likely: dict[str, str] = field(default_factory=dict)
+    reported: set[str] = field(default_factory=set)
+    is_resumed: bool = False
+    files: list[str] = field(default_factory=list)
+    tensors: "dict[str, ref[torch.Tensor]]" = field(default_factory=dict)
+    model: "ref[torch.nn.Module] | None" = None
+
+    def __deepcopy__(self, memo: object) -> "Record":
+        return self  # nothing changes it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()  # a model may be unpickled where there is no tiedquiet
+
+    def place(self, key: str) -> tuple[object, object] | None:
+        """The file on disk, and the name in it, that a key's values are read from whenever they are needed."""
+        entry = self.places.get(key)
+        return (entry.get("safetensors_file"), entry.get("weight_name")) if entry else None
+
+    def after(self, earlier: "Record") -> "Record":
+        """What is known after an earlier load of the same model as well: of its base before an adapter's, say.
+
+        What this load read or missed is its own; of all else the earlier one tells.
+        """
+        own = self.stored | self.missing
+        if self.is_resumed:  # of the whole state dict; a buffer beside it is as it was
+            others = {k: f for k, f in earlier.lasting.items() if k not in own and f.verdict is Verdict.UNWRITTEN}
+            self.lasting = {**others, **self.lasting}
+            return self
+        for kept in ("lasting", "two_ends", "settled", "places", "likely", "tensors"):
+            setattr(
+                self, kept, {**{k: v for k, v in getattr(earlier, kept).items() if k not in own}, **getattr(self, kept)}
+            )
+        for kept in ("grown", "narrowed", "free"):
+            setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
+        new = own - earlier.stored - earlier.missing
+        self.total = earlier.total + len(new)
+        self.stored = self.stored | earlier.stored
+        self.missing = (self.missing | earlier.missing) - self.stored
+        self.files = earlier.files + self.files
+        return self
+
+
+def leave(model: torch.nn.Module, record: Record) -> None:
+    """Leave a record on a model."""
+    vars(model)[_ATTRIBUTE] = record
+
+
+def of(module: torch.nn.Module) -> Record | None:
+    """The record of a module's own load; None where that was not seen."""
+    record = vars(module).get(_ATTRIBUTE)
+    return record if isinstance(record, Record) else None
+
+
+def loaded_name(name: str) -> str:
+    """The name that a tensor had when it was loaded, before PEFT wrapped the module that it is in."""
+    return _WRAPPED.sub("", name)

@@ -1,0 +1,140 @@
+"""Putting a load right: the only room of the proof that writes to a model."""
+
+import copy
+from typing import Any
+
+import torch
+
+from tiedquiet.proof.judge import rival_of
+from tiedquiet.proof.load import Load
+from tiedquiet.proof.memory import lies_at, plain, same
+from tiedquiet.proof.survey import Survey, survey, ties
+from tiedquiet.proof.watch import Watch
+from tiedquiet.verdict import BUFFER, Finding, Verdict
+
+_MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN)
+
+
+def repair(
+    load: Load, model: torch.nn.Module, findings: list[Finding], in_place: bool = False
+) -> tuple[list[Finding], list[Finding]]:
+    """Put right what can be without losing anything that was stored.
+
+    Args:
+        load: the load, settled.
+        model: its model.
+        findings: what was found.
+        in_place: leave every parameter the object that it is, since an optimizer may hold it.
+
+    Returns:
+        The findings afterwards, and those before that are right now, judged by the same rules.
+    """
+    protected = [
+        Finding(name, Verdict.OVERWRITTEN, name, write.by, True)
+        for name, write in load.watch.writes.items()
+        if write.was_seen
+    ]
+    before = {f.key: f for f in [*protected, *findings] if f.verdict in _MENDABLE}
+    twin: dict[str, torch.Tensor] | None = None
+    for _ in range(2):  # what is tied to a stored tensor may have to wait until that is put back
+        now = survey(model)
+        for finding in findings:
+            key = finding.key
+            if finding.verdict is Verdict.OVERWRITTEN and key in load.reading.held:
+                _put_back(load, model, key, now)
+            elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
+                _tie(load, model, finding, now, in_place)
+            elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER:
+                twin = _buffers_of_a_twin(model) if twin is None else twin
+                _fill(load, model, key, twin.get(key), now)
+        findings = load.settle(model, load.known.reported if load.known else set())
+        before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
+    left = {f.key for f in findings if f.verdict is not Verdict.TIED}
+    return findings, [before[key] for key in sorted(before) if key not in left]
+
+
+def copy_in_place(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Copy a value into a model's tensor, which stays the object that it is, with its type and device.
+
+    Returns:
+        Whether it holds the value now, cast to its own type. Where the shapes differ, nothing is written.
+    """
+    if tensor.shape != value.shape or tensor.is_meta or not plain(tensor):
+        return False
+    with torch.no_grad():
+        tensor.copy_(value)
+    return same(plain(tensor)[0], value)
+
+
+def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
+    tensor, read = load.reading.held[key], load.reading.read_to[key]
+    write = load.watch.writes.get(key)
+    if write is not None and write.before is not None:
+        read.copy_(write.before)
+    if not lies_at(tensor, read):
+        tensor.data = read
+    if now.state[key] is not tensor:
+        parent, _, name = key.rpartition(".")
+        setattr(model.get_submodule(parent), name, tensor)
+
+
+def _tie(load: Load, model: Any, finding: Finding, now: Survey, in_place: bool) -> None:
+    key, source_key = finding.key, str(finding.source)
+    known, reading = load.known, load.reading
+    ours, source = now.state[key], now.state[source_key]
+    together = ours.is_meta or source.is_meta or ours.device == source.device
+    if known is None or source_key in known.lasting or key in known.likely:
+        return  # the files may have it, and nothing read it
+    if (ours.shape, ours.dtype) != (source.shape, source.dtype) or not together:
+        return
+    if source_key in reading.offloaded:  # what is to stay on disk is looked for there
+        reading.offloaded[key] = reading.offloaded[source_key]
+    if ours is source:
+        return
+    if source.is_meta and not ours.is_meta:
+        if (values := reading.values(source_key)) is not None:
+            ours.data.copy_(values)
+        return
+    group = ties(now, known.missing, known.stored)[key]
+    stored = {name: now.state[name] for name in known.stored}
+    if source_key not in group.chain(key) and rival_of(source_key, group, stored):
+        return
+    if in_place:
+        copy_in_place(ours, source)
+        return
+    parent, _, name = key.rpartition(".")
+    setattr(model.get_submodule(parent), name, source)
+
+
+def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Survey) -> None:
+    buffer = now.others[key] if key in now.others else now.state[key]
+    if values is None or (values.shape, values.dtype) != (buffer.shape, buffer.dtype):
+        return
+    if buffer.is_meta:
+        parent, _, name = key.rpartition(".")
+        setattr(model.get_submodule(parent), name, values.to(model.device))
+        return
+    load.watch.open = True  # so that the write is seen
+    buffer.copy_(values)
+    load.watch.open = False
+    load.reading.free.add(key)  # it has what its class computes: that the files lack it is no loss
+
+
+def _buffers_of_a_twin(model: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a second model of the same class and config, as its `__init__` computes them."""
+    watch, dtype = Watch({}, protect=False), torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)  # as `from_pretrained` does
+    try:
+        from accelerate import init_empty_weights
+
+        with torch.random.fork_rng(devices=[]), watch, init_empty_weights(include_buffers=False):
+            twin = type(model)(copy.deepcopy(model.config))
+    except Exception:
+        return {}  # it needs more than its config, or there is no accelerate: its buffers stay, and are reported
+    finally:
+        torch.set_default_dtype(dtype)
+    return {
+        name: buffer
+        for name, buffer in twin.named_buffers(remove_duplicate=False)
+        if not buffer.is_meta and not watch.is_unwritten(buffer)
+    }

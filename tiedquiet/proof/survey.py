@@ -1,0 +1,150 @@
+"""What is asked of a model: its tensors in one walk, and what it says of its embeddings."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from tiedquiet.proof.ties import Declaration, Group, groups
+
+
+class Survey(NamedTuple):
+    """A model in one walk.
+
+    Attributes:
+        state: the tensors of its state dict, under each of their names.
+        others: its non-persistent buffers.
+        models: prefix and module of each model in it, itself included.
+        is_plain: whether no module changes what its state dict holds.
+    """
+
+    state: dict[str, torch.Tensor]
+    others: dict[str, torch.Tensor]
+    models: list[tuple[str, Any]]
+    is_plain: bool
+
+
+def survey(model: torch.nn.Module) -> Survey:
+    """Walk a model once. Not by `named_modules`, whose nested generators take most of a millisecond."""
+    state: dict[str, torch.Tensor] = {}
+    others: dict[str, torch.Tensor] = {}
+    models: list[tuple[str, Any]] = []
+    is_model: dict[type[torch.nn.Module], bool] = {}
+    hooks = False
+    stack = [("", model)]
+    pop, push = stack.pop, stack.append
+    while stack:
+        prefix, module = pop()
+        parts, kind = module.__dict__, type(module)
+        if children := parts["_modules"]:
+            for name, child in children.items():
+                if child is not None:
+                    push((f"{prefix}{name}.", child))
+        if parameters := parts["_parameters"]:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    state[prefix + name] = parameter
+        if buffers := parts["_buffers"]:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    (others if name in parts["_non_persistent_buffers_set"] else state)[prefix + name] = buffer
+        if parts["_state_dict_hooks"]:
+            hooks = True
+        if kind not in is_model:
+            is_model[kind] = hasattr(kind, "_tied_weights_keys")
+        if is_model[kind] or "_tied_weights_keys" in parts:
+            models.append((prefix, module))
+    bare = torch.nn.Module
+    custom = any(
+        k.state_dict is not bare.state_dict or k._save_to_state_dict is not bare._save_to_state_dict for k in is_model
+    )
+    return Survey(state, others, models, not hooks and not custom)
+
+
+def tensor_at(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer of that name; None where there is none."""
+    *path, last = name.split(".")
+    module: Any = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return None if module is None else module._parameters.get(last, module._buffers.get(last))
+
+
+def is_moved(model: torch.nn.Module, name: str) -> bool:
+    """Whether accelerate holds the values of a tensor elsewhere until they are needed."""
+    module: Any = model
+    for part in name.split(".")[:-1]:
+        if hasattr(module, "_hf_hook"):
+            return True
+        module = module._modules.get(part)
+        if module is None:
+            return False
+    return hasattr(module, "_hf_hook")
+
+
+def asks_for_ties(model: Any) -> bool:
+    """Whether the config wants the output embedding to be the input embedding."""
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+
+
+def denial(model: Any) -> str:
+    """Why a model's config does not ask for its ties, in words; empty where it does."""
+    if asks_for_ties(model):
+        return ""
+    config = getattr(model, "config", None)
+    inner = getattr(getattr(config, "text_config", None), "tie_word_embeddings", False)
+    return f"because {type(config).__name__}.tie_word_embeddings is false" + (
+        ", although that of its text_config is true" if inner else ""
+    )
+
+
+def is_denied(model: Any) -> bool:
+    """Whether nobody asks for the ties that a model's config seems to ask for.
+
+    The config of the text model inside may deny them. And where a config class sets the flag itself, whatever the file
+    says (T5's, MT5's), the flag is nobody's wish.
+    """
+    config = getattr(model, "config", None)
+    if getattr(getattr(config, "text_config", None), "tie_word_embeddings", None) is False:
+        return True
+    try:
+        return asks_for_ties(model) and asks_for_ties(SimpleNamespace(config=type(config)(tie_word_embeddings=False)))
+    except Exception:
+        return False  # a config that cannot be made from this alone
+
+
+def declared(now: Survey) -> dict[str, Group]:
+    """The groups of names that are declared to be one tensor, in a model or in those inside it, under each name."""
+    declarations = [
+        Declaration(prefix, keys, denial(model))
+        for prefix, model in now.models
+        if (keys := getattr(model, "_tied_weights_keys", None))
+    ]
+    return groups(declarations, now.state) if declarations else {}
+
+
+def ties(now: Survey, missing: set[str], stored: set[str]) -> dict[str, Group]:
+    """Those, and what the config alone asks to tie: an output embedding that is missing, to the input embedding."""
+    found = declared(now)
+    for _, model in now.models:
+        if asks_for_ties(model):
+            head, embedding = (
+                name_of(getattr(embeddings(model, which), "weight", None), now.state) for which in ("output", "input")
+            )
+            asked = head in missing and embedding in stored and head not in found
+            if asked and now.state[head].shape == now.state[embedding].shape:
+                found[head] = Group([embedding, head], {head: embedding}, by_config=type(model).__name__)
+    return found
+
+
+def embeddings(model: Any, which: str) -> Any:
+    """The module of the `input` or `output` embeddings; None where the model names none."""
+    try:
+        return getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def name_of(tensor: torch.Tensor | None, state: dict[str, torch.Tensor]) -> str:
+    """The first of a tensor's names; empty where it has none."""
+    return next((name for name, other in state.items() if other is tensor), "")

@@ -1,0 +1,170 @@
+"""From findings to words: the lines, and where they go."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+
+from tiedquiet.mode import is_main_process
+from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict
+
+log = logging.getLogger("tiedquiet")
+_theirs = logging.getLogger("transformers")
+_AT_MOST = 8
+
+Fold = Callable[[list[str]], Iterable[str]]
+
+
+def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -> str:
+    """What stands in place of the rows that were proven false, and what was put right; empty if there is neither."""
+    of = {v: [f for f in findings if f.verdict is v] for v in (Verdict.TIED, Verdict.COPIED)}
+    parts = [
+        ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
+        (
+            "reported missing but equal to what was loaded, in a tensor of its own, so training will part them: ",
+            _pairs(of[Verdict.COPIED], "is a copy of", fold),
+        ),
+    ]
+    for why, some in _by_cause(f for f in repaired if f.verdict is Verdict.UNREAD):
+        parts.append((f"read by TIEDQUIET=repair, {why}: ", _pairs(some, "from", fold)))
+    tied = [f for f in repaired if f.verdict in (Verdict.UNTIED, Verdict.COPIED)]
+    parts.append(("not tied by transformers, repaired: ", _pairs(tied, "is now", fold)))
+    for by, some in _by_cause(f for f in repaired if f.verdict is Verdict.OVERWRITTEN):
+        parts.append((f"kept as stored, although written to {by}: ", _keys(some, fold)))
+    unwritten = [f for f in repaired if f.verdict is Verdict.UNWRITTEN]
+    parts.append(("never written by transformers, repaired with what __init__ computes: ", _keys(unwritten, fold)))
+    return "; ".join(start + names for start, names in parts if names)
+
+
+def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> list[str]:
+    """One or two sentences for each verdict that is a WARNING, and each cause: what is wrong, why, and what to do.
+
+    Args:
+        findings: any.
+        fold: folds numbered names.
+        total: how many tensors the state dict has.
+    """
+    lines = []
+    for verdict in LOUD:
+        some = [finding for finding in findings if finding.verdict is verdict]
+        if verdict is Verdict.OVERWRITTEN and some:
+            where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in _by_cause(some))
+            lines.append(
+                f"overwritten, stored values were LOST after they were read: {where}. "
+                "Set TIEDQUIET=repair to keep what was stored, or have that code leave loaded tensors alone "
+                "(the functions of transformers.initialization do)"
+            )
+        else:
+            for broken in (True, False):
+                causes = _by_cause(finding for finding in some if finding.broken is broken)
+                lines += [_explain(verdict, why, alike, fold, total) for why, alike in causes]
+    return lines
+
+
+def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, total: int) -> str:
+    cure = findings[0].cure
+    if verdict is Verdict.UNREAD and not findings[0].key:
+        return f"unread, {why}. {cure}"
+    if verdict is Verdict.UNREAD and findings[0].source is None:
+        return f"unread, {_keys(findings, fold)}: {why}. {cure}"
+    if verdict is Verdict.UNREAD:
+        of = f"{len(findings):,} of {total:,} tensors {'was' if len(findings) == 1 else 'were'}"
+        return (
+            f"unread, {of} NOT read, although the checkpoint has them: {_pairs(findings, 'is', fold)} there, "
+            f"{why}. {cure}"
+        )
+    if verdict is Verdict.UNTIED and not findings[0].broken:
+        return (
+            f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {why}, so it is a new "
+            "head. Load a checkpoint that has the head, or train it"
+        )
+    if verdict is Verdict.UNTIED:
+        return (
+            f"untied, values are NOT from the checkpoint: {_pairs(findings, 'is not', fold)}, {why}. "
+            f"{cure}; ignore this only if you mean to train it from scratch"
+        )
+    if verdict is Verdict.AMBIGUOUS and not findings[0].key:
+        return f"ambiguous, {why}. {cure}"
+    if verdict is Verdict.AMBIGUOUS:
+        return (
+            "ambiguous, the checkpoint stores two different tensors for what is one in the model: "
+            f"{_pairs(findings, 'has the values of', fold)}, {why}. "
+            "Find out which one the model was trained with, and store that one alone"
+        )
+    if why == BUFFER:
+        return (
+            f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}. transformers 5 makes such buffers "
+            "anew, and what __init__ computed for them is gone. Set TIEDQUIET=repair, or compute them in "
+            "_init_weights as well"
+        )
+    return (
+        f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
+        "initialiser wrote to it. Load a checkpoint that has it, or initialise it after loading"
+    )
+
+
+def hints(findings: list[Finding], fold: Fold) -> list[str]:
+    """What is missing and may be in the checkpoint under another name: likely, and not claimed."""
+    some = [f for f in findings if f.verdict is Verdict.MISSING and f.source]
+    if not some:
+        return []
+    return [
+        f"missing, and perhaps in the checkpoint under another name: {_pairs(some, 'may be', fold)}, "
+        "which nothing read. If so, pass a key_mapping to from_pretrained that says it"
+    ]
+
+
+def unproven(findings: list[Finding]) -> list[str]:
+    """For DEBUG: what cannot be known, and why."""
+    return [f"unproven: {f.key}: {f.why}" for f in findings if f.verdict is Verdict.UNPROVEN]
+
+
+def name_of(model: object, where: object) -> str:
+    """What a line begins with."""
+    return f"{type(model).__name__} from {where}" if where else type(model).__name__
+
+
+def say(level: int, message: str) -> None:
+    """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it.
+
+    While no level is set for it either, silencing transformers' warnings silences these lines too.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        if distributed.get_rank() != 0:
+            return
+    elif not is_main_process():
+        return
+    if log.level == logging.NOTSET and not _theirs.isEnabledFor(logging.WARNING):
+        return
+    if log.hasHandlers():
+        log.log(level, message)
+    elif not log.disabled and level >= (log.level or logging.INFO) and level > log.manager.disable:
+        # A handler of its own, never attached: another thread's line would find it, or miss it.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[tiedquiet] %(levelname)s %(message)s"))
+        record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
+        if log.filter(record):
+            handler.handle(record)
+
+
+def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
+    causes: dict[str, list[Finding]] = {}
+    for finding in findings:
+        causes.setdefault(finding.why, []).append(finding)
+    return list(causes.items())
+
+
+def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
+    return _join([f"{f.key} {verb} {f.source}" for f in findings], fold)
+
+
+def _keys(findings: list[Finding], fold: Fold) -> str:
+    followers = [f for f in findings if f.source not in (None, f.key)]
+    keys = _join([f.key for f in findings if f not in followers] or [str(f.source) for f in followers], fold)
+    return keys + (f" (and with it {_join([f.key for f in followers], fold)})" if followers else "")
+
+
+def _join(names: list[str], fold: Fold) -> str:
+    items = list(fold(sorted(set(names)))) if names else []
+    more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
+    return ", ".join(items[:_AT_MOST]) + more
