@@ -1,14 +1,16 @@
 """Whatever of ours breaks: the load succeeds, the original report is printed, and one line says so."""
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import _get_current_dispatch_mode as get_current_dispatch_mode
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import CLIPTextConfig, CLIPTextModel, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import tiedquiet
 from tests import idioms
@@ -36,20 +38,25 @@ MODULES = (
     words,
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
-ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name"}  # of `check`
-ELSEWHERE |= {"_itself", "_equal", "of_folder", "after", "copy_in_place"}  # of a `.bin`, and of the other doors
-HOOKS = {
-    "_on_read",
-    "_on_finalize",
-    "_on_move",
-    "_on_report",
-    "carry_out",
-    "say",
-    "bind",
-    "add",
-    "stand_aside",
-    "is_wrapped",
-}
+ELSEWHERE = set(["proof", "proof_of", "_judge_since", "is_moved", "loaded_name"])  # of `check`
+# Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
+ELSEWHERE |= set(["_itself", "_equal", "of_folder", "after", "copy_in_place", "names_of", "names_in_files"])
+ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
+HOOKS = set(
+    [
+        "_on_read",
+        "_on_finalize",
+        "_on_move",
+        "_on_report",
+        "_close",
+        "carry_out",
+        "say",
+        "bind",
+        "add",
+        "stand_aside",
+        "is_wrapped",
+    ]
+)
 LAST = {"of", "close", "__torch_dispatch__", "__enter__", "__exit__", "aside", "give_up"}
 
 
@@ -92,8 +99,49 @@ def of_idiom(name: str) -> Any:
     return save
 
 
+class SubclassOfCLIP(CLIPTextModel):
+    """transformers does not rename for it."""
+
+
+def another_name(change: Any, cls: Any = GPT2LMHeadModel) -> Any:
+    """A file whose names nothing of transformers leads to the model's."""
+
+    def save(path: Path) -> Any:
+        model = cls(gpt2()) if cls is GPT2LMHeadModel else cls(CLIPTextConfig(**CLIP))
+        model.save_pretrained(path)
+        tensors = load_file(path / "model.safetensors")
+        save_file({change(key): value for key, value in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        return cls
+
+    return save
+
+
+def both_ends(path: Path) -> Any:
+    """In two shards, which have one of the ends twice; and the two ends differ."""
+    model = GPT2LMHeadModel(gpt2())
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    head = tensors["transformer.wte.weight"] + 1
+    bias = {"transformer.ln_f.bias": tensors["transformer.ln_f.bias"] + 1}
+    for name, some in zip(names, (tensors, {**bias, "lm_head.weight": head}), strict=True):
+        save_file(some, path / name, {"format": "pt"})
+    where = {**dict.fromkeys(tensors, names[0]), "lm_head.weight": names[1]}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return GPT2LMHeadModel
+
+
+CLIP = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLIP |= {"max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+READ_BY_REPAIR = {"another prefix", "a subclass"}
 # Between them these loads run every function of the list.
-LOADS = {
+LOADS: dict[str, Any] = {
+    "another prefix": another_name(lambda key: f"module.{key}"),
+    "one name that is likely": another_name(lambda key: key.replace("ln_f.weight", "last.weight")),
+    "a subclass": another_name(lambda key: "text_model." + key.removeprefix("text_model."), SubclassOfCLIP),
+    "both ends": both_ends,
     **{
         name: lambda path, name=name: cases.CASES[name](path)[0]
         for name in (
@@ -168,13 +216,17 @@ def test_an_exception_in_any_function_leaves_the_load_and_its_report_alone(
                 broken.setattr(owner, name, staticmethod(breaks) if isinstance(kept, staticmethod) else breaks)
                 try:
                     model = cls.from_pretrained(path)
-                except LoadError:
+                except LoadError as error:
                     assert how == "strict"
-                    assert not called or name in AFTERWARDS
+                    closed = "tiedquiet failed, and the mode is strict" in str(error)
+                    assert closed or not called or name in AFTERWARDS
+                    reached.update(called)
                     continue
             assert model.training is False
             if called and name not in AFTERWARDS:
-                assert printed.report == originals[case]
+                assert how != "strict"
+                if how == "on" or case not in READ_BY_REPAIR:  # what repair had read by then is read
+                    assert printed.report == originals[case]
                 assert any("goes on without it" in line and "Broken" in line for line in printed.loud)
                 assert not printed.confirmed
                 if owner not in (repair, words, outcome):  # they come after the proof
@@ -187,7 +239,7 @@ def test_an_exception_in_any_function_leaves_the_load_and_its_report_alone(
 
 reached: set[str] = set()
 # What cannot be said, or folded, or filled, leaves a verdict as it is.
-AFTERWARDS = {"fold", "is_main_process", "_buffers_of_a_twin", "update_key_name", "values", "read"}
+AFTERWARDS = {"conversions_of", "fold", "is_main_process", "_buffers_of_a_twin", "update_key_name", "values", "read"}
 
 
 @pytest.mark.parametrize("name", ["_judge", "_read", "conclude"])

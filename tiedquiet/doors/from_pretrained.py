@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,7 @@ from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.reading import Reading, ask_headers, find_unread, needs_headers, read
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.reading import Reading, ask_headers, find_unread, names_in_files, needs_headers, read
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -44,7 +43,7 @@ def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], 
             model = bind(wrapped, args, kwargs)["model"]
             load = Load.of(model)
             if load is not None:
-                entered.callback(load.close, model)
+                entered.callback(_close, load, model)
                 entered.enter_context(load.watch)
         except Exception as error:
             if load is None:
@@ -55,6 +54,11 @@ def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], 
     if failure is not None:
         raise failure
     return result
+
+
+def _close(load: Load, model: Any) -> None:
+    with suppress(Exception):  # of a load that failed, or that was told already
+        load.close(model)
 
 
 def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -124,7 +128,7 @@ def _read(
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
     reading = read(model, missing, checkpoint, offloaded)
-    reading.names_of = partial(_names_of, model, checkpoint, list(config.weight_mapping or ()))
+    reading.names_of = partial(names_in_files, model, checkpoint, list(config.weight_mapping or ()))
     unread: names.Headers = {}
     if needs_headers(model, reading, info.unexpected_keys):
         try:
@@ -132,12 +136,6 @@ def _read(
         except (ValueError, OSError):  # GGUF, whose names are none of the model's
             unread = {}
     return reading, unread
-
-
-def _names_of(model: Any, checkpoint: Checkpoint, conversions: list[Any], key: str) -> tuple[str, ...]:
-    """The names that the files have for what was read into a key, if it was renamed."""
-    targets = names.targets(model, checkpoint.headers, survey(model).state, conversions)
-    return tuple(name for name, target in targets.items() if target == key)
 
 
 def _read_again(

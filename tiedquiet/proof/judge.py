@@ -25,7 +25,6 @@ from tiedquiet.verdict import BUFFER, Finding, Proof, Verdict
 Values = Callable[[str], "torch.Tensor | None"]
 _REPAIR = "If it should be one tensor, set TIEDQUIET=repair"
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
-_NOWHERE: Values = lambda name: None  # noqa: E731
 
 
 def judge(
@@ -105,7 +104,7 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     for parts in (now.state, now.others):
         for name, tensor in list(parts.items()):
             parts.setdefault(record.loaded_name(name), tensor)
-    findings = {finding.key: finding for finding in _judge_now(model, known, now, _NOWHERE)}
+    findings = {finding.key: finding for finding in _judge_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
     )
@@ -113,7 +112,7 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
 
 
-def _judge_now(model: Any, known: Record, now: Survey, values: Values) -> list[Finding]:
+def _judge_now(model: Any, known: Record, now: Survey, values: Values | None = None) -> list[Finding]:
     findings = {**known.two_ends, **known.lasting}
     for finding in _judge_missing(model, known, now, values):
         # A tie of which no end was stored does not explain why nothing was written to this one.
@@ -206,7 +205,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
 # What was not
 
 
-def _judge_missing(model: Any, known: Record, now: Survey, values: Values) -> Iterator[Finding]:
+def _judge_missing(model: Any, known: Record, now: Survey, values: Values | None) -> Iterator[Finding]:
     """Findings on missing keys: ties, what lies in the memory of a stored one, and what nothing supplies."""
     missing = [key for key in known.missing if key in now.state]
     if not missing:
@@ -269,7 +268,7 @@ def _judge_parted(
     group: Group,
     stored: dict[str, torch.Tensor],
     known: Record,
-    values: Values,
+    values: Values | None,
 ) -> Finding | None:
     """The verdict on a missing key of a tie that lies in memory of its own; None where no end of it was stored."""
     members = [name for name in group.members if name in stored]
@@ -281,7 +280,7 @@ def _judge_parted(
         return Finding(key, Verdict.TIED, source)
     if not tensor.is_meta:  # what is on meta and not in the index of what is on disk has no values at all
         other = stored[source]
-        if other.is_meta and (value := values(source)) is not None:  # it stays on disk
+        if other.is_meta and values is not None and (value := values(source)) is not None:  # it stays on disk
             other = value
         if not plain(tensor) or not plain(other):
             if key in known.settled:

@@ -81,9 +81,9 @@ class Load:
         """Leave the record on the model, if it was settled, and nothing else."""
         if vars(model).get(_ATTRIBUTE) is self:
             del vars(model)[_ATTRIBUTE]
-        if self.known is not None:
-            earlier = record.of(model)
-            record.leave(model, self.known if earlier is None else self.known.after(earlier))
+        known, self.known = self.known, None
         self.watch = Watch({}, protect=False)  # whoever still holds this load keeps no tensor and no exception alive
-        self.reading = Reading(self.reading.checkpoint, {}, {}, set(), 0)
-        self.in_flight = self.known = None
+        self.reading, self.in_flight = Reading(self.reading.checkpoint, {}, {}, set(), 0), None
+        if known is not None:
+            earlier = record.of(model)
+            record.leave(model, known if earlier is None else known.after(earlier))

@@ -61,12 +61,11 @@ def native_class(model: Any) -> Any:
 
 def conversions_of(model: Any) -> list[Any]:
     """What transformers renames and converts when it reads a checkpoint of this class; nothing for other modules."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return list(get_model_conversion_mapping(model))
-    except (ImportError, AttributeError):  # transformers 4; no model of transformers
+    if not hasattr(model, "base_model_prefix"):
         return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
 
 
 def conversions_of_native(model: Any) -> list[Any]:

@@ -104,6 +104,12 @@ def read(
     return reading
 
 
+def names_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any], key: str) -> tuple[str, ...]:
+    """The names that the files have for what was read into a key, if the loader renamed it."""
+    targets = names.targets(model, checkpoint.headers, survey(model).state, conversions)
+    return tuple(name for name, target in targets.items() if target == key)
+
+
 def needs_headers(model: Any, reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 

@@ -104,7 +104,7 @@ def is_denied(model: Any) -> bool:
     The config of the text model inside may deny them. And where a config class sets the flag itself, whatever the file
     says (T5's, MT5's), the flag is nobody's wish.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(getattr(config, "text_config", None), "tie_word_embeddings", None) is False:
         return True
     try:

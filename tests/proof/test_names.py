@@ -1,0 +1,117 @@
+"""How the names of files and those of a model meet, where no rule of transformers makes them meet."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiedquiet.proof.names import Prefixes, by_prefix, conversions_of, likely, native_class
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def headers(shapes: Shapes) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def fitting(unread: Shapes, missing: Shapes, needed: set[str] | None = None) -> Prefixes | None:
+    return by_prefix(headers(unread), headers(missing), missing.keys() if needed is None else needed)
+
+
+TRUNK = {"layers.0.q.weight": (4, 4), "layers.0.k.weight": (4, 4), "layers.1.q.weight": (4, 4), "norm.weight": (4,)}
+
+
+def under(prefix: str, shapes: Shapes = TRUNK) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("module.", ""), ("", "model."), ("_orig_mod.module.", ""), ("transformer.", "model."), ("a.b.", "c.d.e.")],
+)
+def test_one_prefix_in_place_of_another(old: str, new: str) -> None:
+    found = fitting(under(old), under(new))
+    assert found is not None
+    assert found.names == {new + name: old + name for name in TRUNK}
+    (pattern, replacement), *more = found.key_mapping().items()
+    assert not more
+    for name in TRUNK:  # what from_pretrained makes of a name by this mapping
+        match = re.search(pattern, old + name)
+        assert match is not None
+        assert (old + name).replace(match[0], replacement, 1) == new + name
+
+
+def test_a_name_that_is_right_already_is_not_touched_by_the_mapping() -> None:
+    found = fitting(TRUNK, under("model."))
+    assert found is not None
+    (pattern,) = found.key_mapping()
+    assert not re.search(pattern, "lm_head.weight")
+    assert not re.search(pattern, "layers_of_another.weight")
+
+
+@pytest.mark.parametrize(
+    ("unread", "missing"),
+    [
+        ({"classifier.weight": (2, 4), "classifier.bias": (2,)}, {"score.weight": (2, 4), "score.bias": (2,)}),
+        ({"x.w": (2,)}, {"a.w": (2,), "b.w": (2,)}),  # two places for one
+        ({"a.w": (2,), "b.w": (2,)}, {"x.w": (2,)}),
+        ({**under("a."), "a.more.weight": (9, 9)}, {**under("b."), "b.other.weight": (8, 8)}),  # fits neither side
+        (under("a."), {**under("b."), "b.norm.weight": (5,)}),  # another shape
+        ({"a.w": (2,)}, {"b.v": (2,)}),
+        ({"a.w": (2,)}, {}),
+    ],
+    ids=["one module renamed", "ambiguous", "many to one", "neither side", "shape", "no common end", "nothing"],
+)
+def test_what_is_not_certain_is_not_claimed(unread: Shapes, missing: Shapes) -> None:
+    assert fitting(unread, missing) is None
+
+
+def test_all_that_the_model_needs_is_enough() -> None:
+    """A text model from the file of a larger one: the vision tower stays unread, and rightly so."""
+    unread = {**under("language_model."), "vision.patch.weight": (7, 7)}
+    missing = {**under(""), "head.weight": (9, 4)}
+    found = fitting(unread, missing, needed=set(TRUNK))
+    assert found is not None
+    assert found.names.keys() == TRUNK.keys()
+    assert fitting(unread, missing) is None
+
+
+def test_the_shorter_of_two_ways_to_say_the_same_prefix() -> None:
+    found = fitting(under("transformer.model."), under("model."))
+    assert found is not None
+    assert (found.old, found.new) == ("transformer.", "")
+
+
+parts = st.sampled_from(["a", "b", "c", "0", "1", "weight"])
+name = st.lists(parts, min_size=1, max_size=4).map(".".join)
+
+
+@given(
+    st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),
+    st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),
+)
+def test_whatever_is_claimed_is_one_to_one_and_fits(unread: Shapes, missing: Shapes) -> None:
+    found = fitting(unread, missing)
+    if found is None:
+        return
+    assert len(set(found.names.values())) == len(found.names) > 0
+    for key, stored in found.names.items():
+        assert missing[key] == unread[stored]
+        assert stored.removeprefix(found.old) == key.removeprefix(found.new)
+    assert set(found.names.values()) == unread.keys() or found.names.keys() == missing.keys()
+
+
+def test_a_likely_one_has_the_shape_and_the_longest_common_end() -> None:
+    unread = headers({"vision.head.weight": (4, 2), "text.out.weight": (4, 2), "text.head.weight": (3, 2)})
+    assert likely("lm.head.weight", torch.Size((4, 2)), unread) == "vision.head.weight"
+    assert likely("lm.head.bias", torch.Size((4, 2)), unread) is None
+    assert likely("lm.head.weight", torch.Size((9,)), unread) is None
+
+
+def test_of_what_is_no_model_of_transformers_nothing_is_converted() -> None:
+    module: Any = torch.nn.Linear(1, 1)
+    assert conversions_of(module) == []
+    assert native_class(module) is None

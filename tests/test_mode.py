@@ -1,0 +1,86 @@
+"""Whose mode it is: a context's, the process's, and where a new thread stands."""
+
+from contextvars import copy_context
+from threading import Thread
+
+import pytest
+
+import tiedquiet
+from tiedquiet import mode
+
+
+def in_a_thread() -> str:
+    seen: list[str] = []
+    thread = Thread(target=lambda: seen.append(mode.current()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+def test_a_plain_call_is_the_process_s() -> None:
+    tiedquiet.enable("repair")
+    assert (mode.current(), in_a_thread()) == ("repair", "repair")
+    tiedquiet.disable()
+    assert (mode.current(), in_a_thread()) == ("off", "off")
+
+
+def test_a_with_is_this_context_s_and_guards_the_threads_started_in_it() -> None:
+    with tiedquiet.enable("strict"):
+        assert (mode.current(), in_a_thread()) == ("strict", "strict")
+    assert (mode.current(), in_a_thread()) == ("on", "on")
+
+
+def test_the_strictest_counts_where_a_context_says_nothing() -> None:
+    with tiedquiet.enable("off"):
+        assert (mode.current(), in_a_thread()) == ("off", "on")
+    with tiedquiet.enable("strict"), tiedquiet.enable("on"):
+        assert (mode.current(), in_a_thread()) == ("on", "on")
+
+
+def test_one_thread_does_not_change_another() -> None:
+    """Left in the order in which they were entered, not the other way round."""
+    mine, theirs = tiedquiet.enable("strict"), []
+    mine.__enter__()
+
+    def work() -> None:
+        with tiedquiet.enable("on"):
+            theirs.append(mode.current())
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert theirs == ["on"]
+    assert mode.current() == "strict"
+    mine.__exit__(None, None, None)
+    assert mode.current() == "on"
+
+
+def test_a_plain_call_inside_a_with_goes_with_it() -> None:
+    with tiedquiet.enable("strict"):
+        tiedquiet.enable("repair")
+        assert (mode.current(), in_a_thread()) == ("repair", "repair")
+        with tiedquiet.enable("off"):
+            assert mode.current() == "off"
+        assert mode.current() == "repair"
+    assert mode.current() == "on"
+
+
+def test_left_twice_and_never_entered() -> None:
+    restore = tiedquiet.enable("strict")
+    with restore:
+        pass
+    restore.__exit__(None, None, None)
+    assert mode.current() == "on"
+    tiedquiet.enable("strict").__exit__(None, None, None)
+    assert mode.current() == "on"
+
+
+def test_a_task_has_the_context_that_it_was_started_in() -> None:
+    with tiedquiet.enable("strict"):
+        context = copy_context()
+    assert context.run(mode.current) == "strict"
+
+
+def test_a_path_is_not_a_model() -> None:
+    with pytest.raises(TypeError, match="check takes a model, not str; for files there is: python -m tiedquiet check"):
+        tiedquiet.check("some/folder")  # type: ignore[arg-type]
