@@ -144,9 +144,9 @@ def trainer_of(model: Any, folder: Path) -> Any:
 
 def resume(cls: type[Any], base: Path, checkpoint: Path, mode: str, is_best: bool = False) -> Resumed:
     """Read a model from `base`, and have its Trainer take the checkpoint, or take it back as the best one."""
-    import tiedquiet
     import torch
 
+    import tiedquiet
     from tests.idioms import dirty_memory
 
     failure = None

@@ -1338,7 +1338,7 @@ class Truth:
         perhaps: the same where that may be argued about.
         asked: missing keys that config or file ask to be tied.
         missing: keys that the file has nothing for.
-        computed: buffers among them that have what their class computes.
+        computed: buffers among them that have no garbage: their class, or `repair`, computed them.
         parted: groups of stored keys that are meant to be one and have different values, in memory of their own.
     """
 
@@ -1454,7 +1454,7 @@ def truth(
             found.unwritten.add(key)
         if not same(buffers[key], expected[key]):
             found.wrong.add(key)
-    found.computed = {key for key in missing & buffers.keys() if same(buffers[key], expected[key])}
+    found.computed = (missing & buffers.keys()) - found.unwritten
     for key in missing - buffers.keys():
         if never_written(now[key], right[key]):
             found.unwritten.add(key)

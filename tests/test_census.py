@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiedquiet.load import Load
 
-from benchmarks import census, tiny_models
+from benchmarks import census, census_resume, tiny_models
 from tiedquiet import Finding, Verdict
+from tiedquiet.doors import trainer
+from tiedquiet.proof import judge
+from tiedquiet.proof.files import Checkpoint
 
 SAMPLE = """
     LlamaForCausalLM GPT2LMHeadModel Gemma3ForConditionalGeneration Qwen2VLForConditionalGeneration OPTForCausalLM
@@ -24,10 +26,12 @@ SAMPLE = """
     IdeficsForVisionText2Text SamModel DFineForObjectDetection RTDetrV2ForObjectDetection DabDetrForObjectDetection
     DeformableDetrForObjectDetection Deimv2ForObjectDetection GroundingDinoForObjectDetection
     MMGroundingDinoForObjectDetection IBertForMaskedLM PPDocLayoutV3Model T5Gemma2Model FunnelForMaskedLM
+    MixtralForCausalLM Kosmos2ForConditionalGeneration Qwen2_5OmniThinkerForConditionalGeneration
 """.split()  # noqa: SIM905
 
 
-ALL = {way for way in census.WAYS if way != "flag off at the top only"}  # which is for composites
+LOADS = {way for way in census.WAYS if way != "flag off at the top only"}  # which is for composites
+ALL = LOADS | {"resume"}
 
 
 def wrong(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,10 +62,11 @@ def test_every_way_is_tried_and_finds_what_it_is_for(gpt2: dict[str, dict[str, A
         **{way: {"tied": 1} for way in ALL},
         "flag off": {"untied": 1},
         "under a target's name, flag off": {"untied": 1},
-        "two ends that differ": {},
-        "no end of a tie": {"absent": 2},
-        "another vocabulary": {"absent": 2},
-        "a user's subclass of version 4, no biases": {"tied": 1, "unwritten": 1},
+        "base model's file": {"tied": 1},
+        "two ends that differ": {"ambiguous": 1},
+        "no end of a tie": {"missing": 2},
+        "another vocabulary": {"missing": 2},
+        "a user's subclass of version 4, no biases": {"tied": 1, "missing": 13, "unwritten": 1},
     }
     # All of them hold the embedding but these, and no other tensor is left out of what is compared.
     counts = {way: line["tensors"] for way, line in gpt2.items() if way in ALL}
@@ -105,58 +110,207 @@ def test_a_class_that_only_carries_a_tied_model_is_found() -> None:
 
 
 def lines_of(cls: Any, monkeypatch: pytest.MonkeyPatch, *ways: str) -> list[dict[str, Any]]:
-    monkeypatch.setattr(census, "WAYS", {way: census.WAYS[way] for way in ways})
-    return list(census.census_of_class(cls))
+    monkeypatch.setattr(census, "WAYS", {way: census.WAYS[way] for way in ways if way != "resume"})
+    return [line for line in census.census_of_class(cls) if line["way"] in ways]
 
 
 VERSION_4 = "a user's subclass of version 4, no biases"
 
 
 def test_the_census_sees_a_shim_that_confirms_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    def confirm(self: Load, model: Any, key: str, *_: Any) -> Finding:
-        return Finding(key, Verdict.TIED, key)
-
-    monkeypatch.setattr(Load, "_judge_parted", confirm)
+    monkeypatch.setattr(judge, "_judge_parted", lambda _, key, *more: Finding(key, Verdict.TIED, key))
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "flag off")
     assert line["hidden_wrongly"] == ["lm_head.weight"]
     assert line["missed"] == [["lm_head.weight", "tied", "untied"]]
 
 
-@pytest.mark.parametrize(("judge", "verdict"), [("_judge_stored", "overwritten"), ("_judge_placeholders", "unwritten")])
-def test_the_census_sees_a_shim_that_misses_a_loss(judge: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("room", "nothing", "verdict"),
+    [("_judge_stored", ({}, set()), "overwritten"), ("_judge_placeholders", {}, "unwritten")],
+)
+def test_the_census_sees_a_shim_that_misses_a_loss(
+    room: str, nothing: object, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (right,) = lines_of(transformers.BertForMaskedLM, monkeypatch, VERSION_4)
     assert right["missed"] == []
-    monkeypatch.setattr(Load, judge, lambda *_: {})
+    monkeypatch.setattr(judge, room, lambda *_: nothing)
     (line,) = lines_of(transformers.BertForMaskedLM, monkeypatch, VERSION_4)
     assert {true for _, _, true in line["missed"]} == {verdict}
 
 
+def test_the_census_sees_a_shim_that_lets_two_stored_ends_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_judge_two_ends", lambda *_: ())
+    (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "two ends that differ")
+    assert line["missed"] == [["lm_head.weight", None, "ambiguous"]]
+
+
+def test_the_census_sees_a_shim_that_says_nothing_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_judge_missing", lambda *_: ())
+    (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "no end of a tie")
+    assert [(ours, true) for _, ours, true in line["verdict_wrong"]] == [(None, "missing")] * 2
+
+
+def test_the_census_sees_a_shim_that_does_not_look_into_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = getattr(transformers, "Qwen2_5OmniThinkerForConditionalGeneration", None)
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no Qwen2.5-Omni")
+    (right,) = lines_of(cls, monkeypatch, "a user's subclass, shards")
+    assert right["verdicts"]["unread"]
+    assert wrong([right]) == []
+    monkeypatch.setattr("tiedquiet.proof.reading.note_unread", lambda *_: None)
+    (line,) = lines_of(cls, monkeypatch, "a user's subclass, shards")
+    assert {true for _, _, true in line["missed"]} == {"unread"}
+    assert len(line["missed"]) == right["verdicts"]["unread"]
+
+
+def say_overwritten(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    found = {key: Finding(key, Verdict.OVERWRITTEN, key, "by nobody", True)}
+    monkeypatch.setattr(judge, "_judge_stored", lambda *_: (found, set()))
+
+
 def test_the_census_sees_a_false_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
     key = "transformer.wpe.weight"
-    monkeypatch.setattr(Load, "_judge_stored", lambda *_: {key: Finding(key, Verdict.OVERWRITTEN, key)})
+    say_overwritten(monkeypatch, key)
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "as saved")
     assert line["false_alarms"] == [[key, "overwritten", None]]
 
 
 def test_the_census_sees_a_wrong_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedquiet.load.asks_for_ties", lambda model: True)
+    monkeypatch.setattr("tiedquiet.proof.survey.asks_for_ties", lambda model: True)
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "flag off")
     assert [key for key, *_ in line["cause_wrong"]] == ["lm_head.weight"]
 
 
 def test_the_census_sees_a_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    def confirm(self: Load, key: str, *_: Any) -> Finding:
-        return Finding(key, Verdict.TIED, "transformer.wpe.weight")
-
-    monkeypatch.setattr(Load, "_judge_follower", confirm)
+    wpe = "transformer.wpe.weight"
+    monkeypatch.setattr(judge, "_judge_follower", lambda key, *more: Finding(key, Verdict.TIED, wpe))
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "as saved")
     assert [key for key, *_ in line["cause_wrong"]] == ["lm_head.weight"]
 
 
 def test_the_census_sees_a_culprit_that_did_not_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedquiet.watch._culprit", lambda: "by Somebody.else (nowhere.py:1)")
+    monkeypatch.setattr("tiedquiet.proof.watch._culprit", lambda: "by Somebody.else (nowhere.py:1)")
     (line,) = lines_of(transformers.BertForMaskedLM, monkeypatch, VERSION_4)
     assert line["cause_wrong"]
+
+
+def test_a_tie_is_asked_for_only_where_somebody_can_ask() -> None:
+    from transformers import LlamaConfig, LlavaConfig, T5Config
+
+    assert census.asks(LlamaConfig(tie_word_embeddings=True))
+    assert not census.asks(LlamaConfig(tie_word_embeddings=False))
+    assert not census.asks(T5Config())  # which sets it in any case
+    inside = LlavaConfig(text_config=LlamaConfig(tie_word_embeddings=False), tie_word_embeddings=True)
+    assert not census.asks(inside)
+
+
+# The resume
+
+
+@pytest.mark.parametrize("write", [census_resume.by_trainer, census_resume.in_shards, census_resume.as_bin])
+@pytest.mark.parametrize(
+    ("cls", "has_lost"),
+    [
+        (transformers.GPT2LMHeadModel, False),
+        (transformers.MixtralForCausalLM, True),
+        (transformers.LlavaForConditionalGeneration, True),
+        (transformers.MarianMTModel, False),  # it computes its positions, which are in no file
+    ],
+)
+def test_what_a_resume_loses_is_told_and_repaired(cls: Any, has_lost: bool, write: Any) -> None:
+    line = census_resume.census_of_resume(census.Saved(cls), write)
+    assert {what: line[what] for what in census.COUNTED if line.get(what)} == {}
+    assert bool(line["lost"]) is has_lost
+    assert (line["told"], line["left"]) == (line["lost"], 0)
+    assert line["tensors"] > line["rows_false"] >= (not has_lost)
+
+
+def test_the_census_sees_a_trainer_s_door_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_checkpoint", lambda *_: Checkpoint({}))
+    (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
+    assert len(line["missed"]) == line["lost"] == 6
+    assert line["told"] == 0
+    assert line["strict_wrong"] == ["raised None"]
+    assert line["left"] == 6
+    assert wrong([line]) == [line]
+
+
+def test_the_census_sees_a_door_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_judge", lambda *_: None)
+    (line,) = lines_of(transformers.LlavaForConditionalGeneration, monkeypatch, "resume")
+    assert len(line["missed"]) == line["lost"] == line["tensors"]
+
+
+def test_the_census_sees_a_repair_that_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "copy_in_place", lambda *_: True)
+    (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
+    assert line["missed"] == []
+    assert len(line["not_repaired"]) == line["left"] == 6
+
+
+def test_the_census_sees_a_repair_that_leaves_the_optimizer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = trainer._read
+
+    def anew(model: Any, *more: Any) -> Any:
+        found = read(model, *more)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return found
+
+    monkeypatch.setattr(trainer, "_read", anew)
+    (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "resume")
+    assert line["other_objects"] == ["lm_head.weight"]
+
+
+def test_the_census_sees_a_false_alarm_of_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    say_overwritten(monkeypatch, "transformer.wpe.weight")
+    (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "resume")
+    assert line["false_alarms"] == [["transformer.wpe.weight", "overwritten", None]]
+    assert "LoadError" in line["strict_wrong"][0]
+
+
+def test_the_census_sees_a_wrong_source_of_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = trainer.note_unread
+
+    def elsewhere(reading: Any, origins: Any, *more: Any) -> None:
+        note(reading, {key: origin._replace(names=("lm_head.weight",)) for key, origin in origins.items()}, *more)
+
+    monkeypatch.setattr(trainer, "note_unread", elsewhere)
+    (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
+    assert len(line["cause_wrong"]) == line["lost"]
+
+
+def test_the_census_hears_whether_a_true_row_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = trainer._judge
+
+    def hide(model: Any, folder: str, loaded: Any) -> Any:
+        outcome = judged(model, folder, loaded)
+        outcome.arguments = {"load_result": loaded._replace(missing_keys=[])}
+        return outcome
+
+    monkeypatch.setattr(trainer, "_judge", hide)
+    (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
+    assert len(line["hidden_wrongly"]) == line["rows_true"] > 0
+    assert line["kept_wrongly"] == []
+
+
+def test_a_class_that_transformers_does_not_resume_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("size mismatch for lm_head.weight")
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "load_state_dict", refuse)
+    (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "resume")
+    assert line["reason"].startswith("transformers does not resume it: RuntimeError: size mismatch")
+    summary = census.summarise([line])
+    assert summary["resumed"]["classes"] == 0
+    assert "size mismatch" in "".join(summary["unloaded"])
+
+
+def test_the_table_has_a_row_for_each_class_that_loses() -> None:
+    line = {"class": "X", "way": "resume", "tensors": 9, "lost": 6, "told": 6, "left": 1}
+    clean = {**line, "class": "Y", "lost": 0, "told": 0, "left": 0}
+    lines = census_resume.table([clean, line])
+    assert "| 2 | 1 | 1 | 0 | 18 | 6 | 6 | 1 |" in lines
+    assert lines[-1] == "| X | 6 | 9 | 6 | 1 |"
 
 
 @pytest.mark.slow
@@ -176,4 +330,4 @@ def test_releases_make_one_table(
     assert content["configuration"]["processor_seconds"] > 0
     assert content["results"]["disagreements"] == []
     assert content["results"]["total"]["loads"] == len(ALL)
-    assert path.with_suffix(".md").exists()
+    assert "| resume | 1 | 1 |" in path.with_suffix(".md").read_text()

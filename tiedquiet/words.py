@@ -123,6 +123,13 @@ def name_of(model: object, where: object) -> str:
     return f"{type(model).__name__} from {where}" if where else type(model).__name__
 
 
+def few(names: Iterable[str], fold: Fold = list) -> str:
+    """The first of some names, folded, and how many more there are."""
+    items = list(fold(sorted(set(names))))
+    more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
+    return ", ".join(items[:_AT_MOST]) + more
+
+
 def say(level: int, message: str) -> None:
     """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it.
 
@@ -155,16 +162,10 @@ def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
 
 
 def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
-    return _join([f"{f.key} {verb} {f.source}" for f in findings], fold)
+    return few([f"{f.key} {verb} {f.source}" for f in findings], fold)
 
 
 def _keys(findings: list[Finding], fold: Fold) -> str:
     followers = [f for f in findings if f.source not in (None, f.key)]
-    keys = _join([f.key for f in findings if f not in followers] or [str(f.source) for f in followers], fold)
-    return keys + (f" (and with it {_join([f.key for f in followers], fold)})" if followers else "")
-
-
-def _join(names: list[str], fold: Fold) -> str:
-    items = list(fold(sorted(set(names)))) if names else []
-    more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
-    return ", ".join(items[:_AT_MOST]) + more
+    keys = few([f.key for f in findings if f not in followers] or [str(f.source) for f in followers], fold)
+    return keys + (f" (and with it {few([f.key for f in followers], fold)})" if followers else "")

@@ -38,25 +38,23 @@ MODULES = (
     words,
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
-ELSEWHERE = set(["proof", "proof_of", "_judge_since", "is_moved", "loaded_name"])  # of `check`
+ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name"}  # of `check`
 # Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
-ELSEWHERE |= set(["_itself", "_equal", "of_folder", "after", "copy_in_place", "names_of", "names_in_files"])
+ELSEWHERE |= {"_itself", "_equal", "of_folder", "after", "copy_in_place", "names_of", "names_in_files"}
 ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
-HOOKS = set(
-    [
-        "_on_read",
-        "_on_finalize",
-        "_on_move",
-        "_on_report",
-        "_close",
-        "carry_out",
-        "say",
-        "bind",
-        "add",
-        "stand_aside",
-        "is_wrapped",
-    ]
-)
+HOOKS = {
+    "_on_read",
+    "_on_finalize",
+    "_on_move",
+    "_on_report",
+    "_close",
+    "carry_out",
+    "say",
+    "bind",
+    "add",
+    "stand_aside",
+    "is_wrapped",
+}
 LAST = {"of", "close", "__torch_dispatch__", "__enter__", "__exit__", "aside", "give_up"}
 
 

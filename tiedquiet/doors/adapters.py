@@ -11,7 +11,7 @@ from typing import Any
 from weakref import ref
 
 from tiedquiet import mode, words
-from tiedquiet.doors.outcome import Outcome, say, told
+from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint, of_folder
@@ -21,7 +21,7 @@ from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
-_AT_MOST = 8  # names in a line
+_CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
 
 
 def is_loading(model: Any) -> bool:
@@ -48,7 +48,9 @@ def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
     outcome, failure = None, None
     try:
         bound = bind(wrapped, args, kwargs)
-        outcome = _judge(model, str(bound["model_id"]), str(bound["adapter_name"]), result, versions)
+        adapter = str(bound["adapter_name"])
+        if not model.peft_config[adapter].is_prompt_learning:  # its prompts are no part of the model
+            outcome = _judge(model, str(bound["model_id"]), adapter, result, versions)
     except Exception as error:
         failure = stand_aside(error)
     if outcome is not None:
@@ -67,34 +69,25 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     # The names that the adapter has in the model, as the files have them: without the adapter's own.
     in_files = {key: prefix + _without(adapter, key) for key in state if adapter in key.split(".")}
     missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
-    if checkpoint.headers:
-        missing |= {k for k, n in in_files.items() if ".modules_to_save." in k and n not in checkpoint.headers}
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
-    unread = {
-        key.removeprefix(prefix): checkpoint.headers[name]
-        for key in result.unexpected_keys
-        if (name := _without(adapter, key)) in checkpoint.headers
-    }
-    prefixes = names.by_prefix(unread, {key: state[key] for key in missing}, missing)
+    unexpected = {name if name in checkpoint.headers else _without(adapter, name) for name in result.unexpected_keys}
+    unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
+    key_of = {in_files[key]: key for key in missing}
+    prefixes = names.by_prefix(unread, {name: state[key] for name, key in key_of.items()}, key_of)
     repaired = []
-    for key, name in (prefixes.names if prefixes else {}).items():
-        old, new = (part or "no prefix" for part in (prefixes.old, prefixes.new)) if prefixes else ("", "")
-        why = f"since the adapter has {old} where the model has {new}"
-        cure = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
-        finding = Finding(key, Verdict.UNREAD, name, why, True, cure)
-        value = checkpoint.tensors[prefix + _without(adapter, name)]
-        if mode.current() == "repair" and copy_in_place(state[key], value()):
+    for expected, name in (prefixes.names if prefixes else {}).items():
+        key = key_of[expected]
+        finding = Finding(key, Verdict.UNREAD, name, prefixes.why if prefixes else "", True, _CURE)
+        unexpected.discard(name)
+        if mode.current() == "repair" and copy_in_place(state[key], checkpoint.tensors[name]()):
             repaired.append(finding)
             known.stored, known.missing = known.stored | {key}, known.missing - {key}
             known.tensors[key] = ref(state[key])
         else:
             known.lasting[key] = finding
-    of_prefixes = set(prefixes.names.values()) if prefixes else set()
-    if rest := sorted(
-        key.removeprefix(prefix) for key in result.unexpected_keys if key.removeprefix(prefix) not in of_prefixes
-    ):
-        known.lasting[""] = _unread(len(checkpoint.headers), len(result.unexpected_keys), rest)
+    if unexpected:
+        known.lasting[""] = _unread(len(checkpoint.headers), len(result.unexpected_keys), sorted(unexpected))
     if (older := _older(checkpoint)) is not None:
         known.lasting.setdefault("", older)
     left = known.missing - known.lasting.keys()
@@ -103,10 +96,8 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     own = set(in_files.values()) | {prefix + key for key in in_files}
     now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions and name not in own}
     if changed := sorted(name for name, seen in now.items() if seen != versions[name]):
-        few = ", ".join(changed[:_AT_MOST]) + (
-            f" and {len(changed) - _AT_MOST} more" if len(changed) > _AT_MOST else ""
-        )
-        line = f"{words.name_of(model, where)}: it also changed tensors of the base model: {few}"
+        of_base = words.few(changed, fold)
+        line = f"{words.name_of(model, where)}: it also changed tensors of the base model: {of_base}"
         outcome.lines.append((logging.INFO, line))
     known.settled = {finding.key: finding for finding in findings}
     earlier = record.of(base)
@@ -115,9 +106,8 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
 
 
 def _unread(total: int, unread: int, rest: list[str]) -> Finding:
-    few = ", ".join(rest[:_AT_MOST]) + (f" and {len(rest) - _AT_MOST} more" if len(rest) > _AT_MOST else "")
     of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
-    why = f"{of}; the model has no place for {few}"
+    why = f"{of}; the model has no place for {words.few(rest, fold)}"
     return Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")
 
 

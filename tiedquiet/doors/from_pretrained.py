@@ -112,9 +112,10 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
         to_disk = "disk" in (config.device_map or {}).values()
         if mode.current() == "repair" and (origins or prefixes) and not quantised and not to_disk:
             before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-            _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
+            came_from = _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
             reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
             mended = [finding for key, finding in before.items() if key in reading.held]
+            unread = {name: header for name, header in unread.items() if name not in came_from}
             find_unread(model, reading, unread, config.weight_mapping or ())
     load = Load(model, reading, protect=mode.current() == "repair")
     load.mended = mended
@@ -145,8 +146,12 @@ def _read_again(
     checkpoint: Checkpoint,
     origins: dict[str, names.Origin],
     prefixes: names.Prefixes | None,
-) -> None:
-    """Let transformers read what it left, as it reads everything: with its types, devices and conversions."""
+) -> set[str]:
+    """Let transformers read what it left, as it reads everything: with its types, devices and conversions.
+
+    Returns:
+        The names in the files that were read.
+    """
     model, config = bound["model"], bound["load_config"]
     if prefixes is None:
         mapping = names.conversions_of_native(model)
@@ -169,6 +174,7 @@ def _read_again(
     reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
     came_from = {n for o in origins.values() for n in o.names} | set(prefixes.names.values() if prefixes else ())
     info.unexpected_keys = info.unexpected_keys - {reported.get(name, name) for name in came_from} - came_from
+    return came_from
 
 
 def _plan(load: Load, bound: dict[str, Any]) -> Outcome:

@@ -43,6 +43,11 @@ class Prefixes:
     names: dict[str, str]
     is_of_files: bool = True
 
+    @property
+    def why(self) -> str:
+        """Why nothing read them, as a clause."""
+        return f"since the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
+
     def key_mapping(self) -> dict[str, str]:
         """The `key_mapping` that makes `from_pretrained` read them; empty where none does."""
         if not self.is_of_files:
@@ -180,7 +185,11 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Pre
             shorter = found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))
             if len(old) < len(shorter.old):
                 found[tuple(sorted(names.items()))] = Prefixes(old, new, names)
-    return next(iter(found.values())) if len(found) == 1 else None
+    # `module.model.` for `model.` is a part of what `module.` for nothing says.
+    whole = [
+        one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
+    ]
+    return whole[0] if len(whole) == 1 else None
 
 
 def _candidates(unread: Headers, missing: Headers) -> set[tuple[str, str]]:

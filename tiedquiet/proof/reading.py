@@ -194,11 +194,8 @@ def find_unread(
         note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
         used, prefixes = {name for origin in origins.values() for name in origin.names}, None
     elif prefixes is not None:
-        why = (
-            f"since the checkpoint has {prefixes.old or 'no prefix'} where the model has {prefixes.new or 'no prefix'}"
-        )
         fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
-        note_unread(reading, fits, why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
+        note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
         used = set(prefixes.names.values())
     rest = {name: header for name, header in unread.items() if name not in used}
     for key in sorted(missing.keys() - reading.found.keys()):

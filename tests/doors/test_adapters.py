@@ -1,0 +1,201 @@
+"""Adapters: what of their files reaches the model, by peft's functions and by transformers' own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tiedquiet import LoadError, Verdict
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True}
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    Qwen2ForCausalLM(Qwen2Config(**SMALL)).save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    how = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"], "init_lora_weights": False}
+    peft.get_peft_model(base, peft.LoraConfig(r=2, **how)).save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    (tmp_path / "adapter").mkdir()
+    for path in (saved / "adapter").iterdir():
+        (tmp_path / "adapter" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "adapter"
+
+
+def by_peft(saved: Path, adapter: Path) -> Any:
+    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "base"), adapter)
+
+
+def by_transformers(saved: Path, adapter: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(saved / "base")
+    model.load_adapter(str(adapter))
+    return model
+
+
+WAYS = pytest.mark.parametrize("load", [by_peft, by_transformers])
+
+
+def rename(adapter: Path, change: Callable[[str], str | None]) -> None:
+    tensors = load_file(adapter / FILE)
+    save_file({new: v for key, v in tensors.items() if (new := change(key))}, adapter / FILE, {"format": "pt"})
+
+
+def in_model(model: Any, part: str) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_parameters() if part in name and "default" in name}
+
+
+@WAYS
+def test_a_sound_adapter(load: Any, saved: Path, adapter: Path, printed: Printed) -> None:
+    with tiedquiet.enable("strict"):
+        model = load(saved, adapter)
+    proof = tiedquiet.check(model)
+    assert proof.ok, proof
+    assert not printed.loud
+    base = len(load_file(saved / "base" / "model.safetensors"))
+    assert proof.stored == base + len(load_file(adapter / FILE))
+
+
+@WAYS
+def test_keys_under_another_prefix(load: Any, saved: Path, adapter: Path, printed: Printed) -> None:
+    truth = {name: v.clone() for name, v in in_model(load(saved, adapter), "v_proj").items()}
+    rename(adapter, lambda key: key.replace("model.layers", "decoder.layers") if "v_proj" in key else key)
+    printed.records.clear()
+    model = load(saved, adapter)
+    found = {f.key: f.verdict for f in tiedquiet.check(model).findings if f.verdict is not Verdict.TIED}
+    assert set(found.values()) == {Verdict.UNREAD}
+    assert len(found) == len(truth) == 4
+    assert any(f"4 of {len(load_file(adapter / FILE))} tensors were NOT read" in line for line in printed.loud)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        load(saved, adapter)
+    with tiedquiet.enable("repair"):
+        model = load(saved, adapter)
+    now = in_model(model, "v_proj")
+    assert all(torch.equal(now[name], value) for name, value in truth.items())
+    assert tiedquiet.check(model).ok
+
+
+@WAYS
+def test_tensors_that_the_model_has_no_place_for(load: Any, saved: Path, adapter: Path, printed: Printed) -> None:
+    rename(adapter, lambda key: key.replace("q_proj", f"{key[-13:-7]}_proj") if "layers.0" in key else key)
+    printed.records.clear()
+    proof = tiedquiet.check(load(saved, adapter))
+    assert not proof.ok
+    (whole,) = [finding for finding in proof.findings if not finding.key]
+    total = len(load_file(adapter / FILE))
+    assert f"{total - 2} of {total} tensors of the adapter were read" in whole.why
+    assert any(f"{total - 2} of {total} tensors of the adapter were read" in line for line in printed.loud)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="of the adapter were read"):
+        load(saved, adapter)
+
+
+@WAYS
+def test_a_file_without_half_of_them(load: Any, saved: Path, adapter: Path) -> None:
+    rename(adapter, lambda key: None if "lora_B" in key else key)
+    with tiedquiet.enable("strict"):  # nothing in the file says what they should be
+        proof = tiedquiet.check(load(saved, adapter))
+    assert {f.verdict for f in proof.findings if "lora_B" in f.key} == {Verdict.MISSING}
+    assert proof.missing == 4
+    assert not proof.ok
+
+
+def test_tensors_that_took_the_place_of_the_base_s(saved: Path, adapter: Path, printed: Printed) -> None:
+    tensors = load_file(adapter / FILE)
+    base = "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, base: torch.ones(64, 32)}, adapter / FILE, {"format": "pt"})
+    model = by_peft(saved, adapter)
+    assert bool((model.get_parameter(base) == 1).all())
+    assert any(f"it also changed tensors of the base model: {base}" in line for line in printed.of("tiedquiet"))
+    assert tiedquiet.check(model).ok
+
+
+@WAYS
+def test_an_older_file_beside_a_newer_one(load: Any, saved: Path, adapter: Path, printed: Printed) -> None:
+    torch.save(load_file(adapter / FILE), adapter / "adapter_model.bin")
+    then = (adapter / "adapter_model.bin").stat().st_mtime - 60
+    os.utime(adapter / FILE, (then, then))
+    proof = tiedquiet.check(load(saved, adapter))
+    assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [("", Verdict.AMBIGUOUS)]
+    assert any("adapter_model.bin beside it is newer and was not" in line for line in printed.loud)
+    os.utime(adapter / FILE)
+    assert tiedquiet.check(load(saved, adapter)).ok
+
+
+def test_a_second_adapter_adds_to_what_is_known(saved: Path, adapter: Path) -> None:
+    model = by_peft(saved, saved / "adapter")
+    before = tiedquiet.check(model)
+    rename(adapter, lambda key: None if "lora_B" in key else key)
+    model.load_adapter(adapter, "second")
+    proof = tiedquiet.check(model)
+    assert {f.key.split(".")[-2] for f in proof.findings if f.verdict is Verdict.MISSING} == {"second"}
+    assert (proof.missing, proof.stored) == (4, before.stored + len(load_file(adapter / FILE)))
+
+
+def test_prompts_are_no_part_of_the_model(saved: Path, tmp_path: Path, printed: Printed) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "prompts")
+    with tiedquiet.enable("strict"):
+        model = by_peft(saved, tmp_path / "prompts")
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
+
+
+def test_off_is_off(saved: Path, adapter: Path, printed: Printed) -> None:
+    rename(adapter, lambda key: f"nowhere.{key}" if "lora" in key else key)
+    with tiedquiet.enable("off"):
+        by_peft(saved, adapter)
+    assert not printed.of("tiedquiet")
+
+
+def test_a_failure_of_ours_leaves_the_adapter_alone(
+    saved: Path, adapter: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiedquiet.doors import adapters
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        raise KeyError("injected")
+
+    monkeypatch.setattr(adapters, "_judge", breaks)
+    assert by_peft(saved, adapter) is not None
+    assert any("goes on without it: KeyError" in line for line in printed.loud)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="tiedquiet failed, and the mode is strict"):
+        by_peft(saved, adapter)
+
+
+def test_a_trainer_s_adapter(saved: Path, tmp_path: Path, printed: Printed) -> None:
+    def trainer() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(saved / "base")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        how = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_steps": 1}
+        data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+        return Trainer(model, TrainingArguments(output_dir=str(tmp_path), **how), train_dataset=data)
+
+    first = trainer()
+    first.train()
+    second = trainer()
+    with tiedquiet.enable("strict"):
+        second._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert not printed.loud
+    proof = tiedquiet.check(second.model)
+    assert proof.ok
+    trained = in_model(first.model, "lora_")
+    assert all(torch.equal(trained[name], value) for name, value in in_model(second.model, "lora_").items())

@@ -1,0 +1,396 @@
+"""What the files have under another name or in another form, and `from_pretrained` does not read."""
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2, state_of
+from tiedquiet import LoadError, Verdict
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+BERT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLIP = {**BERT, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def qwen2(**how: Any) -> Any:
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL, **{"tie_word_embeddings": True, **how}))
+
+
+def written(model: Any, folder: Path, change: Callable[[str], str] = str, **more: torch.Tensor) -> dict[str, Any]:
+    """Save a model, its tensors under other names; returns what the file holds, under the names of the class."""
+    state_of(model)  # random values: none is right by accident
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {change(key): value for key, value in tensors.items()} | more
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def wrong(model: Any, truth: dict[str, torch.Tensor]) -> set[str]:
+    now = model.state_dict()
+    return {key for key in truth if now[key].shape != truth[key].shape or not torch.equal(now[key], truth[key])}
+
+
+def verdicts(model: Any) -> dict[str, Verdict]:
+    return {finding.key: finding.verdict for finding in tiedquiet.check(model).findings}
+
+
+def mapping_of(line: str) -> dict[str, str]:
+    """The `key_mapping` that a line advises, as somebody would paste it."""
+    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to from_pretrained", line)[0]))
+
+
+PREFIXES: dict[str, Callable[[str], str]] = {
+    "added by DDP": lambda key: f"module.{key}",
+    "added by compile and DDP": lambda key: f"_orig_mod.module.{key}",
+    "added by PEFT": lambda key: f"base_model.model.{key}",
+    "of the trunk": lambda key: "transformer." * key.startswith("model.") + key,
+    "replaced": lambda key: re.sub(r"^model\.", "language_model.decoder.", key),
+    "removed": lambda key: key.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("change", PREFIXES.values(), ids=PREFIXES)
+def test_another_prefix(change: Callable[[str], str], tied: bool, tmp_path: Path, printed: Printed) -> None:
+    truth = written(qwen2(tie_word_embeddings=tied), tmp_path, change)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    lost = wrong(model, truth)
+    if not lost:  # transformers adds and removes the prefix of a base model itself
+        assert change is PREFIXES["removed"]
+        assert tiedquiet.check(model).ok
+        return
+    found = verdicts(model)
+    unread = {key for key, verdict in found.items() if verdict is Verdict.UNREAD}
+    assert lost - {"lm_head.weight"} <= unread <= lost
+    assert not tiedquiet.check(model).ok
+    assert not any("TIEDQUIET=repair or correct config.json" in line for line in printed.loud), "no tie is advised"
+    mapping = mapping_of(printed.loud[0])
+    assert not wrong(Qwen2ForCausalLM.from_pretrained(tmp_path, key_mapping=mapping), truth), "the cure cures"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model, info = Qwen2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    model.save_pretrained(tmp_path / "again")
+    assert not wrong(Qwen2ForCausalLM.from_pretrained(tmp_path / "again"), truth), "what was repaired can be saved"
+
+
+def llava() -> Any:
+    tower = CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=LlamaConfig(**SMALL), image_token_index=63)
+    )
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
+def test_a_part_of_a_composite(part: str, tmp_path: Path, printed: Printed) -> None:
+    truth = written(llava(), tmp_path, lambda key: key.replace(f"{part}.", "other."))
+    model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert {k for k, v in verdicts(model).items() if v is Verdict.UNREAD} == info["missing_keys"] == wrong(model, truth)
+    assert f"{len(info['missing_keys'])} of {len(truth)} tensors were NOT read" in printed.loud[0]
+    assert "LOAD REPORT" in printed.report, "its rows are true, and stay"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert not wrong(model, {key: value.bfloat16() for key, value in truth.items()})
+    assert tiedquiet.check(model).ok
+
+
+class MyTextModel(CLIPTextModel):
+    """A subclass, which transformers does not rename for (5.6 and newer)."""
+
+
+def test_a_subclass_gets_the_renaming_of_its_class(tmp_path: Path, printed: Printed) -> None:
+    written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
+    truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    model = MyTextModel.from_pretrained(tmp_path)
+    if not wrong(model, truth):
+        pytest.skip("this release renames nothing of it")
+    assert set(verdicts(model).values()) == {Verdict.UNREAD}
+    assert (
+        "transformers renames what it reads for CLIPTextModel, and not for its subclass MyTextModel" in printed.loud[0]
+    )
+    with tiedquiet.enable("repair"):
+        assert not wrong(MyTextModel.from_pretrained(tmp_path), truth)
+    assert not wrong(MyTextModel.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth)
+
+
+def test_another_head_is_not_taken_for_this_one(tmp_path: Path, printed: Printed) -> None:
+    """Two labels, and two ends of a span: the same shapes, and another task."""
+    written(BertForSequenceClassification(BertConfig(**BERT, num_labels=2)), tmp_path)
+    for how in ("on", "repair", "strict"):
+        with tiedquiet.enable(how):
+            model = BertForQuestionAnswering.from_pretrained(tmp_path)
+        found = tiedquiet.check(model)
+        heads = {f.key: (f.verdict, f.source) for f in found.findings}
+        assert heads["qa_outputs.weight"] == (Verdict.MISSING, "classifier.weight")
+        assert set(heads) == {"qa_outputs.weight", "qa_outputs.bias"}
+        assert not found.ok
+    assert "qa_outputs.weight may be classifier.weight" in printed.loud[0]
+    head = load_file(tmp_path / "model.safetensors")["classifier.weight"]
+    assert not torch.equal(model.qa_outputs.weight, head)
+
+
+def test_an_untied_head_is_not_tied_while_the_file_may_have_it(tmp_path: Path, printed: Printed) -> None:
+    """One renamed head is only likely; but tying it would be wrong."""
+    truth = written(qwen2(tie_word_embeddings=False), tmp_path, lambda k: k.replace("lm_head", "output_head"))
+    for how in ("on", "repair"):
+        with tiedquiet.enable(how):
+            model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        assert wrong(model, truth) == {"lm_head.weight"}
+        assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+        (line,) = [line for line in printed.loud if "untied" in line]
+        assert "Look whether it is output_head.weight, which the checkpoint has and nothing read" in line
+        printed.records.clear()
+
+
+@pytest.mark.parametrize(("part", "kind"), [("half", "missing"), ("all", "missing")])
+def test_a_file_without_them(part: str, kind: str, tmp_path: Path) -> None:
+    truth = written(qwen2(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if "layers.1." not in key and part == "half"}
+    save_file(kept or {"nothing.weight": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for how in ("on", "strict"):  # a new part may be meant
+        with tiedquiet.enable(how):
+            model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        proof = tiedquiet.check(model)
+        assert {str(v) for k, v in verdicts(model).items() if k != "lm_head.weight"} == {kind}
+        assert not proof.ok
+        assert proof.total == len(truth)
+        assert proof.missing == len(truth) - len(kept) - (part == "half")
+
+
+def test_a_head_of_another_size_is_missing(tmp_path: Path) -> None:
+    written(BertForSequenceClassification(BertConfig(**BERT, num_labels=3)), tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert verdicts(model) == dict.fromkeys(("classifier.weight", "classifier.bias"), Verdict.MISSING)
+
+
+@pytest.mark.parametrize("kind", ["float8", "int8"])
+def test_codes_without_their_scale(kind: str, tmp_path: Path, printed: Printed) -> None:
+    key = "model.layers.0.mlp.gate_proj.weight"
+    written(qwen2(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    coded = {**tensors, key: (tensors[key] * 100).to(dtype), f"{key}_scale": torch.tensor([0.01])}
+    save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
+    assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))[key] is Verdict.UNREAD
+    assert f"codes were read as values, without {key}_scale" in printed.loud[0]
+    assert "TIEDQUIET=repair" not in printed.loud[0], "it cannot"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="codes were read as values"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    del coded[f"{key}_scale"]  # and codes that are meant as values
+    save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
+    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).ok
+
+
+class Steps(GPT2LMHeadModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("steps", torch.zeros(2, dtype=torch.int64))
+        self.post_init()
+
+
+def test_fractions_in_a_buffer_of_integers(tmp_path: Path) -> None:
+    written(Steps(gpt2()), tmp_path, steps=torch.tensor([0.7, 1.2]))
+    found = {f.key: (f.verdict, f.why) for f in tiedquiet.check(Steps.from_pretrained(tmp_path)).findings}
+    assert found["steps"] == (Verdict.OVERWRITTEN, "by the cast to int64: the file has it as float32")
+    written(Steps(gpt2()), tmp_path, steps=torch.tensor([1, 2], dtype=torch.int32))
+    assert tiedquiet.check(Steps.from_pretrained(tmp_path)).ok
+
+
+def test_what_became_infinite_by_a_cast(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(gpt2()).bfloat16()
+    model.transformer.ln_f.weight.data[3] = 1e10
+    model.save_pretrained(tmp_path)
+    half = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.transformer.ln_f.weight.isinf().any()
+    found = {f.key: (f.verdict, f.why) for f in tiedquiet.check(half).findings if f.verdict is not Verdict.TIED}
+    why = "it has infinite values in float16, to which it was cast"
+    assert found == {"transformer.ln_f.weight": (Verdict.UNPROVEN, why)}
+    assert tiedquiet.check(GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16)).ok
+
+
+def in_two_shards(folder: Path, again: dict[str, torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    keys = sorted(tensors)
+    save_file({key: tensors[key] for key in keys[1:]}, folder / names[0], {"format": "pt"})
+    save_file({keys[0]: tensors[keys[0]], **again}, folder / names[1], {"format": "pt"})
+    where = {**dict.fromkeys(keys, names[0]), keys[0]: names[1]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_one_name_in_two_shards(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    norm = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    in_two_shards(tmp_path, {"model.norm.weight": norm + 1})
+    assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path))["model.norm.weight"] is Verdict.AMBIGUOUS
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_same_twice_in_two_shards_is_well(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    in_two_shards(tmp_path, {"model.norm.weight": load_file(tmp_path / "model.safetensors")["model.norm.weight"]})
+    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path)).ok
+
+
+@pytest.mark.parametrize("kind", ["bin", "state_dict"])
+def test_from_a_pickle_and_from_a_state_dict(kind: str, tmp_path: Path) -> None:
+    truth = written(qwen2(), tmp_path, lambda key: f"module.{key}")
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    how: dict[str, Any] = {}
+    if kind == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        how = {"state_dict": tensors}
+    source = tmp_path if kind == "bin" else None
+    if source is None:
+        how["config"] = qwen2().config
+    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(source, **how)).unread == len(tensors)
+    with tiedquiet.enable("repair"):
+        model = Qwen2ForCausalLM.from_pretrained(source, **how)
+    assert not wrong(model, truth)
+
+
+def test_partly_on_disk_it_is_told_and_not_repaired(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    written(qwen2(), tmp_path, lambda key: f"module.{key}")
+    where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    how = {"device_map": {**where, "model.layers": "disk"}, "offload_folder": tmp_path / "offload"}
+    with tiedquiet.enable("repair"):
+        try:
+            model = Qwen2ForCausalLM.from_pretrained(tmp_path, **how)
+        except (KeyError, ValueError) as error:
+            pytest.skip(f"transformers itself does not load it: {error!r}")
+    assert Verdict.UNREAD in verdicts(model).values()
+
+
+def drifted(folder: Path, **flags: Any) -> Any:
+    written(qwen2(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1e-3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **flags}))
+    return Qwen2ForCausalLM
+
+
+def test_both_ends_of_a_tie_that_is_asked_for(tmp_path: Path, printed: Printed) -> None:
+    model = drifted(tmp_path).from_pretrained(tmp_path)
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        pytest.skip("this release ties them all the same")
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.key, finding.verdict) == ("lm_head.weight", Verdict.AMBIGUOUS)
+    assert "the tie is asked for, but the checkpoint has both, and they differ" in printed.loud[0]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
+        Qwen2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_both_ends_of_a_tie_that_the_config_denies(tmp_path: Path, printed: Printed) -> None:
+    with tiedquiet.enable("strict"):
+        model = drifted(tmp_path, tie_word_embeddings=False).from_pretrained(tmp_path)
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
+
+
+def test_both_ends_of_a_tie_that_only_the_text_config_denies(tmp_path: Path, printed: Printed) -> None:
+    model = llava()
+    model.config.tie_word_embeddings = True
+    model.config.text_config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    with tiedquiet.enable("strict"):
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is not loaded.model.language_model.embed_tokens.weight or torch.equal(
+        loaded.lm_head.weight, loaded.model.language_model.embed_tokens.weight
+    )
+    assert not [line for line in printed.loud if "ambiguous" in line]
+
+
+def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+
+    def after(change: Callable[[Any], Any]) -> dict[str, str]:
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        assert tiedquiet.check(model).ok
+        change(model)
+        return {f.key: f.why for f in tiedquiet.check(model).findings if f.verdict is Verdict.UNPROVEN}
+
+    def replace(model: Any) -> None:
+        model.model.norm.weight = nn.Parameter(torch.ones(32))
+
+    assert after(replace) == {"model.norm.weight": "it was read, and another tensor has taken its place since"}
+    assert after(lambda model: delattr(model.model, "norm")) == {
+        "model.norm.weight": "it was read, and has been taken out of the model since"
+    }
+    assert after(lambda model: model.model.norm.to("meta")) == {
+        "model.norm.weight": "it was read, and has been put on meta since, where nothing has values"
+    }
+    for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
+        assert after(harmless) == {}
+
+
+def test_nothing_has_values_on_meta(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    truth = written(qwen2(), tmp_path)
+    proof = tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, device_map="meta"))
+    assert (proof.ok, proof.stored, proof.total) == (False, 0, len(truth))
+
+
+class Patterns(GPT2LMHeadModel):
+    """Ties by patterns that end in a dot and a look-ahead, as PeAudioVideoModel's do."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._tied_weights_keys = {r"left\.(?!own)": r"^right\.(?!own)", "lm_head.weight": "transformer.wte.weight"}
+        for side in ("left", "right"):
+            setattr(self, side, nn.ModuleDict({"one": nn.Linear(4, 4), "own": nn.Linear(4, 1, bias=False)}))
+        self.post_init()
+
+
+def test_a_pattern_that_ends_in_a_dot_and_a_look_ahead(tmp_path: Path) -> None:
+    model = Patterns(gpt2())
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("left.one")}
+    model.config.tie_word_embeddings = False
+    model.config.architectures = ["Patterns"]
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert verdicts(Patterns.from_pretrained(tmp_path)) == dict.fromkeys(
+        ("left.one.weight", "left.one.bias"), Verdict.UNTIED
+    )
+    with tiedquiet.enable("repair"):
+        loaded = Patterns.from_pretrained(tmp_path)
+    assert loaded.left["one"].weight is loaded.right["one"].weight
