@@ -276,13 +276,15 @@ def asked_for(model: Any) -> set[str]:
 
 
 def asks(config: Any) -> bool:
-    """Whether a config asks for ties: its flag is true, would not be true in any case, and is not denied inside."""
+    """Whether a config asks for ties: its flag is true, would not be so in any case, and is not denied inside."""
     if not getattr(config, "tie_word_embeddings", False):
         return False
     if getattr(getattr(config, "text_config", None), "tie_word_embeddings", None) is False:
         return False
-    without = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    return without.tie_word_embeddings is False  # T5's sets it, since the embeddings of its two halves are one
+    without = config.to_dict()
+    flag_off(without)
+    # T5's sets it whatever the file says, since the embeddings of its two halves are one in any case.
+    return type(config).from_dict(without).tie_word_embeddings is False
 
 
 def grouped(meant: dict[str, str]) -> list[set[str]]:

@@ -95,7 +95,7 @@ def census_of_resume(saved: "Saved", write: Callable[[Any, Path], None] = by_tra
             return {**line, "failed_because_of_it": [repr(on.failure)[:300]]}
         best = resume(saved.cls, base, checkpoint, "on", is_best=True)
         line |= what_was_said(truth, off, on, lost)
-        line["best_differs"] = [] if loud_keys(best) == loud_keys(on) and truth.lost(best) == lost else sorted(lost)
+        line["best_differs"] = sorted(loud_keys(best) ^ loud_keys(on) | truth.lost(best) ^ lost)
         line |= what_was_repaired(truth, off, resume(saved.cls, base, checkpoint, "repair"))
         line["strict_wrong"] = what_strict_did(resume(saved.cls, base, checkpoint, "strict"), bool(lost))
         return line

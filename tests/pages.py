@@ -12,11 +12,23 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedModel, UMT5EncoderModel
+from transformers import (
+    CLIPVisionConfig,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    UMT5EncoderModel,
+)
 
 from tests.checkpoints import gpt2, umt5
 
@@ -113,6 +125,7 @@ def stage(folder: Path) -> None:
     _with_its_flag_off(UMT5EncoderModel(umt5()), folder / "wan" / "text_encoder")
     index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
     (folder / "wan" / "model_index.json").write_text(json.dumps(index))
+    _run_of_a_llava(folder)
     gpt.save_pretrained(folder / "cut-model")
     weights = folder / "cut-model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -120,6 +133,23 @@ def stage(folder: Path) -> None:
         for block in blocks(page, "python"):
             if name := program(block):
                 (folder / name).write_text(block.text)
+
+
+def _run_of_a_llava(folder: Path) -> None:
+    """`base`, the data and `run`: a hundred steps of training, with their checkpoint."""
+    tokens = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(0))
+    torch.save(tokens, folder / "data.pt")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = CLIPVisionConfig(**size, image_size=16, patch_size=8)
+    text = LlamaConfig(**size, num_key_value_heads=2, vocab_size=64)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "base")
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    how = {"max_steps": 100, "save_steps": 100, "learning_rate": 3e-3, "report_to": [], "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder / "run"), use_cpu=True, logging_strategy="no", **how)
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+    with redirect_stdout(StringIO()):
+        Trainer(model, arguments, train_dataset=data).train()
 
 
 def _with_code(model: PreTrainedModel, folder: Path, name: str, module: str, code: str) -> None:

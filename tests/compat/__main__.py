@@ -37,7 +37,10 @@ RELEASES = {
 NEWEST = "newest"
 TESTS = [
     "tests/compat",
-    "tests/doors",
+    *(
+        f"tests/doors/test_{name}.py"
+        for name in ("adapters", "from_pretrained", "modes", "trainer", "unread", "wrapping")
+    ),
     *(f"tests/proof/test_{name}.py" for name in ("ties", "names", "reading", "watch_property")),
     "tests/test_idioms.py",
     "tests/test_faq.py",

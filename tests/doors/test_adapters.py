@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
@@ -51,7 +52,11 @@ def by_transformers(saved: Path, adapter: Path) -> Any:
     return model
 
 
-WAYS = pytest.mark.parametrize("load", [by_peft, by_transformers])
+OLD = int(transformers.__version__.split(".")[1]) < 3
+WAYS = pytest.mark.parametrize(
+    "load",
+    [by_peft, pytest.param(by_transformers, marks=pytest.mark.skipif(OLD, reason="it reads nothing of an adapter"))],
+)
 
 
 def rename(adapter: Path, change: Callable[[str], str | None]) -> None:
@@ -72,6 +77,17 @@ def test_a_sound_adapter(load: Any, saved: Path, adapter: Path, printed: Printed
     assert not printed.loud
     base = len(load_file(saved / "base" / "model.safetensors"))
     assert proof.stored == base + len(load_file(adapter / FILE))
+
+
+@pytest.mark.skipif(not OLD, reason="5.3.0 and newer read it")
+def test_where_transformers_reads_nothing_of_a_sound_adapter(saved: Path, adapter: Path, printed: Printed) -> None:
+    model = by_transformers(saved, adapter)
+    stored = load_file(adapter / FILE)
+    assert not any(torch.equal(value, stored.get(name, value + 1)) for name, value in model.named_parameters())
+    assert any("tensors were NOT read" in line or "were read; the model has no place" in line for line in printed.loud)
+    assert not tiedquiet.check(model).ok
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        by_transformers(saved, adapter)
 
 
 @WAYS

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
@@ -314,8 +315,11 @@ def test_an_adapter_keeps_the_base_model_s_verdicts(tmp_path: Path, printed: Pri
     model = cls.from_pretrained(tmp_path / "base")
     said = len(printed.of("tiedquiet"))
     model.load_adapter(str(tmp_path / "adapter"))
-    assert verdicts(model) == {"lm_head.weight": Verdict.TIED}
     assert tiedquiet.check(model).stored >= 16, "the base model's too"
+    if int(transformers.__version__.split(".")[1]) < 3:  # reads nothing of an adapter
+        assert set(verdicts(model).values()) == {Verdict.TIED, Verdict.UNREAD}
+        return
+    assert verdicts(model) == {"lm_head.weight": Verdict.TIED}
     assert len(printed.of("tiedquiet", logging.WARNING)) == 0
     assert len(printed.of("tiedquiet")) == said
     whole = cls.from_pretrained(tmp_path / "adapter")

@@ -131,7 +131,7 @@ def _read(
     reading = read(model, missing, checkpoint, offloaded)
     reading.names_of = partial(names_in_files, model, checkpoint, list(config.weight_mapping or ()))
     unread: names.Headers = {}
-    if needs_headers(model, reading, info.unexpected_keys):
+    if needs_headers(reading, info.unexpected_keys):
         try:
             unread = ask_headers(model, reading, list(config.weight_mapping or ()), quantised)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's

@@ -105,16 +105,17 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
 def _read(model: Any, folder: str, missing: set[str]) -> tuple[Reading, list[Finding]]:
     """What was read of a folder, what it has and nothing read; in `repair`, that is read now, and returned."""
     checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
-    headers, now = checkpoint.headers, survey(model)
-    if headers and now.is_plain:
-        missing |= now.state.keys() - headers.keys()  # an index may promise what no shard has
+    in_files, now = {name for name, _ in checkpoint.names}, survey(model)
+    if in_files and now.is_plain:
+        missing |= now.state.keys() - in_files  # an index may promise what no shard has
     reading = read(model, missing, checkpoint)
     for name, first, second in checkpoint.twice():
         if name in reading.held:
             why = f"{first} and {second} have different values for it, and the one read last stayed"
             reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
-    if not headers.keys() - now.state.keys() or not reading.missing - reading.free:
+    if not in_files - now.state.keys() or not reading.missing - reading.free:
         return reading, []
+    headers = checkpoint.headers
     done: dict[str, tuple[str, ...]] = {}
     for conversions in (names.conversions_of(model), list(getattr(model, "_weight_conversions", None) or ())):
         open_keys = reading.missing - reading.found.keys() - done.keys()
@@ -146,7 +147,7 @@ def _checkpoint(folder: str, base: str) -> Checkpoint:
     """The files that Trainer has just read; none, where they cannot be told."""
     try:
         checkpoint = of_folder(folder, base)
-        checkpoint.headers  # noqa: B018 (it opens the files)
+        checkpoint.names  # noqa: B018 (it opens the files)
     except Exception:
         return Checkpoint({})
     return checkpoint

@@ -37,6 +37,17 @@ class Checkpoint:
         self._base = f"{base}." if base else ""
 
     @cached_property
+    def names(self) -> list[tuple[str, str]]:
+        """Each name that a file has, with the path of that file, in their order; a name may stand in several.
+
+        Raises:
+            Exception: a file cannot be opened.
+        """
+        if self.state_dict is not None:
+            return [(key, "") for key in self.tensors]
+        return [(key, path) for path in self.files for key in _names(path)]
+
+    @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
         """Name, shape and type of each tensor, as a tensor on meta; no value is read.
 
@@ -61,11 +72,10 @@ class Checkpoint:
     def twice(self) -> Iterator[tuple[str, str, str]]:
         """Each name that two of the files have with different values, and those files; the second counts."""
         found: dict[str, str] = {}
-        for path in self.files if len(self.files) > 1 else ():
-            for key in [key for key, _ in _headers(path)] if path.endswith(".safetensors") else dict(_open(path)):
-                if key in found and not _equal(key, found[key], path):
-                    yield key, Path(found[key]).name, Path(path).name
-                found[key] = path
+        for key, path in self.names if len(self.files) > 1 else ():
+            if key in found and not _equal(key, found[key], path):
+                yield key, Path(found[key]).name, Path(path).name
+            found[key] = path
 
     def names_of(self, name: str) -> Iterator[str]:
         """The names that files have for one of the model's tensors, unless they were renamed: its own comes first."""
@@ -101,6 +111,13 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
         return Checkpoint(None, [str(path)], base)
     shards = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     return Checkpoint(None, [str(Path(folder, shard)) for shard in shards], base)
+
+
+def _names(path: str) -> list[str]:
+    if not path.endswith(".safetensors"):
+        return [key for key, _ in _open(path)]
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def _headers(path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -33,6 +33,7 @@ class Reading:
         missing: names that it did not deliver (mismatched shapes included).
         total: how many names the state dict has.
         free: those missing that the class itself says need no file.
+        tied: those missing that a declared tie explains: another member of it was read.
         found: findings on the reading itself, which nothing later changes.
         narrowed: names of what was read into a type with a smaller range than the stored one.
         likely: for missing keys, an unread tensor of the files that fits their shape.
@@ -47,6 +48,7 @@ class Reading:
     missing: set[str]
     total: int
     free: set[str] = field(default_factory=set)
+    tied: set[str] = field(default_factory=set)
     found: dict[str, Finding] = field(default_factory=dict)
     narrowed: set[str] = field(default_factory=set)
     likely: dict[str, str] = field(default_factory=dict)
@@ -97,6 +99,7 @@ def read(
         missing,
         len(stored) + len(missing),
         free={name for name in missing if _is_free(model, name)},
+        tied={key for key, group in declared(now).items() if key in missing and not stored.isdisjoint(group.members)},
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
     )
@@ -110,20 +113,16 @@ def names_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any], k
     return tuple(name for name, target in targets.items() if target == key)
 
 
-def needs_headers(model: Any, reading: Reading, unexpected: set[str]) -> bool:
+def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 
     That is where it reports keys that no tie explains, where two files may have one name, and where a type of the model
     is narrower than the stored one may be.
     """
-    tied = declared(survey(model))
     return (
         bool(unexpected)
         or len(reading.checkpoint.files) > 1
-        or any(
-            key not in tied or reading.held.keys().isdisjoint(tied[key].members)
-            for key in reading.missing - reading.free
-        )
+        or bool(reading.missing - reading.free - reading.tied)
         or any(tensor.dtype not in _SURE for tensor in reading.held.values())
     )
 
