@@ -18,7 +18,7 @@ class Clocks:
         from transformers.utils import loading_report
 
         import tiedquiet
-        from tiedquiet.watch import Watch
+        from tiedquiet.proof.watch import Watch
 
         self.below: dict[str, float] = {}
         self.above: dict[str, float] = {}

@@ -333,8 +333,48 @@ def test_what_another_library_reads_is_unproven(runs: Any, printed: Printed) -> 
     _ReadsByItself(model, arguments)._load_from_checkpoint(str(folder / "checkpoint-2"))
     proof = tiedquiet.check(model)
     assert [(f.key, f.verdict) for f in proof.findings] == [("", Verdict.UNPROVEN)]
-    assert "checkpoint-2 was read by code that tiedquiet does not look at" in proof.findings[0].why
-    assert any("does not look at" in line for line in printed.of("tiedquiet"))
+    assert "checkpoint-2 was read by code, at which tiedquiet does not look" in proof.findings[0].why
+    assert any("does not look" in line for line in printed.of("tiedquiet"))
+
+
+class _Engine:
+    """What of DeepSpeed's engine the Trainer uses to read a checkpoint."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def load_checkpoint(self, path: str, **_: Any) -> tuple[str, None]:
+        return path, None
+
+
+def test_what_deepspeed_reads_is_unproven(runs: Any, tmp_path: Path) -> None:
+    from transformers import trainer as module
+
+    model = LlamaForCausalLM.from_pretrained(runs(llama) / "base")
+    (tmp_path / "global_step2").mkdir()
+    with tiedquiet.enable("off"):
+        module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path))
+    assert tiedquiet.check(model).ok
+    module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path))
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.verdict, "was read by DeepSpeed" in finding.why) == (Verdict.UNPROVEN, True)
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path / "nowhere"))
+
+
+def test_a_record_that_cannot_be_left_does_not_stop_the_run(
+    runs: Any, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs(llama)
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+
+    def breaks(*_: Any) -> None:
+        raise KeyError("injected")
+
+    monkeypatch.setattr("tiedquiet.doors.trainer.record.leave", breaks)
+    arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
+    _ReadsByItself(model, arguments)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    assert any("goes on without it: KeyError" in line for line in printed.loud)
 
 
 def test_off_is_off(runs: Any, printed: Printed) -> None:

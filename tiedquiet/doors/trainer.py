@@ -40,8 +40,7 @@ _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=N
 
 def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._load_from_checkpoint`."""
-    folder = bind(wrapped, args, kwargs).get("resume_from_checkpoint")
-    return _around(wrapped, trainer, args, kwargs, folder)
+    return _around(wrapped, trainer, args, kwargs, args[0] if args else kwargs.get("resume_from_checkpoint"))
 
 
 def _on_best_model(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,12 +57,28 @@ def _around(
         result = wrapped(*args, **kwargs)
     finally:
         _going_on.reset(before)
-    if mode.current() != "off" and not resume.was_judged and not _has_adapters(trainer.model):
-        how = next((name for name in ("deepspeed", "fsdp") if getattr(trainer, f"is_{name}_enabled", False)), "")
-        why = f"{resume.folder} was read by {how or 'code'} that tiedquiet does not look at"
-        record.leave(trainer.model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
-        words.say(logging.DEBUG, f"{words.name_of(trainer.model, resume.folder)}: unproven: {why}")
+    if not resume.was_judged:
+        _leave_unproven(trainer.model, folder, "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else "code")
     return result
+
+
+def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `deepspeed_load_checkpoint`, by which a Trainer resumes under DeepSpeed."""
+    result = wrapped(*args, **kwargs)
+    bound = bind(wrapped, args, kwargs)
+    _leave_unproven(getattr(bound["deepspeed_engine"], "module", None), bound["checkpoint_path"], "DeepSpeed")
+    return result
+
+
+def _leave_unproven(model: Any, folder: object, how: str) -> None:
+    """Leave the record of a resume that went another way; of adapters, another door tells."""
+    try:
+        if mode.current() != "off" and model is not None and not _has_adapters(model):
+            why = f"{folder} was read by {how}, at which tiedquiet does not look"
+            record.leave(model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
+            words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
+    except Exception as error:
+        stand_aside(error)  # the resume is through; under `strict` there is nothing more to stop
 
 
 def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,8 +121,7 @@ def _read(model: Any, folder: str, missing: set[str]) -> tuple[Reading, list[Fin
     """What was read of a folder, what it has and nothing read; in `repair`, that is read now, and returned."""
     checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
     in_files, now = {name for name, _ in checkpoint.names}, survey(model)
-    if in_files and now.is_plain:
-        missing |= now.state.keys() - in_files  # an index may promise what no shard has
+    missing |= (checkpoint.promised - in_files) & now.state.keys()  # the Trainer believes the index
     reading = read(model, missing, checkpoint)
     for name, first, second in checkpoint.twice():
         if name in reading.held:
@@ -171,6 +185,13 @@ add(
         ("_load_from_checkpoint",),
         (frozenset({"resume_from_checkpoint"}),),
         _on_resume,
+    ),
+    Seam(
+        "transformers.integrations.deepspeed",
+        "",
+        ("deepspeed_load_checkpoint",),
+        (frozenset({"deepspeed_engine", "checkpoint_path"}),),
+        _on_deepspeed,
     ),
     Seam("transformers.trainer", "Trainer", ("_load_best_model",), (frozenset({"self"}),), _on_best_model),
     Seam(

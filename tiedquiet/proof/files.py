@@ -34,6 +34,7 @@ class Checkpoint:
     ) -> None:
         self.state_dict = state_dict
         self.files = list(files or ())
+        self.promised: set[str] = set()  # what an index says that the files have
         self._base = f"{base}." if base else ""
 
     @cached_property
@@ -109,8 +110,10 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
         raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
     if path.suffix != ".json":
         return Checkpoint(None, [str(path)], base)
-    shards = dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    return Checkpoint(None, [str(Path(folder, shard)) for shard in shards], base)
+    where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    checkpoint = Checkpoint(None, [str(Path(folder, shard)) for shard in dict.fromkeys(where.values())], base)
+    checkpoint.promised = set(where)
+    return checkpoint
 
 
 def _names(path: str) -> list[str]:
