@@ -8,6 +8,8 @@ import pytest
 import tiedquiet
 from tiedquiet import mode
 
+NAME = "_load_pretrained_model"
+
 
 def in_a_thread() -> str:
     seen: list[str] = []
@@ -73,6 +75,15 @@ def test_left_twice_and_never_entered() -> None:
     assert mode.current() == "on"
     tiedquiet.enable("strict").__exit__(None, None, None)
     assert mode.current() == "on"
+
+
+def test_off_in_one_context_takes_no_guard_from_another() -> None:
+    import transformers.modeling_utils as module
+
+    wrapped = vars(module.PreTrainedModel)[NAME]
+    with tiedquiet.enable("off"):
+        assert vars(module.PreTrainedModel)[NAME] is wrapped
+    assert vars(module.PreTrainedModel)[NAME] is wrapped
 
 
 def test_a_task_has_the_context_that_it_was_started_in() -> None:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from tiedquiet import mode as _modes
-from tiedquiet.switch import apply as _apply
+from tiedquiet.switch import unwrap as _unwrap
+from tiedquiet.switch import wrap as _wrap
 from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class _Restore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _modes.leave(self._setting, self._before)
-        _apply()
+        _unwrap()
 
 
 def enable(mode: str | None = None) -> _Restore:
@@ -39,6 +40,7 @@ def enable(mode: str | None = None) -> _Restore:
 
     Args:
         mode: `on`, `repair`, `strict` or `off` (or a synonym that `TIEDQUIET` takes); None reads `TIEDQUIET`.
+            With `off` the functions stay wrapped and do nothing of ours; `disable` puts the originals back.
 
     Returns:
         A context manager. In a `with`, the mode is that of this context (thread, task) and of the threads started in
@@ -52,14 +54,14 @@ def enable(mode: str | None = None) -> _Restore:
         _modes.from_environment() if mode is None else _modes.Setting(_modes.parse(mode, "mode"), "tiedquiet.enable")
     )
     restore = _Restore(setting)
-    _apply()
+    _wrap()
     return restore
 
 
 def disable() -> None:
     """Put the libraries' own functions back. Harmless when there is nothing to put back."""
     _modes.put(_modes.Setting("off", "tiedquiet.disable"))
-    _apply()
+    _unwrap()
 
 
 def check(model: "torch.nn.Module") -> Proof:

@@ -19,18 +19,14 @@ DOORS = {
 _hooked = False
 
 
-def apply() -> None:
-    """Wrap the libraries' functions, now or when they are imported; with `off` everywhere, put the originals back.
+def wrap() -> None:
+    """Wrap the libraries' functions, now or when they are imported, if any mode in force asks for it.
 
     Raises:
         LoadError: the mode in force is `strict`, and what is imported cannot be guarded.
     """
     global _hooked
     if not mode.is_on_somewhere():
-        if "tiedquiet.doors.wrapping" in sys.modules:
-            from tiedquiet.doors import wrapping
-
-            wrapping.unwrap()
         return
     for name in DOORS:
         if not _hooked:
@@ -38,6 +34,14 @@ def apply() -> None:
         elif name in sys.modules:
             _wrap(sys.modules[name])
     _hooked = True
+
+
+def unwrap() -> None:
+    """Put the originals back, unless another thread has a mode in force: its load may be in the middle."""
+    if not mode.is_on_somewhere() and "tiedquiet.doors.wrapping" in sys.modules:
+        from tiedquiet.doors import wrapping
+
+        wrapping.unwrap()
 
 
 def _wrap(module: ModuleType) -> None:

@@ -175,6 +175,18 @@ def test_prompts_are_no_part_of_the_model(saved: Path, tmp_path: Path, printed: 
     assert not printed.loud
 
 
+def test_files_that_cannot_be_told(saved: Path, adapter: Path, printed: Printed) -> None:
+    """An adapter of the hub, or in a subfolder: what peft says of its keys is all that is known."""
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    model = peft.PeftModel.from_pretrained(base, adapter.parent, subfolder="adapter")
+    assert tiedquiet.check(model).ok
+    rename(adapter, lambda key: f"nowhere.{key}" if "lora_A" in key else key)
+    base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(base, adapter.parent, subfolder="adapter"))
+    assert any(not finding.key and "some were not read" in finding.why for finding in proof.findings)
+    assert proof.missing == 4
+
+
 def test_off_is_off(saved: Path, adapter: Path, printed: Printed) -> None:
     rename(adapter, lambda key: f"nowhere.{key}" if "lora" in key else key)
     with tiedquiet.enable("off"):

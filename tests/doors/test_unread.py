@@ -18,8 +18,11 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     GPT2LMHeadModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
@@ -297,6 +300,56 @@ def test_partly_on_disk_it_is_told_and_not_repaired(tmp_path: Path) -> None:
         except (KeyError, ValueError) as error:
             pytest.skip(f"transformers itself does not load it: {error!r}")
     assert Verdict.UNREAD in verdicts(model).values()
+
+
+ON_DISK = {
+    "llama": {"model": "disk", "lm_head": "cpu"},
+    "llava": {
+        **dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu"),
+        "model.language_model": "disk",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ON_DISK)
+def test_a_random_head_beside_an_embedding_on_disk(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = llava() if kind == "llava" else LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+    model.tie_weights()
+    written(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    if kind == "llava":
+        config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    how = {"device_map": ON_DISK[kind], "offload_folder": tmp_path / "offload"}
+    loaded = type(model).from_pretrained(tmp_path, **how)
+    assert verdicts(loaded) == {"lm_head.weight": Verdict.UNTIED}, "and `check` knows what the load said"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="untied"):
+        type(model).from_pretrained(tmp_path, **how)
+    with tiedquiet.enable("repair"):
+        loaded = type(model).from_pretrained(tmp_path, **how)
+    assert verdicts(loaded) == {"lm_head.weight": Verdict.COPIED}
+    stored = load_file(tmp_path / "model.safetensors")
+    (embedding,) = [value for key, value in stored.items() if key.endswith("embed_tokens.weight")]
+    assert torch.equal(loaded.lm_head.weight, embedding)
+
+
+def test_what_is_written_to_the_placeholder_of_what_is_on_disk_is_no_loss(tmp_path: Path, printed: Printed) -> None:
+    pytest.importorskip("accelerate")
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL, tie_word_embeddings=False)).eval()
+    written(model, tmp_path)
+    where = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    how = {"device_map": {**where, "model.layers": "disk"}, "offload_folder": tmp_path / "offload"}
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        right = model(tokens).logits
+        for mode in ("on", "repair", "strict"):
+            with tiedquiet.enable(mode):
+                loaded = DiffLlamaForCausalLM.from_pretrained(tmp_path, **how).eval()
+            assert torch.allclose(loaded(tokens).logits, right, atol=1e-6)
+            assert tiedquiet.check(loaded).ok
+    assert not printed.loud
 
 
 def drifted(folder: Path, **flags: Any) -> Any:

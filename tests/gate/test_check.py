@@ -405,6 +405,23 @@ def test_what_the_hub_does_not_give(name: str, says: str, hub: str, tmp_path: Pa
     assert done.stderr.count("\n") == 1
 
 
+def test_an_adapter_over_a_model_that_is_converted_while_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter's conversions take the place of the model's own."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=64, num_key_value_heads=2, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert check(tmp_path / "adapter") == 0
+    assert "unproven" not in capsys.readouterr().out
+
+
 def test_an_adapter(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -37,23 +37,16 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
 
 def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `_finalize_model_loading`: watch what is done to the model between reading and the report."""
-    load, model, failure = None, None, None
+    model = bind(wrapped, args, kwargs)["model"]
+    load = Load.of(model)
     with ExitStack() as entered:
-        try:
-            model = bind(wrapped, args, kwargs)["model"]
-            load = Load.of(model)
-            if load is not None:
-                entered.callback(_close, load, model)
+        if load is not None:
+            entered.callback(_close, load, model)
+            try:
                 entered.enter_context(load.watch)
-        except Exception as error:
-            if load is None:
-                failure = stand_aside(error)
-            else:
+            except Exception as error:
                 load.watch.give_up(error)  # reported when the load is judged
-        result = wrapped(*args, **kwargs)
-    if failure is not None:
-        raise failure
-    return result
+        return wrapped(*args, **kwargs)
 
 
 def _close(load: Load, model: Any) -> None:

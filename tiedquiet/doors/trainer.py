@@ -17,10 +17,11 @@ from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.memory import same
 from tiedquiet.proof.reading import Reading, find_unread, note_unread, read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import Survey, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _WHY = "since Trainer reads a checkpoint without the renaming and conversion that from_pretrained makes"
@@ -98,7 +99,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
 
 
 def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
-    reading, mended = _read(model, folder, set(loaded.missing_keys))
+    reading, mended = _read(model, folder, set(loaded.missing_keys), set(loaded.unexpected_keys))
     load = Load(model, reading, is_resumed=True)
     load.mended = mended
     outcome = conclude(load, model, folder or "the Trainer's checkpoint", set(loaded.missing_keys), in_place=True)
@@ -117,44 +118,72 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
     return outcome
 
 
-def _read(model: Any, folder: str, missing: set[str]) -> tuple[Reading, list[Finding]]:
+def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> tuple[Reading, list[Finding]]:
     """What was read of a folder, what it has and nothing read; in `repair`, that is read now, and returned."""
     checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
     in_files, now = {name for name, _ in checkpoint.names}, survey(model)
     missing |= (checkpoint.promised - in_files) & now.state.keys()  # the Trainer believes the index
-    reading = read(model, missing, checkpoint)
+    found = _origins(model, checkpoint, missing, unexpected & in_files, now) if unexpected & in_files else []
+    # What a module sets by itself where it is not delivered (a batch norm's count of batches), no loader calls missing.
+    reading = read(model, missing.union(*(made for _, made in found)), checkpoint)
     for name, first, second in checkpoint.twice():
         if name in reading.held:
             why = f"{first} and {second} have different values for it, and the one read last stayed"
             reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
-    if not in_files - now.state.keys() or not reading.missing - reading.free:
-        return reading, []
-    headers = checkpoint.headers
     done: dict[str, tuple[str, ...]] = {}
-    for conversions in (names.conversions_of(model), list(getattr(model, "_weight_conversions", None) or ())):
-        open_keys = reading.missing - reading.found.keys() - done.keys()
-        made = names.origins(model, headers, now.state, conversions) if open_keys else {}
-        made = {key: origin for key, origin in made.items() if key in open_keys}
+    used: set[str] = set()
+    for conversions, made in found:
         note_unread(reading, made, _WHY, _CURE)
+        of_these = {name: checkpoint.headers[name] for origin in made.values() for name in origin.names}
+        used |= of_these.keys()
         if mode.current() == "repair":
-            wanted = {name: headers[name] for origin in made.values() for name in origin.names}
-            for key, origin, value in names.converted(
-                model, wanted, now.state, conversions, lambda name: checkpoint.tensors[name]()
-            ):
-                if key in made and copy_in_place(now.state[key], value):
-                    done[key] = origin.names
-    used = {name for key in reading.found for name in done.get(key, (str(reading.found[key].source),))}
-    left = {name: header for name, header in headers.items() if name not in now.state and name not in used}
+            values = names.converted(model, of_these, now.state, conversions, lambda n: checkpoint.tensors[n]())
+            done |= {k: o.names for k, o, value in values if k in made and copy_in_place(now.state[k], value)}
+    left = {name: checkpoint.headers[name] for name in unexpected & in_files - used}
     _, prefixes = find_unread(model, reading, left, cure="Set TIEDQUIET=repair to read them")
     if prefixes is not None and mode.current() == "repair":
-        for key, name in prefixes.names.items():
-            if copy_in_place(now.state[key], checkpoint.tensors[name]()):
-                done[key] = (name,)
+        fits = prefixes.names.items()
+        done |= {k: (n,) for k, n in fits if copy_in_place(now.state[k], checkpoint.tensors[n]())}
+    if not done:
+        return reading, []
     mended = [reading.found[key] for key in sorted(done)]
     again = read(model, reading.missing - done.keys(), checkpoint)
     again.found.update({key: finding for key, finding in reading.found.items() if key not in done})
     again.likely, again.names_of = reading.likely, lambda key: done.get(key, ())
     return again, mended
+
+
+def _origins(
+    model: Any, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey
+) -> list[tuple[list[Any], dict[str, names.Origin]]]:
+    """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
+
+    The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it again.
+    """
+    found: list[tuple[list[Any], dict[str, names.Origin]]] = []
+    claimed: set[str] = set()
+    for conversions in (names.conversions_of(model), list(getattr(model, "_weight_conversions", None) or ())):
+        made = {
+            key: origin
+            for key, origin in names.origins(model, checkpoint.headers, now.state, conversions).items()
+            if key not in claimed
+            and not unexpected.isdisjoint(origin.names)
+            and (key in missing or key not in origin.names)
+            and not (_renames_itself(model, key) and same(now.state[key], checkpoint.tensors[origin.names[0]]()))
+        }
+        claimed |= made.keys()
+        found.append((conversions, made))
+    return found
+
+
+def _renames_itself(model: Any, key: str) -> bool:
+    """Whether a module around a tensor changes names while it is read, as weight norm does: then values must tell."""
+    module = model
+    for part in key.split(".")[:-1]:
+        if module._load_state_dict_pre_hooks:
+            return True
+        module = module._modules[part]
+    return bool(module._load_state_dict_pre_hooks)
 
 
 def _checkpoint(folder: str, base: str) -> Checkpoint:

@@ -76,8 +76,6 @@ def conversions_of(model: Any) -> list[Any]:
 def conversions_of_native(model: Any) -> list[Any]:
     """What transformers would rename and convert for the class that the model's class is made from."""
     native = native_class(model)
-    if native is None:
-        return []
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return conversions_of(native(copy.deepcopy(model.config)))

@@ -1,0 +1,165 @@
+"""Corners of the proof's rooms that no model of the other tests runs into."""
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+
+from tests.checkpoints import loading
+from tiedquiet import LoadError, Verdict
+from tiedquiet.doors import from_pretrained
+from tiedquiet.proof import names
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import plain
+from tiedquiet.proof.reading import Reading, ask_headers, find_unread, read
+from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.survey import embeddings, is_denied, is_moved
+
+
+def test_a_model_may_be_copied_and_pickled_in_the_middle_of_its_load() -> None:
+    model = torch.nn.Linear(2, 2)
+    load = loading(model, set())
+    assert vars(copy.deepcopy(model))["_tiedquiet_load"] is load
+    assert b"tiedquiet" not in pickle.dumps(model).replace(b"_tiedquiet_load", b"")
+
+
+def test_of_what_deepspeed_has_partitioned_there_is_this_process_s_part() -> None:
+    parameter: Any = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = torch.arange(3.0)
+    assert torch.equal(plain(parameter)[0], torch.arange(3.0))
+
+
+class _Subclass(CLIPTextModel):
+    pass
+
+
+def test_a_native_class_that_cannot_be_built_renames_nothing() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = _Subclass(CLIPTextConfig(**sizes, vocab_size=9, max_position_embeddings=4))
+    assert names.native_class(model) is CLIPTextModel
+    model.config = None
+    assert names.conversions_of_native(model) == []
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def test_a_name_that_is_right_as_it_is_is_not_renamed_away() -> None:
+    model: Any = SimpleNamespace(base_model_prefix="", config=None)
+    renaming = [WeightRenaming("right", "wrong")]
+    assert names.targets(model, {"right.weight": meta(2)}, {"right.weight": meta(2)}, renaming) == {
+        "right.weight": "right.weight"
+    }
+
+
+def test_what_a_conversion_makes_beside_what_the_model_has() -> None:
+    model: Any = SimpleNamespace(base_model_prefix="", config=None)
+    split = [WeightConverter(["joined"], ["one", "two"], operations=[Chunk(dim=0)])]
+    headers = {"joined.weight": meta(4, 3)}
+    state = {"one.weight": meta(2, 3)}
+    assert names.origins(model, headers, state, split) == {"one.weight": names.Origin(("joined.weight",), True)}
+    assert names.origins(model, headers, {"one.weight": meta(9, 9)}, split) == {}
+    assert names.origins(model, {"joined.weight": meta()}, state, split) == {}, "it cannot be split"
+    assert names.origins(model, {"a": meta(3)}, {"a": meta(2)}, []) == {}
+
+
+def test_values_under_another_name_of_the_file() -> None:
+    checkpoint = Checkpoint({"there": torch.ones(2), "too": torch.ones(2)})
+    reading = Reading(checkpoint, {}, {}, set(), 0)
+    assert reading.values("here") is None
+    reading.names_of = lambda key: ("there",)
+    assert torch.equal(torch.ones(2), reading.values("here"))  # type: ignore[arg-type]
+    reading.names_of = lambda key: ("there", "too")  # made of two
+    assert reading.values("here") is None
+    reading.names_of = lambda key: ("gone",)
+    assert reading.values("here") is None
+
+
+def test_a_name_in_two_files_that_the_model_does_not_have(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file(
+            {"weight": torch.ones(1, 2), "other": torch.tensor([float(number)])}, tmp_path / f"{number}.safetensors"
+        )
+    model = torch.nn.Linear(2, 1, bias=False)
+    reading = read(model, set(), Checkpoint(None, [str(tmp_path / f"{n}.safetensors") for n in (1, 2)]))
+    assert ask_headers(model, reading, [], False).keys() == {"other"}
+    assert reading.found == {}
+
+
+def test_of_a_quantised_model_types_are_not_compared() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data = model.weight.data.half()
+    reading = read(model, set(), Checkpoint({"weight": torch.ones(1, 2)}))
+    ask_headers(model, reading, [], True)
+    assert not reading.narrowed
+    ask_headers(model, reading, [], False)
+    assert reading.narrowed == {"weight"}
+
+
+def test_codes_that_nothing_lies_beside_are_values() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    reading = read(model, set(), Checkpoint({"weight": torch.ones(1, 2, dtype=torch.int8)}))
+    ask_headers(model, reading, [], False)
+    assert reading.found == {}
+
+
+def test_what_cannot_be_copied_in_place_is_left() -> None:
+    assert not copy_in_place(torch.zeros(2), torch.ones(3))
+    assert not copy_in_place(torch.zeros(2, device="meta"), torch.ones(2))
+    assert copy_in_place(torch.zeros(2), torch.ones(2))
+
+
+def test_a_file_whose_names_cannot_be_asked_for_tells_nothing() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    info = SimpleNamespace(missing_keys=set(), mismatched_keys=set(), unexpected_keys={"x"})
+    config: Any = SimpleNamespace(weight_mapping=None)
+    reading, unread = from_pretrained._read(model, info, Checkpoint(None, ["a.gguf"]), None, config, False)
+    assert (reading.stored, unread) == ({"weight"}, {})
+
+
+def test_nothing_missing_or_nothing_left_over() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    assert find_unread(model, read(model, set()), {"x": meta(1, 2)}) == ({}, None)
+    assert find_unread(model, read(model, {"weight"}), {}) == ({}, None)
+
+
+def test_what_is_asked_of_odd_models() -> None:
+    class Embeds(torch.nn.Module):
+        def get_input_embeddings(self) -> Any:
+            raise NotImplementedError
+
+    assert embeddings(Embeds(), "input") is None
+
+    class Odd:
+        tie_word_embeddings = True
+
+        def __init__(self, needed: int) -> None: ...
+
+    assert is_denied(SimpleNamespace(config=Odd(1))) is False
+    assert is_moved(torch.nn.Linear(1, 1), "gone.weight") is False
+    hooked = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    hooked._hf_hook = object()  # type: ignore[assignment]
+    assert is_moved(hooked, "0.weight") is True
+
+
+def test_an_error_under_the_watch_is_raised_by_the_judge() -> None:
+    model = torch.nn.Linear(2, 2)
+    load = loading(model, set())
+    load.watch.give_up(ArithmeticError("injected"))
+    with pytest.raises(ArithmeticError, match="injected"):
+        load.settle(model, set())
+    assert issubclass(LoadError, RuntimeError)
+
+
+def test_what_is_on_meta_and_not_on_disk_has_no_values() -> None:
+    model = torch.nn.Linear(2, 2).to("meta")
+    load = loading(model, set())
+    assert {f.verdict for f in load.settle(model, set())} == {Verdict.UNPROVEN}
