@@ -20,13 +20,15 @@ TINY_WAN = Path(__file__).with_name("tiny") / "wan"
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 24,
-    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 400,
-    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 20,
+    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 600,
+    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 40,
+    "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4,
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
+    "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5,
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
@@ -95,11 +97,19 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
-        "learns the teacher's velocity and takes as many steps (default: 4 with the tiny teacher, else 0)")  # fmt: skip
+        "learns the teacher's velocity and takes as many steps (default: 2 with the tiny teacher, else 0)")  # fmt: skip
     add("--student_blocks", type=positive,
         help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
+    # The second stage.
+    add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
+        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: the tiny "
+        "teacher's 300, else 0)")  # fmt: skip
+    add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
+    add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
+    add("--matching_learning_rate", type=weight, help="of the student in the second stage")
+    add("--critic_learning_rate", type=weight)
     # Data: a folder of clips, or latents that the teacher samples for prompts.
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
     add("--caption_column", default="text", help="where the metadata has the prompt")
@@ -119,7 +129,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # The steps.
     add("--train_batch_size", type=positive, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--max_train_steps", type=positive, help="optimizer steps for each expert")
+    add("--max_train_steps", type=count, help="optimizer steps for each expert, of the first stage")
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=count)
@@ -152,9 +162,23 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.tiny = tiny
     if args.student_steps is None:
-        args.student_steps = 4 if tiny and not args.train_data_dir else 0
+        args.student_steps = 2 if tiny and not args.train_data_dir else 0
+    if args.distribution_matching_steps is None:
+        args.distribution_matching_steps = 300 if tiny and args.student_steps else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
     return args
+
+
+def stages(args: argparse.Namespace) -> list[str]:
+    """What each expert's student goes through."""
+    if not args.student_steps:
+        return ["velocity"]
+    return ["segments"] * bool(args.max_train_steps) + ["matching"] * bool(args.distribution_matching_steps)
+
+
+def needs_paths(args: argparse.Namespace) -> bool:
+    """Whether samples are kept: distribution matching alone needs prompts and nothing else."""
+    return bool(not args.student_steps or args.max_train_steps or args.segment_weight or args.expert == "low")
 
 
 def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -193,6 +217,10 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--student_steps learns from the teacher's own paths: --prompts_file instead of --train_data_dir")
         if args.task_weight or args.guidance_scale > 1:
             fail("--student_steps learns guided paths: it has no --task_weight, and --sample_guidance_scale guides")
+        if not stages(args):
+            fail("--max_train_steps 0 and no --distribution_matching_steps: nothing would be learnt")
+    elif args.distribution_matching_steps or not args.max_train_steps:
+        fail("--distribution_matching_steps, and --max_train_steps 0, are for a student of few steps: --student_steps")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:

@@ -23,6 +23,8 @@ from tqdm import tqdm
 import tiedquiet
 from tiedquiet.distill.options import fail, is_main_process
 
+PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -103,10 +105,25 @@ class Teacher:
         return dict(json.loads((self.folder / part / file).read_text()))
 
     def key(self) -> str:
-        """Changes when any file of the pipeline does, as far as names, sizes and times tell."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        told = [(str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        """Changes with what the pipeline holds, not with where it lies, when it was copied, or what its README says.
+
+        Of large files, sizes, beginnings and 64 pieces from all over are read: weights trained further differ there.
+        """
+        told = hashlib.sha256()
+        for part in sorted(self.parts):
+            for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
+                size = path.stat().st_size
+                told.update(f"{path.relative_to(self.folder)} {size}".encode())
+                with path.open("rb") as file:
+                    for place in sorted({size * n // PIECES for n in range(PIECES)}):
+                        file.seek(place)
+                        told.update(file.read(max(PIECE, size // PIECES if size < SMALL else 0)))
+        return told.hexdigest()[:16]
+
+    def latents(self, args: Namespace) -> tuple[int, int, int, int]:
+        """The form of a clip's latents: channels, frames, height, width."""
+        time, space = self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8)
+        return self.vae["z_dim"], (args.num_frames - 1) // time + 1, args.height // space, args.width // space
 
     def expert(self, expert: Expert, dtype: torch.dtype) -> WanTransformer3DModel:
         """One expert with its weights."""
@@ -194,6 +211,53 @@ class Teacher:
         return pipe.to(device)
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Between which points of the teacher's path a student of few steps goes.
+
+    Attributes:
+        timesteps: (steps,), of `num_train_timesteps`.
+        sigmas: (steps + 1,), the last is 0.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def of(self, expert: Expert) -> list[int]:
+        """The nodes that are an expert's own."""
+        return [k for k, t in enumerate(self.timesteps.tolist()) if expert.low <= t < expert.high]
+
+
+def nodes(config: Mapping[str, Any], steps: int) -> Nodes:
+    """Those of the student's scheduler, see `few_steps`."""
+    scheduler = few_steps(config, steps)
+    scheduler.set_timesteps(steps)
+    return Nodes(scheduler.timesteps.float(), scheduler.sigmas.float())
+
+
+def check_nodes(teacher: Teacher, trained: Sequence[Expert], args: Namespace) -> None:
+    """Stop where a student of few steps would leave an expert without a step: it would have nothing to learn.
+
+    Raises:
+        SystemExit: with status 2, after one line that has the numbers of steps that work.
+    """
+
+    def idle(steps: int) -> list[Expert]:
+        return [expert for expert in trained if not nodes(teacher.scheduler, steps).of(expert)]
+
+    if not args.student_steps or not (empty := idle(args.student_steps)):
+        return
+    many = args.num_inference_steps
+    work = [str(n) for n in range(2, many + 1) if many % n == 0 and not idle(n)]
+    side = ("high", "low")
+    others = [n for n, expert in enumerate(teacher.experts) if expert in trained and expert not in empty]
+    fail(
+        f"--student_steps {args.student_steps}: at shift {empty[0].shift:g} none of them is a step of {empty[0].name}, "
+        f"whose timesteps are {empty[0].low:g} to {empty[0].high:g}; {', '.join(work) or 'no number'} would do"
+        + "".join(f", or --expert {side[n]} to train {teacher.experts[n].name} alone" for n in others)
+    )
+
+
 def compute_dtype(args: Namespace) -> torch.dtype:
     """What the teacher is stored in and everything but the VAE is computed in."""
     return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -234,6 +298,11 @@ def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTran
         model = WanTransformer3DModel.from_config(dict(config))
     model.load_state_dict(state, assign=True)
     return model
+
+
+def load_student(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The student that a stage left."""
+    return WanTransformer3DModel.from_pretrained(folder / "student", dtype=dtype)
 
 
 def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: Path) -> None:
