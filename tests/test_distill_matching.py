@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from tests.test_distill import IN_TWO_PROCESSES, SHORT, TWO, copied, experts, run, same, weights
-from tiedquiet.distill import evaluate, pipeline, train
+from tests.test_distill import IN_TWO_PROCESSES, SHORT, TWO, VELOCITY, copied, experts, run, same, weights
+from tiedquiet.distill import evaluate, pipeline, plan, train
 from tiedquiet.distill.data import Data, noise_of
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
 from tiedquiet.distill.options import TINY_WAN, parse
@@ -196,3 +196,51 @@ def test_one_more_prompt_costs_its_own_paths(
     state["proj_out.weight"] = state["proj_out.weight"] * 1.01
     save_file(state, file, metadata={"format": "pt"})
     assert Teacher(str(moved)).key() != Teacher(str(teacher)).key()
+
+
+@pytest.mark.filterwarnings("default")  # layer norm is not fused on CPUs in bf16
+@pytest.mark.parametrize("flags", [[], ["--expert", "high", "--mixed_precision", "bf16", "--compile"], VELOCITY])
+def test_a_plan_is_all_that_is_made(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ("steps of the student, by their timesteps: transformer takes 999" in lines[0]) == (flags != VELOCITY)
+    (made,) = (line for line in lines if " to make, " in line)
+    assert made.startswith(f"{'latents' if flags == VELOCITY else 'paths'} of 24 steps: 1,920 to make, 0 to reuse; ")
+    assert any(line.startswith("matching: 300 steps of 32 for each expert, ") for line in lines) == (flags != VELOCITY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_counts_what_an_update_passes() -> None:
+    """Two experts of six blocks at four steps: the low-noise one's states cost 2.5 passes of the student on average."""
+    args = parse(DOC, ["--student_steps", "4"])
+    args.student_blocks = 6
+    assert plan.step_blocks(args, "segments", 6, [0, 1]) == (0, 6)
+    assert plan.step_blocks(args, "matching", 6, [2, 3]) == (2.5 * 6 + 3 * 6, 2 * 6 + 2 * 6)
+    args.segment_weight, args.expert = 0, "low"
+    assert plan.step_blocks(args, "matching", 6, [2, 3]) == (0.5 * 6 + 3 * 6, 6 + 2 * 6)
+    args.guidance_scale = 3
+    assert plan.step_blocks(args, "velocity", 6, [0]) == (2 * 6, 6)
+    millions = plan.parameters(Teacher(str(TINY_WAN)).transformer)
+    assert millions == 794_848
+    args = parse(DOC, [*VELOCITY, "--mixed_precision", "bf16", "--use_ema"])
+    args.student_blocks = 6
+    assert plan.memory(args, Teacher(str(TINY_WAN)).transformer) == (16 + 4 + 2) * millions
+
+
+def test_the_cache_is_counted_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paths of two steps in float32, 16 x 2 x 8 x 8 numbers each, on one disk with all else."""
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 10**9))
+    with pytest.raises(SystemExit):
+        main(["--samples_per_prompt", "40000", "--plan", "--output_dir", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert "--cache_dir" in err
+    assert float(err.split("about ")[1].split(" GB")[0]) == pytest.approx(48 * 40_000 * 2 * 2048 * 4 / 1e9, abs=0.2)
+
+
+def test_hours_are_told_as_people_say_them() -> None:
+    assert [plan.told_hours(hours) for hours in (2.25, 0.5, 0.001)] == ["2.2 hours", "30 minutes", "seconds"]

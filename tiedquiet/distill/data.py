@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from tiedquiet.distill.losses import segment_velocity
-from tiedquiet.distill.options import fail, needs_paths
+from tiedquiet.distill.options import fail, needs_paths, write_text
 from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
@@ -40,8 +41,7 @@ class Cache:
     def __init__(self, parent: Path, theme: str, circumstances: dict[str, Any]) -> None:
         text = json.dumps(circumstances, sort_keys=True, indent=1)
         self.folder = parent / f"{theme}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "cache.json").write_text(text + "\n")
+        self.text = text
 
     def path(self, name: str) -> Path:
         """The file of one tensor."""
@@ -53,6 +53,9 @@ class Cache:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor; whoever is interrupted leaves no half of it."""
+        if not (note := self.folder / "cache.json").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, self.text + "\n")
         part = self.path(name).with_suffix(f".{os.getpid()}.part")  # another run may be making the same
         save_file({"tensor": tensor.contiguous()}, part)
         part.replace(self.path(name))
@@ -179,36 +182,43 @@ class Data:
             self.names = [named(f"{n} {prompt}") for prompt, n in samples]
             self.seeds = [int(name, 16) for name in self.names]
 
+    def look(self, teacher: Teacher, dtype: torch.dtype) -> None:
+        """Find the caches, whose names tell what made them; nothing is made yet."""
+        args, key = self.args, teacher.key()
+        made_by: dict[str, Any] = {"teacher": key, "dtype": str(dtype)}
+        made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
+        self.embeddings = Cache(args.cache_dir, "prompts", made_by)
+        shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+        if self.clips:
+            made_by = {"teacher": key, **shape}
+        else:
+            how = ("num_inference_steps", "sample_guidance_scale", "negative_prompt", "student_steps")
+            made_by |= {name: getattr(args, name) for name in how} | shape
+        self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
+        self.nodes, self.form = nodes(teacher.scheduler, args.student_steps or 1), teacher.latents(args)
+        self.bytes_each = math.prod(self.form) * max(1, args.student_steps) * (4 if self.clips else dtype.itemsize)
+
+    def lacking(self) -> list[int]:
+        """The samples that are not in the cache yet."""
+        return self.latents.missing(self.names) if needs_paths(self.args) else []
+
     def prepare(self, teacher: Teacher, accelerator: Accelerator, dtype: torch.dtype) -> None:
         """Make what is not in the caches yet, each process its share; encoder, VAE and experts are gone afterwards."""
         args, device, quiet = self.args, accelerator.device, not accelerator.is_local_main_process
-        key = teacher.key()
-        made_by: dict[str, Any] = {"teacher": key, "dtype": str(dtype)}
-        made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
-        texts = Cache(args.cache_dir, "prompts", made_by)
-        names = [named(prompt) for prompt in self.prompts]
-        if share := mine(texts.missing(names), accelerator):
+        texts, names = self.embeddings, [named(prompt) for prompt in self.prompts]
+        unread, unsampled = mine(texts.missing(names), accelerator), mine(self.lacking(), accelerator)
+        accelerator.wait_for_everyone()  # all must have looked before anyone makes something
+        if unread:
             embeddings = teacher.embed(
-                [self.prompts[n] for n in share], args.repair_ties, args.max_sequence_length, device, dtype
+                [self.prompts[n] for n in unread], args.repair_ties, args.max_sequence_length, device, dtype
             )
-            for n, embedding in zip(tqdm(share, "prompt embeddings", disable=quiet), embeddings, strict=True):
+            for n, embedding in zip(tqdm(unread, "prompt embeddings", disable=quiet), embeddings, strict=True):
                 texts.put(names[n], embedding)
         accelerator.wait_for_everyone()
         self.texts = [texts.get(name) for name in names]
 
-        shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
-        if self.clips:
-            made_by, make = {"teacher": key, **shape}, self.encode
-        else:
-            how = ("num_inference_steps", "sample_guidance_scale", "negative_prompt", "student_steps")
-            made_by |= {name: getattr(args, name) for name in how} | shape
-            make = self.sample
-        self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
-        self.nodes = nodes(teacher.scheduler, args.student_steps or 1)
-        self.form = teacher.latents(args)
-        missing = self.latents.missing(self.names) if needs_paths(args) else []
-        if share := mine(missing, accelerator):
-            make(share, teacher, device, dtype, quiet)
+        if unsampled:
+            (self.encode if self.clips else self.sample)(unsampled, teacher, device, dtype, quiet)
         accelerator.free_memory()
         accelerator.wait_for_everyone()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
+from tiedquiet.distill.lora import file_name, with_lora
 from tiedquiet.distill.options import stages, write_text
 from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, load_student, new_student
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
@@ -184,7 +185,7 @@ class Judge:
         for other in self.teacher.experts:
             place = args.output_dir / "checkpoints" / other.name / stages(args)[-1]
             if other != expert and (place / "student").exists():
-                students[other.name] = load_student(place, self.dtype)
+                students[other.name] = load_student(self.teacher, other, place, self.dtype)
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
         steps, guidance = self.student_sampling()
@@ -217,10 +218,13 @@ class Judge:
 
         def after(stage: str) -> dict[str, WanTransformer3DModel]:
             work = args.output_dir / "checkpoints"
-            return {expert.name: load_student(work / expert.name / stage, self.dtype) for expert in experts}
+            return {e.name: load_student(self.teacher, e, work / e.name / stage, self.dtype) for e in experts}
 
         def trained() -> dict[str, WanTransformer3DModel]:
             place = args.output_dir / "student"
+            if args.lora_rank:
+                bases = {expert.name: self.teacher.expert(expert, self.dtype) for expert in experts}
+                return {n: with_lora(base, place / file_name(n), "transformer") for n, base in bases.items()}
             names = [expert.name for expert in experts]
             return {n: WanTransformer3DModel.from_pretrained(place, subfolder=n, dtype=self.dtype) for n in names}
 
@@ -308,6 +312,11 @@ def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+LOAD_LORA = """pipe = WanPipeline.from_pretrained("{teacher}")
+pipe.scheduler = UniPCMultistepScheduler.from_pretrained("this folder", subfolder="scheduler")
+pipe.load_lora_weights("this folder")"""
+
+
 def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
     call = f"prompt, height={args.height}, width={args.width}, num_frames={args.num_frames}"
@@ -323,6 +332,14 @@ def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, f
     for picture in pictures:
         (out / "student" / picture.name).write_bytes(picture.read_bytes())
     shown = "\n\n".join(f"![{' | '.join(metrics)}]({picture.name})" for picture in pictures)
+    pipe = 'pipe = WanPipeline.from_pretrained("this folder")'
+    imports = "UniPCMultistepScheduler, " if args.lora_rank else ""
+    of_blocks = f"{args.student_blocks} of the teacher's {teacher.transformer['num_layers']} blocks"
+    if args.lora_rank:
+        pipe = LOAD_LORA.format(teacher="its teacher" if args.tiny else args.pretrained_model_name_or_path)
+        if file := next((out / "student").glob("transformer_2_*"), None):
+            pipe += f'\npipe.load_lora_weights("this folder", weight_name="{file.name}", load_into_transformer_2=True)'
+        of_blocks = f"An adapter of rank {args.lora_rank}"
     card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-video
@@ -333,12 +350,12 @@ tags:
 
 # A student of {Path(args.pretrained_model_name_or_path).name if not args.tiny else "the tiny Wan teacher of tiedquiet"}
 
-{args.student_blocks} of the teacher's {teacher.transformer["num_layers"]} blocks, distilled with `tiedquiet.distill`.
+{of_blocks}, distilled with `tiedquiet.distill`.
 
 ```python
-from diffusers import WanPipeline
+from diffusers import {imports}WanPipeline
 
-pipe = WanPipeline.from_pretrained("this folder")
+{pipe}
 frames = pipe({call}).frames
 ```
 

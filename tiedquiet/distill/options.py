@@ -33,7 +33,7 @@ WAN = {
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "validation_prompts", "report_to", "compile", "show_broken_tie", "output_dir", "cache_dir",
+    "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
 }  # fmt: skip
 
 
@@ -100,6 +100,9 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         "learns the teacher's velocity and takes as many steps (default: 2 with the tiny teacher, else 0)")  # fmt: skip
     add("--student_blocks", type=positive,
         help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
+    add("--lora_rank", type=count, default=0, metavar="R",
+        help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
+        "load_lora_weights takes what is written")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
@@ -150,6 +153,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
+    add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
     add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
@@ -221,6 +225,13 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--max_train_steps 0 and no --distribution_matching_steps: nothing would be learnt")
     elif args.distribution_matching_steps or not args.max_train_steps:
         fail("--distribution_matching_steps, and --max_train_steps 0, are for a student of few steps: --student_steps")
+    if args.lora_rank:
+        if args.student_blocks != blocks:
+            fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
+        if args.teacher_attention == "float8":
+            fail("--lora_rank: teacher and student are one model, so --teacher_attention float8 has to stay away")
+        if not args.student_steps:
+            fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tiedquiet
+from tiedquiet.distill.lora import FILE, with_lora, write_lora
 from tiedquiet.distill.options import fail, is_main_process
 
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
@@ -300,8 +301,10 @@ def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTran
     return model
 
 
-def load_student(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
-    """The student that a stage left."""
+def load_student(teacher: Teacher, expert: Expert, folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The student that a stage left in a folder, whole or as an adapter of the teacher."""
+    if (adapter := folder / "student" / FILE).exists():
+        return with_lora(teacher.expert(expert, dtype), adapter)
     return WanTransformer3DModel.from_pretrained(folder / "student", dtype=dtype)
 
 
@@ -339,31 +342,10 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: Path, checkpoints: int) -> None:
-    """Stop where the disk cannot hold the student: its parts of the teacher, and weights in float32 with checkpoints.
-
-    Args:
-        teacher: everything but the trained experts is copied from there.
-        experts: the names of those that are trained.
-        share: of their blocks that the student has.
-        output_dir: where it is written.
-        checkpoints: how many are kept of each expert, the one being written included.
-
-    Raises:
-        SystemExit: with status 2, after one line.
-    """
-    copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
-    # Stored in 16 bits as Wan is, kept in 32; a checkpoint has Adam's two moments as well.
-    trained = sum(2 * share * size(teacher.folder / name) for name in experts)
-    need = int(copied + 2 * trained + 3 * checkpoints * trained)
-    there = next(parent for parent in [output_dir.absolute(), *output_dir.absolute().parents] if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if need > free:
-        fail(f"--output_dir {output_dir}: needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
-
 def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, steps: int = 0) -> None:
     """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
+
+    Of adapters, the folder has these, and the scheduler of their steps: they go with the teacher.
 
     Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
     first embedding was made, and transformers 5.0 to 5.2 would leave it untied otherwise.
@@ -383,6 +365,11 @@ def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, 
         made = Path(beside) / target.name
         made.mkdir()
         index = dict(teacher.index)
+        if all((folder / FILE).exists() for folder in trained.values()) and trained:
+            write_lora(dict(trained), made)
+            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
+            made.rename(target)
+            return
         for name in teacher.parts:
             shutil.copytree(trained.get(name, teacher.folder / name), made / name)
         if steps:

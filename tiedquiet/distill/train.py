@@ -55,6 +55,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
+from tiedquiet.distill.lora import FILE, Adapter
 from tiedquiet.distill.losses import (
     clip_of,
     critic_loss,
@@ -69,13 +70,13 @@ from tiedquiet.distill.pipeline import (
     Nodes,
     Teacher,
     check_nodes,
-    check_space,
     compute_dtype,
     load_student,
     new_student,
     save_weights,
     write_pipeline,
 )
+from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.speed import check_kernels, shard, speed_up
 
 
@@ -261,27 +262,39 @@ def train(
     matching, folder, name = stage == "matching", work / expert.name / stage, f"{expert.name}, {stage}"
     frozen = teacher.expert(expert, compute_dtype(args)).eval().requires_grad_(False)
     # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
-    if matching and args.max_train_steps:
-        student = load_student(folder.with_name("segments"), torch.float32).to(device).train()
+    begun = folder.with_name("segments") if matching and args.max_train_steps else None
+    asked: Any = frozen
+    student: Any
+    critic: Any = None
+    if args.lora_rank:
+        asked = Adapter(frozen.to(device), None)
+        student = Adapter(frozen, "student").add(args.lora_rank, args.seed, begun and begun / "student" / FILE)
+        critic = Adapter(frozen, "critic").add(args.lora_rank, args.seed + 1) if matching else None
     else:
-        student = new_student(frozen, args.student_blocks, torch.float32).to(device).train()
-    critic: Any = new_student(frozen, len(frozen.blocks), torch.float32).to(device).train() if matching else None
+        loaded = load_student(teacher, expert, begun, torch.float32) if begun else None
+        student = (loaded or new_student(frozen, args.student_blocks, torch.float32)).to(device).train()
+        critic = new_student(frozen, len(frozen.blocks), torch.float32).to(device).train() if matching else None
     first = data.nodes.of(expert)[0] if matching else 0
     before = work / teacher.experts[0].name / stage
     earlier = None
     if first and (before / "student").exists():
-        earlier = load_student(before, compute_dtype(args)).to(device).eval().requires_grad_(False)
+        earlier = load_student(teacher, teacher.experts[0], before, compute_dtype(args)).to(device)
+        earlier = earlier.eval().requires_grad_(False)
         first = 0
-    asked = matching or not args.student_steps  # or else its cached paths say all
-    if asked:
-        frozen.to(device)
+    # Where its cached paths say all, the teacher is not asked.
+    still = [model for model in (frozen if matching or not args.student_steps else None, earlier) if model]
+    for model in still:
+        model.to(device)
     if accelerator.distributed_type is DistributedType.FSDP:
-        shard([model for model in (frozen if asked else None, earlier) if model], accelerator)
-    one = Distillation(args, frozen, student, expert, critic, data.nodes, earlier)
-    speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
+        shard(still, accelerator)
+    one = Distillation(args, asked, student, expert, critic, data.nodes, earlier)
+    if args.lora_rank:  # all three are one model
+        speed_up([earlier] if earlier else [], [frozen], args)
+    else:
+        speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
     steps = args.distribution_matching_steps if matching else args.max_train_steps
 
-    def learner(model: WanTransformer3DModel, rate: float) -> tuple[WanTransformer3DModel, Any, Any]:
+    def learner(model: Any, rate: float) -> tuple[Any, Any, Any]:
         optimizer: Any = torch.optim.AdamW(
             model.parameters(),
             lr=rate,
@@ -292,6 +305,8 @@ def train(
         warmup = 0 if matching else args.lr_warmup_steps
         schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         # Not prepared: accelerate moves a prepared schedule on once for each process, ours counts optimizer steps.
+        if args.lora_rank:
+            return model, accelerator.prepare(optimizer), schedule
         return *accelerator.prepare(model, optimizer), schedule
 
     one.student, optimizer, schedule = learner(student, args.matching_learning_rate if matching else args.learning_rate)
@@ -300,6 +315,8 @@ def train(
     if critic:
         one.critic, critic_optimizer, critic_schedule = learner(critic, args.critic_learning_rate)
         kept["critic_schedule"] = critic_schedule
+    if args.lora_rank:  # accelerate saves the models that it prepares
+        kept |= {"student": student, **({"critic": critic} if critic else {})}
     progress.begin(**kept)
     if resume:
         accelerator.load_state(str(resume))
@@ -356,14 +373,23 @@ def train(
         """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
         # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
         apart = not last and accelerator.distributed_type is not DistributedType.FSDP
+        if args.lora_rank:
+            model.activate()
         with accelerator.no_sync(model) if apart else contextlib.nullcontext():
             accelerator.backward(loss)
         for part, value in parts.items():
             told[part] = told.get(part, torch.zeros_like(value)) + value.detach() / micro
 
+    def clipped(model: Any) -> Tensor:
+        """The norm of a model's gradients, which are clipped. Torch's own: accelerate's takes one FSDP model alone."""
+        if args.lora_rank and processes > 1:  # nobody wrapped it
+            for parameter in model.parameters():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        return clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+
     with noticing_signals() as received, words_above_the_bar():
         for step in bar:
-            begun = time.perf_counter()
+            clock = time.perf_counter()
             told.clear()
             drawn = []
             for part in range(micro):
@@ -385,8 +411,7 @@ def train(
                         learn(one.student, args.segment_weight * loss, last, segments=loss)
                     drawn.append((clip, text, sigma[1:], noise[1:]))
                 ahead = batch(offset + step * micro + part + 1)  # while the GPU is busy with this one
-            # Torch's own: under FSDP, accelerate's takes one model alone.
-            norm = clip_grad_norm_(one.student.parameters(), args.max_grad_norm or math.inf)
+            norm = clipped(one.student)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -399,7 +424,7 @@ def train(
                     with accelerator.autocast():
                         loss = one.criticism(clip, text, sigma[again], noise[again])
                     learn(one.critic, loss, part == micro - 1, critic=loss / args.critic_steps)
-                clip_grad_norm_(one.critic.parameters(), args.max_grad_norm or math.inf)
+                clipped(one.critic)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             if matching:
@@ -418,7 +443,7 @@ def train(
                 )
             del numbers["norm"]
             progress.losses.append(
-                {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - begun}
+                {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - clock}
             )
             bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()})
             accelerator.log({f"{expert.name}/{key}": value for key, value in progress.losses[-1].items()}, step=done)
@@ -432,17 +457,23 @@ def train(
                     if ema:
                         ema.store(student.parameters())
                         ema.copy_to(student.parameters())
-                    validate(expert, accelerator.unwrap_model(one.student), f"{expert.name}-{stage}-{done}")
+                    if args.lora_rank:
+                        student.activate()
+                    shown = frozen if args.lora_rank else accelerator.unwrap_model(one.student)
+                    validate(expert, shown, f"{expert.name}-{stage}-{done}")
                     if ema:
                         ema.restore(student.parameters())
                 accelerator.wait_for_everyone()
 
     if ema:
         ema.copy_to(student.parameters())
-    state = accelerator.get_state_dict(one.student)
+    state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(progress.losses))
-        save_weights(student.config, state, folder / "student")
+        if args.lora_rank:
+            student.save(folder / "student")
+        else:
+            save_weights(student.config, state, folder / "student")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
 
@@ -467,8 +498,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
         print(f"{out / 'student'} is finished")
         return 0
-    share = args.student_blocks / teacher.transformer["num_layers"]
-    check_space(teacher, names, share, out, args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1)
+    data = Data(args, prompts, [path for path, _ in clips])
+    data.look(teacher, compute_dtype(args))
+    check_space(args, teacher, names, data)
+    if args.plan:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device)))
+        return 0
 
     # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -483,6 +519,8 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.distributed_type is DistributedType.FSDP:
         if args.use_ema or args.validation_steps:
             fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+        if args.lora_rank:
+            fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
         if not accelerator.is_fsdp2:
             fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
     dtype = compute_dtype(args)
@@ -503,7 +541,9 @@ def main(argv: list[str] | None = None) -> int:
             phases[phase]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             torch.cuda.reset_peak_memory_stats()
 
-    data = Data(args, prompts, [path for path, _ in clips])
+    if accelerator.is_main_process:
+        for line in plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device):
+            print(f"plan: {line}")
     data.prepare(teacher, accelerator, dtype)
     ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
