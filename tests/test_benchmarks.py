@@ -21,6 +21,7 @@ SCRIPTS = (
     "census",
     "distill_step",
     "distill_clip",
+    "distill_matching",
     "distill_students",
     "distill_whole",
 )
@@ -52,6 +53,8 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("distill_step", ["--arms", "fast"], "no arm 'fast'; there are plain"),
         ("distill_step", ["--rounds", "0"], "at least one round"),
         ("distill_clip", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
+        ("distill_matching", ["--shape", "huge"], "no shape 'huge'; there are wan2.1-1.3b"),
+        ("distill_matching", ["--rounds", "0"], "at least one round"),
         ("distill_clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
         ("distill_step", ["--student-blocks", "31"], "--student-blocks 31: the teacher has 30"),
         ("distill_students", ["--seeds", "0"], "at least one seed"),
@@ -130,6 +133,20 @@ def test_a_distillation_step_on_the_cpu(tmp_path: Path) -> None:
     moved = results["weights_moved_by_one_step"]
     assert moved["float32"] > 0.99
     assert moved["bfloat16"] < 0.5
+
+
+def test_an_update_of_the_second_stage_on_the_cpu(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    done = run("distill_matching", *small)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    arms = json.loads(path.read_text())["results"]["arms"]
+    # By hand, as for a step above: 16 blocks forward, and 16 forward and backward; of a frozen weight nothing is learnt.
+    linear = 2 * 32 * (6 * 128 * 128 + 2 * 128 * 64) + 2 * 8 * 2 * 128 * 128
+    block = (linear + 4 * 32 * 32 * 128 + 4 * 32 * 8 * 128) / 1e12
+    assert arms["whole"]["useful_teraflop"] == pytest.approx((16 + 3 * 16) * block)
+    assert arms["lora"]["useful_teraflop"] == pytest.approx((16 + 2 * 16) * block)
+    assert all(arm["seconds"]["min"] > 0 < arm["planned_seconds"] for arm in arms.values())
 
 
 def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None:

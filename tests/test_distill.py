@@ -271,6 +271,7 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
     [
         ("--use_ema", "under FSDP no GPU has them"),
         ("--expert=high", "--fsdp_version 2"),
+        ("--lora_rank=4", "the base is frozen and lies on every GPU"),
     ],
 )
 def test_fsdp_refuses_what_it_cannot_do(

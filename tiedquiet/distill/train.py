@@ -1,13 +1,14 @@
-r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four unguided steps, or with fewer blocks.
+r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two unguided steps, or with fewer blocks.
 
     python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
     python -m tiedquiet.distill \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --prompts_file prompts.txt --output_dir wan-4-steps --student_steps 4 --student_blocks 15 \
+        --prompts_file prompts.txt --output_dir wan-2-steps \
+        --student_steps 2 --distribution_matching_steps 500 --lora_rank 64 \
         --mixed_precision bf16 --gradient_checkpointing attention --compile \
-        --checkpointing_steps 500 --resume_from_checkpoint latest
+        --checkpointing_steps 100 --resume_from_checkpoint latest       # --plan first: what it will take
 
     accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
     accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
@@ -15,9 +16,11 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
 
 Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
-teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side;
-without it, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
-student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads.
+teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side; with
+--distribution_matching_steps, its own clips are then moved to where the teacher would have them. Without
+--student_steps, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
+student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as
+adapters.
 """
 
 import contextlib
