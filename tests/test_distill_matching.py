@@ -244,3 +244,19 @@ def test_the_cache_is_counted_before_it_is_made(
 
 def test_hours_are_told_as_people_say_them() -> None:
     assert [plan.told_hours(hours) for hours in (2.25, 0.5, 0.001)] == ["2.2 hours", "30 minutes", "seconds"]
+
+
+def test_another_shift_is_the_teachers_own_as_well() -> None:
+    teacher, other = Teacher(str(TINY_WAN)), Teacher(str(TINY_WAN), shift=3.0)
+    pipe = other.pipeline(torch.device("cpu"), torch.float32)
+    assert (pipe.scheduler.config.flow_shift, pipe.scheduler.config.use_flow_sigmas) == (3.0, True)
+    assert pipeline.nodes(other.scheduler, 2).timesteps.tolist() == [999, 750]
+    assert {expert.shift for expert in other.experts} == {3.0}
+    assert other.key() != teacher.key()
+
+
+def test_wan_is_led_away_from_its_own_negative_prompt() -> None:
+    assert parse(DOC, []).negative_prompt == ""
+    wan = ["--pretrained_model_name_or_path", "someone/wan"]
+    assert "过曝" in parse(DOC, wan).negative_prompt
+    assert parse(DOC, [*wan, "--negative_prompt", "mine"]).negative_prompt == "mine"

@@ -1,4 +1,5 @@
 """The settings, named as in diffusers' training examples, and every check that needs no weights."""
+# ruff: noqa: RUF001 - Wan's negative prompt has the commas of Chinese
 
 import argparse
 import json
@@ -17,18 +18,24 @@ def is_main_process() -> bool:
 
 
 TINY_WAN = Path(__file__).with_name("tiny") / "wan"
+# The one that Wan's authors sample it with.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 24,
     "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 600,
     "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 40,
-    "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4,
+    "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4, "negative_prompt": "",
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
-    "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5,
+    "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5, "negative_prompt": NEGATIVE,
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
@@ -118,8 +125,13 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--caption_column", default="text", help="where the metadata has the prompt")
     add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--negative_prompt", help="what guidance leads away from (default: for Wan its own, else none)")
     add("--cache_dir", type=Path, help="prompt embeddings and latents (default: OUTPUT_DIR/cache)")
+    add(
+        "--flow_shift",
+        type=weight,
+        help="of the noise schedule, instead of the teacher's: higher takes more steps early",
+    )
     for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
@@ -223,6 +235,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--student_steps learns guided paths: it has no --task_weight, and --sample_guidance_scale guides")
         if not stages(args):
             fail("--max_train_steps 0 and no --distribution_matching_steps: nothing would be learnt")
+    elif args.flow_shift is not None:
+        fail("--flow_shift is for a student of few steps, whose folder has a scheduler of its own: --student_steps")
     elif args.distribution_matching_steps or not args.max_train_steps:
         fail("--distribution_matching_steps, and --max_train_steps 0, are for a student of few steps: --student_steps")
     if args.lora_rank:
@@ -234,6 +248,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
+    if args.flow_shift == 0:
+        fail("--flow_shift 0: must be above 0; 3 to 12 are usual")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
         fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
     if args.student_attention == "flash3" and args.mixed_precision != "bf16":

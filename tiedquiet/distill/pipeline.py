@@ -74,12 +74,13 @@ class Teacher:
     Args:
         name: a folder, or the name of a repository on the hub.
         revision: of that repository.
+        shift: of the noise schedule, instead of the pipeline's own.
 
     Raises:
         SystemExit: with status 2, after one line, if there is none, or it is no Wan text-to-video pipeline.
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, shift: float | None = None) -> None:
         try:
             self.index = dict(WanPipeline.load_config(name, revision=revision))
         except (OSError, ValueError) as error:
@@ -95,6 +96,8 @@ class Teacher:
         self.transformer = self.config(names[0])
         self.vae = self.config("vae")
         self.scheduler = self.config("scheduler", "scheduler_config.json")
+        if shift is not None:
+            self.scheduler["flow_shift"] = shift
         steps = int(self.scheduler.get("num_train_timesteps", 1000))
         shift = float(self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0)))
         edge = (self.index.get("boundary_ratio") or 0.0) * steps
@@ -110,7 +113,7 @@ class Teacher:
 
         Of large files, sizes, beginnings and 64 pieces from all over are read: weights trained further differ there.
         """
-        told = hashlib.sha256()
+        told = hashlib.sha256(f"{self.experts[0].shift}".encode())
         for part in sorted(self.parts):
             for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
                 size = path.stat().st_size
@@ -206,6 +209,9 @@ class Teacher:
             **students,
         )
         pipe.set_progress_bar_config(disable=True)
+        config = pipe.scheduler.config
+        shift = "flow_shift" if "flow_shift" in config else "shift"
+        pipe.scheduler = type(pipe.scheduler).from_config({**config, shift: self.experts[0].shift})
         if device.type == "cuda" and len(self.experts) > 1:  # pragma: no cover - needs a GPU
             pipe.enable_model_cpu_offload(device=device)  # one expert at a time
             return pipe

@@ -487,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, argv)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
-    teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
+    teacher = Teacher(args.pretrained_model_name_or_path, args.revision, args.flow_shift)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     check_kernels(args)
     experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
