@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.test_distill import IN_TWO_PROCESSES, SHORT, TWO, experts, run, same
 from tiedquiet.distill import evaluate, plan, train
 from tiedquiet.distill.checkpoint import checkpoints
+from tiedquiet.distill.data import Data
 from tiedquiet.distill.lora import FILE, Adapter
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher, load_student
@@ -164,6 +165,20 @@ def test_the_memory_of_adapters() -> None:
     assert plan.memory(args, config) == 2 * (2 * 794_848 + 16 * adapter)
     args.distribution_matching_steps = 0
     assert plan.memory(args, config) == 2 * 794_848 + 16 * adapter
+
+
+def test_the_disk_of_adapters(tmp_path: Path) -> None:
+    """No part of the teacher is copied; a stage's folder, the student's and one checkpoint with Adam's moments."""
+    teacher = Teacher(str(TINY_WAN))
+    args = parse(DOC, ["--lora_rank", "4", "--output_dir", str(tmp_path)])
+    args.student_blocks = 6
+    data = Data(args, ["a"], [])
+    data.look(teacher, torch.float32)
+    four = 4 * plan.adapter(args, teacher.transformer)
+    names = ["transformer", "transformer_2"]
+    assert plan.space(args, teacher, names, data)["--output_dir"] == (tmp_path, 2 * (3 * four + 3 * 2 * four))
+    args.distribution_matching_steps = 0
+    assert plan.space(args, teacher, names, data)["--output_dir"] == (tmp_path, 2 * (2 * four + 3 * four))
 
 
 def test_a_student_is_loaded_as_it_was_left(tmp_path: Path) -> None:

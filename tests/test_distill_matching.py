@@ -1,5 +1,6 @@
 """The second stage: its losses against values made by hand, what moves in it, and what it needs."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,10 @@ def test_a_plan_is_all_that_is_made(
     assert ("steps of the student, by their timesteps: transformer takes 999" in lines[0]) == (flags != VELOCITY)
     (made,) = (line for line in lines if " to make, " in line)
     assert made.startswith(f"{'latents' if flags == VELOCITY else 'paths'} of 24 steps: 1,920 to make, 0 to reuse; ")
+    (disk,) = (line for line in lines if line.startswith("disk: "))
+    total, out, cache = (float(number) for number in re.findall(r"\d+\.\d+", disk))
+    assert total == pytest.approx(out + cache, abs=0.011)
+    assert min(out, cache) > 0
     assert any(line.startswith("matching: 300 steps of 32 for each expert, ") for line in lines) == (flags != VELOCITY)
     assert list(tmp_path.iterdir()) == []
 
@@ -243,7 +248,8 @@ def test_the_cache_is_counted_before_it_is_made(
 
 
 def test_hours_are_told_as_people_say_them() -> None:
-    assert [plan.told_hours(hours) for hours in (2.25, 0.5, 0.001)] == ["2.2 hours", "30 minutes", "seconds"]
+    told = [plan.told_hours(hours) for hours in (2.25, 0.5, 0.02, 0.001)]
+    assert told == ["2.2 hours", "30 minutes", "1 minute", "under a minute"]
 
 
 def test_another_shift_is_the_teachers_own_as_well() -> None:

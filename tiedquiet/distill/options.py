@@ -18,7 +18,7 @@ def is_main_process() -> bool:
 
 
 TINY_WAN = Path(__file__).with_name("tiny") / "wan"
-# The one that Wan's authors sample it with.
+# The one that Wan's authors sample it with: `sample_neg_prompt` in wan/configs/shared_config.py of Wan2.1 and Wan2.2.
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -125,8 +125,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--caption_column", default="text", help="where the metadata has the prompt")
     add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", help="what guidance leads away from (default: for Wan its own, else none)")
-    add("--cache_dir", type=Path, help="prompt embeddings and latents (default: OUTPUT_DIR/cache)")
+    add("--negative_prompt", help="what guidance leads away from (default: Wan's own, with the tiny teacher none)")
+    add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
     add(
         "--flow_shift",
         type=weight,

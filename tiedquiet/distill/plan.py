@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,12 +160,26 @@ def plan(
         f"memory of each GPU: {held / 2**30:.1f} GiB of weights, gradients and Adam's moments"
         + (f", {block.kept * blocks / 2**30:.1f} GiB of activations" if block.kept else "")
     )
+    needs = space(args, teacher, [expert.name for expert in trained], data)
+    each = " and ".join(f"{need / 1e9:.2f} in {flag}" for flag, (_, need) in needs.items())
+    lines.append(f"disk: {sum(need for _, need in needs.values()) / 1e9:.2f} GB, {each}")
     return [*lines, f"in all {told_hours(hours)} before the student is written, samples are drawn after that"]
 
 
 def told_hours(hours: float) -> str:
     """As people say it."""
-    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes" if hours >= 1 / 60 else "seconds"
+    minutes = round(60 * hours)
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+
+
+def adapter(args: Namespace, config: dict[str, Any]) -> int:
+    """Parameters of one adapter on a transformer of this configuration."""
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config(config)
+    model.add_adapter(lora(args.lora_rank), "student")
+    return int(model.num_parameters()) - parameters(config)
 
 
 def memory(args: Namespace, config: dict[str, Any]) -> int:
@@ -172,42 +187,49 @@ def memory(args: Namespace, config: dict[str, Any]) -> int:
     teacher, student = parameters(config), parameters({**config, "num_layers": args.student_blocks})
     stored = 2 if args.mixed_precision == "bf16" else 4
     if args.lora_rank:
-        with init_empty_weights():
-            model = WanTransformer3DModel.from_config(config)
-        model.add_adapter(lora(args.lora_rank), "student")
-        adapter = model.num_parameters() - teacher
         both = 2 if "matching" in stages(args) else 1
-        return int(stored * teacher * both + both * LEARNING * adapter)
+        return stored * teacher * both + both * LEARNING * adapter(args, config)
     learning: int = LEARNING * student + 4 * args.use_ema * student
     if "matching" in stages(args):  # the critic is as large as the teacher; Wan2.2's other student takes its steps
         learning += (LEARNING + stored) * teacher
     return learning + (0 if stages(args) == ["segments"] else stored * teacher)
 
 
-def check_space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> None:
-    """Stop where a disk cannot hold the student, its checkpoints and what is cached.
+def space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> dict[str, tuple[Path, int]]:
+    """The folders that the settings name, and the bytes that each has to hold at the most.
 
     Args:
         args: the settings.
-        teacher: everything but the trained experts is copied from there.
+        teacher: everything but the trained experts is copied from there; nothing is for adapters.
         experts: the names of those that are trained.
         data: knows what its caches lack.
+    """
+    # Kept in float32, in the stages' folders and in the end; a checkpoint has Adam's two moments as well, and after the
+    # first stage those of the critic.
+    if args.lora_rank:
+        copied, student = 0, 4 * adapter(args, teacher.transformer)
+        critic = student
+    else:
+        copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
+        student = 4 * parameters({**teacher.transformer, "num_layers": args.student_blocks})
+        critic = 4 * parameters(teacher.transformer)
+    state = student + (critic if "matching" in stages(args) else 0)
+    kept = args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1
+    written = len(experts) * ((1 + len(stages(args))) * student + 3 * kept * state)
+    return {
+        "--output_dir": (args.output_dir, copied + written),
+        "--cache_dir": (args.cache_dir, len(data.lacking()) * data.bytes_each),
+    }
+
+
+def check_space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> None:
+    """Stop where a disk cannot hold the student, its checkpoints and what is cached: what `space` says.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
-    copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
-    # Kept in float32, in the stages' folders and in the end; a checkpoint has Adam's two moments as well, and after the
-    # first stage those of the critic.
-    student = sum(4 * parameters({**teacher.transformer, "num_layers": args.student_blocks}) for _ in experts)
-    critic = sum(4 * parameters(teacher.transformer) for _ in experts) if "matching" in stages(args) else 0
-    kept = args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1
-    needs = {
-        "--output_dir": (args.output_dir, copied + (1 + len(stages(args))) * student + 3 * kept * (student + critic)),
-        "--cache_dir": (args.cache_dir, len(data.lacking()) * data.bytes_each),
-    }
     disks: dict[int, int] = {}
-    for flag, (folder, need) in needs.items():
+    for flag, (folder, need) in space(args, teacher, experts, data).items():
         there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.is_dir())
         free = shutil.disk_usage(there).free
         disks[there.stat().st_dev] = disks.get(there.stat().st_dev, 0) + need
