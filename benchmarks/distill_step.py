@@ -221,7 +221,7 @@ class Steps:
 
         if arm not in self.chosen:
             self.put(self.untouched)
-            speed_up(self.teacher, self.student, settings(ARMS[arm]))
+            speed_up([self.teacher], [self.student], settings(ARMS[arm]))
             self.chosen[arm] = self.taken()
         self.put(self.chosen[arm])
         self.segments = segments(arm)

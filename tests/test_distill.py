@@ -37,12 +37,13 @@ from transformers import UMT5Config
 from tiedquiet.distill import evaluate, options, pipeline, speed, train
 from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
+from tiedquiet.distill.losses import velocity_loss
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Expert, Teacher
 from tiedquiet.distill.speed import SelfAttention, in_float8, speed_up
 from tiedquiet.distill.tiny import recipe
 from tiedquiet.distill.tiny.clips import PROMPTS
-from tiedquiet.distill.train import Distillation, distillation_loss, main, words_above_the_bar
+from tiedquiet.distill.train import Distillation, main, words_above_the_bar
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import run as run_main
 
@@ -56,7 +57,8 @@ ENVIRONMENT = {
 }
 # Small enough to take seconds; few prompts, because every clip that is judged has to be decoded.
 SHORT = ["--samples_per_prompt", "2", "--train_batch_size", "2", "--num_inference_steps", "4", "--max_train_steps", "3"]
-VELOCITY = ["--student_steps", "0"]
+SHORT += ["--distribution_matching_steps", "2"]
+VELOCITY = ["--student_steps", "0", "--distribution_matching_steps", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +157,13 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(
     assert len(told) == 4
     assert set(told) <= set(shown)
     assert json.loads((out / "args.json").read_text())["student_blocks"] == 3
-    for picture in ("loss.png", "samples.png", "samples.gif", "broken_tie.png", "validation/transformer-2.gif"):
+    for picture in (
+        "loss.png",
+        "samples.png",
+        "samples.gif",
+        "broken_tie.png",
+        "validation/transformer-velocity-2.gif",
+    ):
         assert iio.imread(out / picture).std() > 1, picture
     assert list((out / "logs").rglob("events*"))
     assert not (out / "checkpoints").exists()
@@ -188,17 +196,28 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(
     assert len(list((out / "cache").glob("latents-*"))) == 2
 
 
-@pytest.mark.slow
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(
-    tmp_path: Path, prompts: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    common = [*SHORT, *prompts, "--max_train_steps", "8", "--use_ema"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = run(*common, "--output_dir", whole)
+@pytest.fixture(scope="module")
+def ran_through(tmp_path_factory: pytest.TempPathFactory, cache: str) -> tuple[list[str], Path]:
+    """The settings of a run through both stages of both experts, and where it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "prompts.txt").write_text(TWO)
+    common = [*SHORT, "--prompts_file", str(folder / "prompts.txt"), "--cache_dir", cache]
+    common += ["--max_train_steps", "8", "--distribution_matching_steps", "6", "--use_ema"]
+    done = run(*common, "--output_dir", folder / "out")
     assert done.returncode == 0, done.stderr
+    return common, folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["transformer/segments", "transformer_2/matching"])
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(
+    where: str, ran_through: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common, whole = ran_through
+    broken = tmp_path / "broken"
 
     often = [*common, "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
-    status, lines = interrupt(signal.SIGTERM, "checkpoints/transformer_2/checkpoint-*", broken, *often)
+    status, lines = interrupt(signal.SIGTERM, f"checkpoints/{where}/checkpoint-*", broken, *often)
     assert status == 128 + signal.SIGTERM
     saved = re.fullmatch(
         r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); go on with --resume_from_checkpoint latest", lines[-1]
@@ -206,15 +225,15 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(
     assert saved, lines[-1]
     assert Path(saved[1]).is_dir()
     assert not (broken / "student").exists()
-    assert len(list((broken / "checkpoints/transformer").glob("checkpoint-*"))) == 2
-    assert int(saved[1].split("-")[-1]) < 8
+    assert len(list((broken / "checkpoints/transformer/segments").glob("checkpoint-*"))) <= 2
+    assert int(saved[1].split("-")[-1]) < (8 if where.endswith("segments") else 6)
 
     with pytest.raises(SystemExit):
         main([*common, "--output_dir", str(broken)])
     assert "an unfinished run" in capsys.readouterr().err
     # From the oldest one, so that steps which had been saved are taken once more.
-    oldest = checkpoints(broken / "checkpoints/transformer_2")[0]
-    assert oldest != Path(saved[1])
+    oldest = checkpoints(broken / "checkpoints" / where)[0]
+    assert oldest.parent == Path(saved[1]).parent
     done = run(*common, "--output_dir", broken, "--checkpointing_steps", "1", "--resume_from_checkpoint", oldest)
     assert done.returncode == 0, done.stderr
     for expert in ("transformer", "transformer_2"):
@@ -232,8 +251,8 @@ def test_a_run_that_diverges_stops_before_it_saves_that(
         main([*argv, "--output_dir", str(tmp_path / "out")])
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "transformer, step 2: the loss or its gradient is not finite" in last
-    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints/transformer")] == ["checkpoint-1"]
+    assert "transformer, segments, step 2: the loss or its gradient is not finite" in last
+    assert [path.name for path in checkpoints(tmp_path / "out/checkpoints/transformer/segments")] == ["checkpoint-1"]
 
 
 @pytest.mark.slow
@@ -252,6 +271,7 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
     [
         ("--use_ema", "under FSDP no GPU has them"),
         ("--expert=high", "--fsdp_version 2"),
+        ("--lora_rank=4", "the base is frozen and lies on every GPU"),
     ],
 )
 def test_fsdp_refuses_what_it_cannot_do(
@@ -290,7 +310,7 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
     teacher = Teacher(str(TINY_WAN)).expert(experts()[0], torch.float32)
     begun = pipeline.new_student(teacher, 6, torch.float32).state_dict()
     moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
-    assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.015 * moved
+    assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.03 * moved
 
 
 @pytest.mark.slow
@@ -301,8 +321,8 @@ def test_two_processes_under_accelerate(tmp_path: Path, prompts: list[str]) -> N
         "--validation_steps", "1", "--validation_prompts", "a red circle moving left", launch=IN_TWO_PROCESSES,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| teacher, 4 steps") == done.stdout.count("***** Training transformer:") == 1
-    assert len(list((tmp_path / "out/validation").iterdir())) == 3
+    assert done.stdout.count("| teacher, 4 steps") == done.stdout.count("***** Training transformer, segments:") == 1
+    assert len(list((tmp_path / "out/validation").iterdir())) == 3 + 2
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["processes"] == 2
     assert len(list((tmp_path / "out/cache").glob("paths-*/*.safetensors"))) == 4
@@ -317,7 +337,7 @@ def test_clips_from_a_folder(tmp_path: Path) -> None:
     iio.imwrite(folder / "one.mp4", np.repeat(np.repeat(movie, 2, 1), 2, 2), fps=8)
     iio.imwrite(folder / "two.gif", movie, duration=100)
     (folder / "metadata.csv").write_text("file_name,text\none.mp4,a red circle moving left\ntwo.gif,something else\n")
-    argv = [*SHORT, "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv = [*SHORT, *VELOCITY, "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out")]
     assert main([*argv, "--num_inference_steps", "5"]) == 0
     arms = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]
     assert list(arms) == ["teacher, 5 steps", "untrained, 5 steps", "student, 5 steps", "student, 4 steps"]
@@ -334,7 +354,9 @@ def test_clips_from_a_folder(tmp_path: Path) -> None:
     vae = Teacher(str(TINY_WAN)).load_vae(torch.device("cpu"))
     raw = vae.encode(clip[None]).latent_dist.mode()[0]
     mean, deviation = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    torch.testing.assert_close(load_file(kept[1])["tensor"], ((raw - mean) / deviation).detach())
+    (name,) = Data(args, ["something else"], [folder / "two.gif"]).names
+    (file,) = (path for path in kept if path.stem == name)
+    torch.testing.assert_close(load_file(file)["tensor"], ((raw - mean) / deviation).detach())
 
 
 def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
@@ -353,7 +375,7 @@ def copied(folder: Path, **index: Any) -> Path:
 
 # On the command line, {bad} being the folder below; and what the one line must tell.
 TEACHER = ["--prompts_file", "{bad}/a_file", "--pretrained_model_name_or_path"]
-CHECKPOINT = "checkpoints/transformer/checkpoint-1"
+CHECKPOINT = "checkpoints/transformer/segments/checkpoint-1"
 BAD = {
     "no teacher": ([*TEACHER, "{bad}/nothing"], "no pipeline there"),
     "not Wan": ([*TEACHER, "{bad}/image"], "WanImageToVideoPipeline, not a Wan text-to-video pipeline"),
@@ -376,7 +398,7 @@ BAD = {
     "torn args.json": (["--output_dir", "{bad}/torn", "--resume_from_checkpoint", "latest"], "torn/args.json cannot be read"),
     "no such tracker": (["--report_to", "paper"], "--report_to paper: not a tracker that is installed here; there are "),
     "warm-up": (["--lr_warmup_steps", "-1"], "-1 is not at least 0"),
-    "other steps": (["--num_inference_steps", "6"], "--num_inference_steps 6: must be a multiple of --student_steps"),
+    "other steps": (["--num_inference_steps", "5"], "--num_inference_steps 5: must be a multiple of --student_steps"),
     "paths of clips": (["--student_steps", "4", "--train_data_dir", "{bad}/jsonl"], "the teacher's own paths"),
     "a task of paths": (["--student_steps", "4", "--task_weight", "0.1"], "it has no --task_weight"),
     "guided twice": (["--student_steps", "4", "--guidance_scale", "2"], "--sample_guidance_scale guides"),
@@ -387,7 +409,15 @@ BAD = {
     "no such clip": (["--train_data_dir", "{bad}/absent"], "row 1: no file"),
     "no rows": (["--train_data_dir", "{bad}/rowless"], "has no rows"),
     "too short": (["--train_data_dir", "{bad}/short"], "short.png: has 1 colour frames at 16 a second, --num_frames is 5"),
-    "zero": (["--max_train_steps", "0"], "0 is not at least 1"),
+    "zero": (["--critic_steps", "0"], "0 is not at least 1"),
+    "nothing learnt": (["--max_train_steps", "0", "--distribution_matching_steps", "0"], "nothing would be learnt"),
+    "no steps of a velocity": (["--student_steps", "0", "--max_train_steps", "0"], "are for a student of few steps"),
+    "matching a velocity": (["--student_steps", "0", "--distribution_matching_steps", "1"], "are for a student of few steps"),
+    "no node": (["--student_steps", "1"], "at shift 5 none of them is a step of transformer_2, whose timesteps are 0 to 875; 2, 3, 4, 6, 8, 12, 24 would do, or --expert high to train transformer alone"),
+    "no node at Wan2.2's shift": (["--student_steps", "2", "--flow_shift", "12"], "at shift 12 none of them is a step of transformer_2, whose timesteps are 0 to 875; 3, 4, 6, 8, 12, 24 would do, or --expert high"),
+    "no shift": (["--flow_shift", "0"], "--flow_shift 0: must be above 0"),
+    "a shifted velocity": ([*VELOCITY, "--flow_shift", "3"], "--flow_shift is for a student of few steps"),
+    "no node at all": (["--student_steps", "1", "--expert", "low"], "2, 3, 4, 6, 8, 12, 24 would do"),
     "negative": (["--learning_rate", "-1"], "-1 is not a number of at least 0"),
     "unknown flag": (["--blocks", "3"], "unrecognized arguments"),
     "another run": (["--output_dir", "{bad}/run", "--resume_from_checkpoint", "latest"], "that run had --seed 7"),
@@ -530,10 +560,10 @@ def test_the_expert_is_chosen_by_timestep() -> None:
 
 def test_the_loss_by_hand() -> None:
     one = torch.ones(2, 1, 1, 1, 1)
-    loss, parts = distillation_loss(3 * one, one, 2 * one, 0.5)
+    loss, parts = velocity_loss(3 * one, one, 2 * one, 0.5)
     assert loss.item() == pytest.approx((3 - 1) ** 2 + 0.5 * (3 - 2) ** 2)
     assert {name: part.item() for name, part in parts.items()} == pytest.approx({"velocity": 4, "task": 1})
-    half, parts = distillation_loss(one.bfloat16() * 1.01, one.bfloat16(), None, 0.5)
+    half, parts = velocity_loss(one.bfloat16() * 1.01, one.bfloat16(), None, 0.5)
     assert half.dtype == torch.float32
     assert list(parts) == ["velocity"]
 
@@ -548,7 +578,7 @@ def step(
     learner = pipeline.new_student(frozen, 4, torch.float32).train()
     args.gradient_checkpointing, args.task_weight = checkpointing, 0.05
     distillation = Distillation(args, frozen, learner, expert)
-    speed_up(frozen, learner, args)
+    speed_up([frozen], [learner], args)
     distillation.student = wrap(learner)
     x0 = torch.randn(2, 16, 3, 8, 8)
     inputs = distillation.noisy(x0, torch.Generator().manual_seed(1))
@@ -746,7 +776,7 @@ def test_an_encoder_without_its_embedding_stops_the_run(tmp_path: Path, capsys: 
     argv = ["--pretrained_model_name_or_path", str(folder), "--prompts_file", str(tmp_path / "prompts.txt")]
     (tmp_path / "prompts.txt").write_text(TWO)
     with pytest.raises(SystemExit):
-        main([*argv, "--height", "64", "--width", "64", "--output_dir", str(tmp_path / "out"), *SHORT])
+        main([*argv, "--height", "64", "--width", "64", "--output_dir", str(tmp_path / "out"), *SHORT, *VELOCITY])
     assert "not proven to come from the checkpoint: encoder.embed_tokens.weight" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
@@ -776,8 +806,8 @@ def untied_config(teacher: Teacher) -> UMT5Config:
 
 
 def test_samples_do_not_depend_on_interruptions() -> None:
-    data = Data(parse(DOC, ["--train_batch_size", "5", "--samples_per_prompt", "1"]), PROMPTS, [])
-    data.latents = Namespace(get=lambda name: torch.tensor(int(name)))  # type: ignore[assignment]
+    data = Data(parse(DOC, [*VELOCITY, "--train_batch_size", "5", "--samples_per_prompt", "1"]), PROMPTS, [])
+    data.latents = Namespace(get=lambda name: torch.tensor(data.names.index(name)))  # type: ignore[assignment]
     seen = [int(n) for draw in range(24) for process in range(2) for n in data.batch(draw, process, 2)[0]]
     assert sorted(seen[:48]) == list(range(48)) == sorted(seen[48:96])
     assert seen[:48] != seen[48:96]
@@ -837,12 +867,14 @@ def test_what_ships_needs_its_steps_and_its_guidance() -> None:
 @pytest.mark.slow
 def test_a_student_of_few_steps_is_what_plain_wan_pipeline_draws(tmp_path: Path, prompts: list[str]) -> None:
     out = tmp_path / "out"
-    assert (
-        main([*SHORT, *prompts, "--output_dir", str(out), "--num_inference_steps", "8", "--student_blocks", "3"]) == 0
-    )
+    size_of_student = ["--student_steps", "4", "--student_blocks", "3"]
+    assert main([*SHORT, *prompts, *size_of_student, "--output_dir", str(out), "--num_inference_steps", "8"]) == 0
     arms = json.loads((out / "metrics.json").read_text())["arms"]
-    assert list(arms) == ["teacher, 8 steps", "teacher, 4 steps", "untrained, 4 steps", "student, 4 steps"]
-    assert [arm["block_passes"] for arm in arms.values()] == [96, 48, 12, 12]
+    assert list(arms) == [
+        "teacher, 8 steps", "teacher, 4 steps", "untrained, 4 steps", "segments, 4 steps", "student, 4 steps",
+    ]  # fmt: skip
+    assert [arm["block_passes"] for arm in arms.values()] == [96, 48, 12, 12, 12]
+    assert arms["segments, 4 steps"]["psnr"] != arms["student, 4 steps"]["psnr"]
     assert "psnr" not in arms["teacher, 8 steps"]
     pipe = WanPipeline.from_pretrained(out / "student")
     pipe.set_progress_bar_config(disable=True)
@@ -892,9 +924,7 @@ def test_the_nodes_of_the_student_lie_on_the_teachers_path() -> None:
 
 def segments_of(teacher: Teacher, paths: torch.Tensor, expert: Expert) -> dict[str, torch.Tensor]:
     data = Data(parse(DOC, []), PROMPTS, [])
-    nodes = pipeline.few_steps(teacher.scheduler, 4)
-    nodes.set_timesteps(4)
-    data.timesteps, data.sigmas = nodes.timesteps.float(), nodes.sigmas.float()
+    data.nodes = pipeline.nodes(teacher.scheduler, 4)
     return data.segments(paths, expert, torch.Generator().manual_seed(0))
 
 
@@ -1065,13 +1095,15 @@ def test_the_space_for_checkpoints_is_asked_for(
 ) -> None:
     asked = []
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
-    for kept in (1_000, 3_000):
+    for kept, stage in ((1_000, VELOCITY), (3_000, VELOCITY), (3_000, [])):
         argv = ["--checkpointing_steps", "1", "--checkpoints_total_limit", str(kept), "--expert", "low"]
         with pytest.raises(SystemExit):
-            main([*argv, "--output_dir", str(tmp_path / "out")])
+            main([*argv, *stage, "--student_blocks", "6", "--output_dir", str(tmp_path / "out")])
         asked.append(float(re.findall(r"about ([\d.]+) GB", capsys.readouterr().err)[0]))
-    # Each has the weights and Adam's two moments in float32, of what is stored in 16 bits.
-    assert asked[1] - asked[0] == pytest.approx(2_000 * 3 * 2 * pipeline.size(TINY_WAN / "transformer") / 1e9, abs=0.1)
+    # Each has the weights and Adam's two moments in float32; and those of the critic.
+    one = 3 * 4 * 794_848 / 1e9
+    assert asked[1] - asked[0] == pytest.approx(2_000 * one, abs=0.15)
+    assert asked[2] - asked[1] == pytest.approx(3_001 * one, abs=0.3)
     assert parse(DOC, []).checkpoints_total_limit == 2
 
 
@@ -1109,7 +1141,7 @@ def test_the_empty_prompt_is_learnt_where_it_will_be_needed(
     for name, flags, learnt in (
         ("always", [*VELOCITY, "--empty_prompt_probability", "1"], True),
         ("unguided", [*VELOCITY, "--empty_prompt_probability", "1", "--sample_guidance_scale", "1"], False),
-        ("few", ["--empty_prompt_probability", "1"], False),
+        ("few", ["--empty_prompt_probability", "1", "--distribution_matching_steps", "0"], False),
     ):
         seen.clear()
         argv = [*SHORT, *prompts, *flags, "--expert", "low"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tiedquiet.distill.options import fail, must_match
+from tiedquiet.distill.options import fail, must_match, stages
 
 
 class Progress:
@@ -56,7 +56,7 @@ def noticing_signals() -> Iterator[list[int]]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """An expert's checkpoints, oldest first."""
+    """A stage's checkpoints, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
@@ -74,13 +74,14 @@ def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) ->
     accelerator.wait_for_everyone()
 
 
-def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
-    """For each expert the checkpoint to go on from, or None.
+def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Path | None]:
+    """For each stage of each expert the checkpoint to go on from, or None.
 
     Raises:
         SystemExit: with status 2, after one line, where an unfinished run would be lost or does not match.
     """
     work, wanted = args.output_dir / "checkpoints", args.resume_from_checkpoint
+    parts = [(expert, stage) for expert in experts for stage in stages(args)]
     if wanted is None:
         if work.exists():
             fail(
@@ -88,15 +89,15 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[str, Path | None]:
             )
         if (args.output_dir / "student").exists():
             fail(f"{args.output_dir / 'student'} is finished; choose another --output_dir, or delete it yourself")
-        return dict.fromkeys(experts)
+        return dict.fromkeys(parts)
     if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
         must_match(args, args.output_dir / "args.json")
     if wanted == "latest":
-        return {name: [None, *checkpoints(work / name)][-1] for name in experts}
+        return {part: [None, *checkpoints(work / part[0] / part[1])][-1] for part in parts}
     place = Path(wanted)
-    if not place.is_dir() or place.parent.name not in experts:
+    if not place.is_dir() or (of := (place.parents[1].name, place.parent.name)) not in parts:
         fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
-    if not (settings_file := place.parents[2] / "args.json").exists():
+    if not (settings_file := place.parents[3] / "args.json").exists():
         fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
     must_match(args, settings_file)
-    return {name: place if name == place.parent.name else None for name in experts}
+    return {part: place if part == of else None for part in parts}

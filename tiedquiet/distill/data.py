@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import math
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -18,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from tiedquiet.distill.options import fail
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, padded
+from tiedquiet.distill.losses import segment_velocity
+from tiedquiet.distill.options import fail, needs_paths, write_text
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
@@ -38,8 +41,7 @@ class Cache:
     def __init__(self, parent: Path, theme: str, circumstances: dict[str, Any]) -> None:
         text = json.dumps(circumstances, sort_keys=True, indent=1)
         self.folder = parent / f"{theme}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "cache.json").write_text(text + "\n")
+        self.text = text
 
     def path(self, name: str) -> Path:
         """The file of one tensor."""
@@ -51,7 +53,10 @@ class Cache:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor; whoever is interrupted leaves no half of it."""
-        part = self.path(name).with_suffix(".part")
+        if not (note := self.folder / "cache.json").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, self.text + "\n")
+        part = self.path(name).with_suffix(f".{os.getpid()}.part")  # another run may be making the same
         save_file({"tensor": tensor.contiguous()}, part)
         part.replace(self.path(name))
 
@@ -165,44 +170,55 @@ class Data:
         self.clips = clips
         self.prompts = [*dict.fromkeys([*prompts, *args.validation_prompts]), args.negative_prompt]
         number = {prompt: n for n, prompt in enumerate(self.prompts[:-1])}
-        self.which = [number[prompt] for prompt in prompts for _ in range(1 if clips else args.samples_per_prompt)]
-        self.names = [f"{n:06d}" for n in range(len(self.which))]
+        each = 1 if clips else args.samples_per_prompt
+        self.which = [number[prompt] for prompt in prompts for _ in range(each)]
         self.texts: list[Tensor] = []
+        if clips:
+            files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in clips]
+            self.names = [named(file) for file in files]
+        else:
+            samples = [(prompt, n) for prompt in prompts for n in range(each)]
+            # A sample's noise is its own, whatever other prompts there are and whichever --seed the run has.
+            self.names = [named(f"{n} {prompt}") for prompt, n in samples]
+            self.seeds = [int(name, 16) for name in self.names]
+
+    def look(self, teacher: Teacher, dtype: torch.dtype) -> None:
+        """Find the caches, whose names tell what made them; nothing is made yet."""
+        args, key = self.args, teacher.key()
+        made_by: dict[str, Any] = {"teacher": key, "dtype": str(dtype)}
+        made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
+        self.embeddings = Cache(args.cache_dir, "prompts", made_by)
+        shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
+        if self.clips:
+            made_by = {"teacher": key, **shape}
+        else:
+            how = ("num_inference_steps", "sample_guidance_scale", "negative_prompt", "student_steps")
+            made_by |= {name: getattr(args, name) for name in how} | shape
+        self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
+        self.nodes, self.form = nodes(teacher.scheduler, args.student_steps or 1), teacher.latents(args)
+        self.bytes_each = math.prod(self.form) * max(1, args.student_steps) * (4 if self.clips else dtype.itemsize)
+
+    def lacking(self) -> list[int]:
+        """The samples that are not in the cache yet."""
+        return self.latents.missing(self.names) if needs_paths(self.args) else []
 
     def prepare(self, teacher: Teacher, accelerator: Accelerator, dtype: torch.dtype) -> None:
         """Make what is not in the caches yet, each process its share; encoder, VAE and experts are gone afterwards."""
         args, device, quiet = self.args, accelerator.device, not accelerator.is_local_main_process
-        key = teacher.key()
-        made_by: dict[str, Any] = {"teacher": key, "dtype": str(dtype)}
-        made_by |= {name: getattr(args, name) for name in ("max_sequence_length", "repair_ties")}
-        texts = Cache(args.cache_dir, "prompts", made_by)
-        names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts]
-        if share := mine(texts.missing(names), accelerator):
+        texts, names = self.embeddings, [named(prompt) for prompt in self.prompts]
+        unread, unsampled = mine(texts.missing(names), accelerator), mine(self.lacking(), accelerator)
+        accelerator.wait_for_everyone()  # all must have looked before anyone makes something
+        if unread:
             embeddings = teacher.embed(
-                [self.prompts[n] for n in share], args.repair_ties, args.max_sequence_length, device, dtype
+                [self.prompts[n] for n in unread], args.repair_ties, args.max_sequence_length, device, dtype
             )
-            for n, embedding in zip(tqdm(share, "prompt embeddings", disable=quiet), embeddings, strict=True):
+            for n, embedding in zip(tqdm(unread, "prompt embeddings", disable=quiet), embeddings, strict=True):
                 texts.put(names[n], embedding)
         accelerator.wait_for_everyone()
         self.texts = [texts.get(name) for name in names]
 
-        shape = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
-        if self.clips:
-            files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.clips]
-            made_by, make = {"teacher": key, "clips": files, **shape}, self.encode
-        else:
-            how = ("seed", "num_inference_steps", "sample_guidance_scale", "negative_prompt")
-            made_by |= {name: getattr(args, name) for name in how} | shape
-            made_by |= {"prompts": [self.prompts[n] for n in self.which]}
-            if args.student_steps:
-                made_by |= {"nodes": args.student_steps}
-            make = self.sample
-        self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
-        nodes = few_steps(teacher.scheduler, args.student_steps or 1)
-        nodes.set_timesteps(args.student_steps or 1)
-        self.timesteps, self.sigmas = nodes.timesteps.float(), nodes.sigmas.float()
-        if share := mine(self.latents.missing(self.names), accelerator):
-            make(share, teacher, device, dtype, quiet)
+        if unsampled:
+            (self.encode if self.clips else self.sample)(unsampled, teacher, device, dtype, quiet)
         accelerator.free_memory()
         accelerator.wait_for_everyone()
 
@@ -227,31 +243,27 @@ class Data:
         with tqdm(total=len(share), desc=what, disable=quiet) as bar:
             for start in range(0, len(share), size):
                 batch = share[start : start + size]
-                prompts, seeds = [self.which[n] for n in batch], [args.seed * 1_000_003 + n for n in batch]
+                prompts, seeds = [self.which[n] for n in batch], [self.seeds[n] for n in batch]
                 scale = args.sample_guidance_scale
                 path = sample(pipe, self, prompts, seeds, args.num_inference_steps, scale, args.student_steps)
-                for n, made in zip(batch, path if args.student_steps else path[:, -1], strict=True):
-                    self.latents.put(self.names[n], made.float().cpu())
+                for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
+                    self.latents.put(self.names[n], made.to(dtype).cpu())
                 bar.update(len(batch))
 
     def segments(self, paths: Tensor, expert: Expert, generator: torch.Generator) -> dict[str, Tensor]:
         """For each path a segment of it that starts on an expert's side: its start, and the velocity that crosses it.
-
-        That velocity is (x at one node - x at the next) / (sigma at one - sigma at the next): one Euler step of it, and
-        the student is where the teacher was after all of its own (after progressive distillation, arXiv:2202.00512,
-        and PeRFlow, arXiv:2405.07510).
 
         Args:
             paths: (batch, nodes, channels, frames, height, width).
             expert: whose timesteps are meant.
             generator: chooses the segments.
         """
-        own = [k for k, t in enumerate(self.timesteps.tolist()) if expert.low <= t < expert.high]
+        own = self.nodes.of(expert)
         chosen = torch.tensor(own)[torch.randint(len(own), (len(paths),), generator=generator)]
-        row = torch.arange(len(paths))
+        row, sigmas = torch.arange(len(paths)), self.nodes.sigmas
         start, end = paths[row, chosen], paths[row, chosen + 1]
-        length = (self.sigmas[chosen] - self.sigmas[chosen + 1]).view(-1, 1, 1, 1, 1)
-        return {"x": start, "timesteps": self.timesteps[chosen], "target": (start - end) / length}
+        target = segment_velocity(start, end, sigmas[chosen] - sigmas[chosen + 1])
+        return {"x": start, "timesteps": self.nodes.timesteps[chosen], "target": target}
 
     def text(self, numbers: Sequence[int]) -> Tensor:
         """(batch, max_sequence_length, text_dim) embeddings of some prompts."""
@@ -266,18 +278,34 @@ class Data:
             processes: how many there are.
 
         Returns:
-            Latents (batch, channels, frames, height, width), their prompts' numbers, and a generator for the noise.
+            Latents (batch, channels, frames, height, width), or paths (batch, nodes, channels, ...) from the noise on,
+            empty where none are kept; their prompts' numbers; and a generator for more noise.
         """
         size, chosen = self.args.train_batch_size, []
         for place in range((draw * processes + process) * size, (draw * processes + process + 1) * size):
             epoch, position = divmod(place, len(self.which))
             chosen.append(order(len(self.which), self.args.seed + epoch)[position])
         generator = torch.Generator().manual_seed(self.args.seed * 7_368_787 + draw * processes + process)
-        return (
-            torch.stack([self.latents.get(self.names[n]) for n in chosen]),
-            [self.which[n] for n in chosen],
-            generator,
-        )
+        return torch.stack([self.get(n) for n in chosen]), [self.which[n] for n in chosen], generator
+
+    def get(self, sample: int) -> Tensor:
+        """One sample, in float32. The noise that a path begins with is not kept: its seed gives it back."""
+        if not needs_paths(self.args):
+            return torch.empty(0)
+        kept = self.latents.get(self.names[sample]).float()
+        if not self.args.student_steps:
+            return kept
+        return torch.cat([noise_of(self.seeds[sample], self.form)[None], kept])
+
+
+def named(what: str) -> str:
+    """A file's name for something that is told by a text."""
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def noise_of(seed: int, form: Sequence[int]) -> Tensor:
+    """What a clip begins as, (channels, frames, height, width)."""
+    return torch.randn(*form, generator=torch.Generator().manual_seed(seed))
 
 
 @lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
@@ -315,9 +343,7 @@ def sample(
         (batch, segments + 1, channels, frames, height, width): the noise, then every node up to the clip.
     """
     args, device = data.args, pipe._execution_device
-    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    form = (pipe.vae.config.z_dim, (args.num_frames - 1) // time + 1, args.height // space, args.width // space)
-    noise = torch.stack([torch.randn(form, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    noise = torch.stack([noise_of(seed, data.form) for seed in seeds]).to(device)
     path, empty = [noise], len(data.prompts) - 1
 
     def keep(pipe: Any, step: int, timestep: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
-from tiedquiet.distill.options import write_text
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, new_student
+from tiedquiet.distill.lora import file_name, with_lora
+from tiedquiet.distill.options import stages, write_text
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, load_student, new_student
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
 
 matplotlib.use("Agg")
@@ -35,7 +37,10 @@ SHOWN = {  # in the pictures: every colour, shape and direction
     "a yellow circle moving down",
 }
 GIF_LIMIT = 4_000_000  # bytes; what is larger is written as mp4
-PARTS = {"loss": "black", "velocity": "tab:blue", "task": "tab:orange"}  # of loss.png
+PARTS = {  # of loss.png
+    "loss": "black", "velocity": "tab:blue", "task": "tab:orange",
+    "matching": "black", "segments": "tab:blue", "critic": "tab:red",
+}  # fmt: skip
 COLUMNS = {  # of the table, and how each is shown
     "adherence": "{:.1%}",
     "psnr": "{:.1f} dB",
@@ -114,6 +119,11 @@ def _spread(readings: Sequence[Reading | None], prompts: Sequence[str], of: str)
     return math.sqrt(np.mean(variances)) if variances else 0.0
 
 
+def counted(steps: int) -> str:
+    """`4 steps`."""
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
 class Judge:
     """Samples the same prompts from the same seeds with whatever it is given.
 
@@ -165,11 +175,19 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def validate(self, name: str, student: WanTransformer3DModel, step: int) -> None:
-        """Sample `--validation_prompts` with the student as it is, into `OUTPUT_DIR/validation`."""
+    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> None:
+        """Sample `--validation_prompts` with an expert's student as it is, into `OUTPUT_DIR/validation`.
+
+        The other expert is its finished student where there is one, as the two will be used.
+        """
         args = self.data.args
+        students = {expert.name: student.eval()}
+        for other in self.teacher.experts:
+            place = args.output_dir / "checkpoints" / other.name / stages(args)[-1]
+            if other != expert and (place / "student").exists():
+                students[other.name] = load_student(self.teacher, other, place, self.dtype)
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
-        pipe = self.teacher.pipeline(self.device, self.dtype, **{name: student.eval()})
+        pipe = self.teacher.pipeline(self.device, self.dtype, **students)
         steps, guidance = self.student_sampling()
         if args.student_steps:
             pipe.scheduler = few_steps(self.teacher.scheduler, steps)
@@ -177,7 +195,7 @@ class Judge:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             latents = sample(pipe, self.data, numbers, seeds, steps, guidance)[:, -1]
         (args.output_dir / "validation").mkdir(exist_ok=True)
-        write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}-{step}.gif")
+        write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
 
     def student_sampling(self) -> tuple[int, float]:
@@ -198,18 +216,27 @@ class Judge:
             teachers = {e.name: self.teacher.expert(e, self.dtype) for e in experts}
             return {name: new_student(it, args.student_blocks, self.dtype) for name, it in teachers.items()}
 
+        def after(stage: str) -> dict[str, WanTransformer3DModel]:
+            work = args.output_dir / "checkpoints"
+            return {e.name: load_student(self.teacher, e, work / e.name / stage, self.dtype) for e in experts}
+
         def trained() -> dict[str, WanTransformer3DModel]:
             place = args.output_dir / "student"
+            if args.lora_rank:
+                bases = {expert.name: self.teacher.expert(expert, self.dtype) for expert in experts}
+                return {n: with_lora(base, place / file_name(n), "transformer") for n, base in bases.items()}
             names = [expert.name for expert in experts]
             return {n: WanTransformer3DModel.from_pretrained(place, subfolder=n, dtype=self.dtype) for n in names}
 
-        arms = {f"teacher, {many} steps": Arm(many, guided, blocks, False)}
+        arms = {f"teacher, {counted(many)}": Arm(many, guided, blocks, False)}
         if few and steps != many:
-            arms[f"teacher, {steps} steps"] = Arm(steps, guided, blocks, True)
-        arms[f"untrained, {steps} steps"] = Arm(steps, guidance, args.student_blocks, few, untrained)
-        arms[f"student, {steps} steps"] = Arm(steps, guidance, args.student_blocks, few, trained)
+            arms[f"teacher, {counted(steps)}"] = Arm(steps, guided, blocks, True)
+        arms[f"untrained, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, untrained)
+        for stage in stages(args)[:-1]:
+            arms[f"{stage}, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, partial(after, stage))
+        arms[f"student, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, trained)
         if not few and many > FEW:
-            arms[f"student, {FEW} steps"] = Arm(FEW, guidance, args.student_blocks, True, trained)
+            arms[f"student, {counted(FEW)}"] = Arm(FEW, guidance, args.student_blocks, True, trained)
         return arms
 
     def report(self, experts: Sequence[Expert]) -> dict[str, Any]:
@@ -232,7 +259,13 @@ class Judge:
         metrics[first].pop("psnr")
         self.draw(clips, "samples")
         write_card(self.teacher, args, metrics, out)
-        losses = {e.name: json.loads((out / "checkpoints" / e.name / "losses.json").read_text()) for e in experts}
+        losses = {
+            f"{expert.name}, {stage}": json.loads(
+                (out / "checkpoints" / expert.name / stage / "losses.json").read_text()
+            )
+            for expert in experts
+            for stage in stages(args)
+        }
         draw_loss(losses, out / "loss.png")
         if args.show_broken_tie:
             broken = {"tie proven": clips[first]}
@@ -245,7 +278,7 @@ class Judge:
         seconds = [step["seconds"] for steps in losses.values() for step in steps]
         last = {name: steps[-1] for name, steps in losses.items()}
         told = {"training_seconds": round(sum(seconds), 1), "step_seconds": round(float(np.median(seconds)), 4)}
-        return {"arms": metrics, "losses": last, **told}
+        return {"arms": metrics, "prompts": sorted(set(prompts)), "losses": last, **told}
 
     def draw(self, clips: Mapping[str, Tensor], name: str) -> None:
         """Pictures of the shown clips of the first seed, still and moving."""
@@ -279,6 +312,11 @@ def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+LOAD_LORA = """pipe = WanPipeline.from_pretrained("{teacher}")
+pipe.scheduler = UniPCMultistepScheduler.from_pretrained("this folder", subfolder="scheduler")
+pipe.load_lora_weights("this folder")"""
+
+
 def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
     call = f"prompt, height={args.height}, width={args.width}, num_frames={args.num_frames}"
@@ -294,6 +332,14 @@ def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, f
     for picture in pictures:
         (out / "student" / picture.name).write_bytes(picture.read_bytes())
     shown = "\n\n".join(f"![{' | '.join(metrics)}]({picture.name})" for picture in pictures)
+    pipe = 'pipe = WanPipeline.from_pretrained("this folder")'
+    imports = "UniPCMultistepScheduler, " if args.lora_rank else ""
+    of_blocks = f"{args.student_blocks} of the teacher's {teacher.transformer['num_layers']} blocks"
+    if args.lora_rank:
+        pipe = LOAD_LORA.format(teacher="its teacher" if args.tiny else args.pretrained_model_name_or_path)
+        if file := next((out / "student").glob("transformer_2_*"), None):
+            pipe += f'\npipe.load_lora_weights("this folder", weight_name="{file.name}", load_into_transformer_2=True)'
+        of_blocks = f"An adapter of rank {args.lora_rank}"
     card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-video
@@ -304,12 +350,12 @@ tags:
 
 # A student of {Path(args.pretrained_model_name_or_path).name if not args.tiny else "the tiny Wan teacher of tiedquiet"}
 
-{args.student_blocks} of the teacher's {teacher.transformer["num_layers"]} blocks, distilled with `tiedquiet.distill`.
+{of_blocks}, distilled with `tiedquiet.distill`.
 
 ```python
-from diffusers import WanPipeline
+from diffusers import {imports}WanPipeline
 
-pipe = WanPipeline.from_pretrained("this folder")
+{pipe}
 frames = pipe({call}).frames
 ```
 

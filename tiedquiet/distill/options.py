@@ -1,4 +1,5 @@
 """The settings, named as in diffusers' training examples, and every check that needs no weights."""
+# ruff: noqa: RUF001 - Wan's negative prompt has the commas of Chinese
 
 import argparse
 import json
@@ -17,21 +18,29 @@ def is_main_process() -> bool:
 
 
 TINY_WAN = Path(__file__).with_name("tiny") / "wan"
+# The one that Wan's authors sample it with: `sample_neg_prompt` in wan/configs/shared_config.py of Wan2.1 and Wan2.2.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
 # What a run does when it is told nothing: with the teacher that ships with the package, and with a real one.
 TINY = {
     "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 24,
-    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 400,
-    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 20,
+    "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 600,
+    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 40,
+    "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4, "negative_prompt": "",
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
+    "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5, "negative_prompt": NEGATIVE,
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-    "validation_prompts", "report_to", "compile", "show_broken_tie", "output_dir", "cache_dir",
+    "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
 }  # fmt: skip
 
 
@@ -95,18 +104,34 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
-        "learns the teacher's velocity and takes as many steps (default: 4 with the tiny teacher, else 0)")  # fmt: skip
+        "learns the teacher's velocity and takes as many steps (default: 2 with the tiny teacher, else 0)")  # fmt: skip
     add("--student_blocks", type=positive,
         help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
+    add("--lora_rank", type=count, default=0, metavar="R",
+        help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
+        "load_lora_weights takes what is written")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
+    # The second stage.
+    add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
+        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: the tiny "
+        "teacher's 300, else 0)")  # fmt: skip
+    add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
+    add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
+    add("--matching_learning_rate", type=weight, help="of the student in the second stage")
+    add("--critic_learning_rate", type=weight)
     # Data: a folder of clips, or latents that the teacher samples for prompts.
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
     add("--caption_column", default="text", help="where the metadata has the prompt")
     add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", default="", help="what guidance leads away from")
-    add("--cache_dir", type=Path, help="prompt embeddings and latents (default: OUTPUT_DIR/cache)")
+    add("--negative_prompt", help="what guidance leads away from (default: Wan's own, with the tiny teacher none)")
+    add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
+    add(
+        "--flow_shift",
+        type=weight,
+        help="of the noise schedule, instead of the teacher's: higher takes more steps early",
+    )
     for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
@@ -119,7 +144,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # The steps.
     add("--train_batch_size", type=positive, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--max_train_steps", type=positive, help="optimizer steps for each expert")
+    add("--max_train_steps", type=count, help="optimizer steps for each expert, of the first stage")
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=count)
@@ -140,6 +165,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
+    add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
     add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
@@ -152,9 +178,23 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.tiny = tiny
     if args.student_steps is None:
-        args.student_steps = 4 if tiny and not args.train_data_dir else 0
+        args.student_steps = 2 if tiny and not args.train_data_dir else 0
+    if args.distribution_matching_steps is None:
+        args.distribution_matching_steps = 300 if tiny and args.student_steps else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
     return args
+
+
+def stages(args: argparse.Namespace) -> list[str]:
+    """What each expert's student goes through."""
+    if not args.student_steps:
+        return ["velocity"]
+    return ["segments"] * bool(args.max_train_steps) + ["matching"] * bool(args.distribution_matching_steps)
+
+
+def needs_paths(args: argparse.Namespace) -> bool:
+    """Whether samples are kept: distribution matching alone needs prompts and nothing else."""
+    return bool(not args.student_steps or args.max_train_steps or args.segment_weight or args.expert == "low")
 
 
 def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -193,8 +233,23 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--student_steps learns from the teacher's own paths: --prompts_file instead of --train_data_dir")
         if args.task_weight or args.guidance_scale > 1:
             fail("--student_steps learns guided paths: it has no --task_weight, and --sample_guidance_scale guides")
+        if not stages(args):
+            fail("--max_train_steps 0 and no --distribution_matching_steps: nothing would be learnt")
+    elif args.flow_shift is not None:
+        fail("--flow_shift is for a student of few steps, whose folder has a scheduler of its own: --student_steps")
+    elif args.distribution_matching_steps or not args.max_train_steps:
+        fail("--distribution_matching_steps, and --max_train_steps 0, are for a student of few steps: --student_steps")
+    if args.lora_rank:
+        if args.student_blocks != blocks:
+            fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
+        if args.teacher_attention == "float8":
+            fail("--lora_rank: teacher and student are one model, so --teacher_attention float8 has to stay away")
+        if not args.student_steps:
+            fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
+    if args.flow_shift == 0:
+        fail("--flow_shift 0: must be above 0; 3 to 12 are usual")
     if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
         fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
     if args.student_attention == "flash3" and args.mixed_precision != "bf16":

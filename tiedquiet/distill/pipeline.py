@@ -21,7 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tiedquiet
+from tiedquiet.distill.lora import FILE, with_lora, write_lora
 from tiedquiet.distill.options import fail, is_main_process
+
+PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ class Teacher:
     Args:
         name: a folder, or the name of a repository on the hub.
         revision: of that repository.
+        shift: of the noise schedule, instead of the pipeline's own.
 
     Raises:
         SystemExit: with status 2, after one line, if there is none, or it is no Wan text-to-video pipeline.
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, shift: float | None = None) -> None:
         try:
             self.index = dict(WanPipeline.load_config(name, revision=revision))
         except (OSError, ValueError) as error:
@@ -92,6 +96,8 @@ class Teacher:
         self.transformer = self.config(names[0])
         self.vae = self.config("vae")
         self.scheduler = self.config("scheduler", "scheduler_config.json")
+        if shift is not None:
+            self.scheduler["flow_shift"] = shift
         steps = int(self.scheduler.get("num_train_timesteps", 1000))
         shift = float(self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0)))
         edge = (self.index.get("boundary_ratio") or 0.0) * steps
@@ -103,10 +109,25 @@ class Teacher:
         return dict(json.loads((self.folder / part / file).read_text()))
 
     def key(self) -> str:
-        """Changes when any file of the pipeline does, as far as names, sizes and times tell."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        told = [(str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        """Changes with what the pipeline holds, not with where it lies, when it was copied, or what its README says.
+
+        Of large files, sizes, beginnings and 64 pieces from all over are read: weights trained further differ there.
+        """
+        told = hashlib.sha256(f"{self.experts[0].shift}".encode())
+        for part in sorted(self.parts):
+            for path in sorted(path for path in (self.folder / part).rglob("*") if path.is_file()):
+                size = path.stat().st_size
+                told.update(f"{path.relative_to(self.folder)} {size}".encode())
+                with path.open("rb") as file:
+                    for place in sorted({size * n // PIECES for n in range(PIECES)}):
+                        file.seek(place)
+                        told.update(file.read(max(PIECE, size // PIECES if size < SMALL else 0)))
+        return told.hexdigest()[:16]
+
+    def latents(self, args: Namespace) -> tuple[int, int, int, int]:
+        """The form of a clip's latents: channels, frames, height, width."""
+        time, space = self.vae.get("scale_factor_temporal", 4), self.vae.get("scale_factor_spatial", 8)
+        return self.vae["z_dim"], (args.num_frames - 1) // time + 1, args.height // space, args.width // space
 
     def expert(self, expert: Expert, dtype: torch.dtype) -> WanTransformer3DModel:
         """One expert with its weights."""
@@ -188,10 +209,60 @@ class Teacher:
             **students,
         )
         pipe.set_progress_bar_config(disable=True)
+        config = pipe.scheduler.config
+        shift = "flow_shift" if "flow_shift" in config else "shift"
+        pipe.scheduler = type(pipe.scheduler).from_config({**config, shift: self.experts[0].shift})
         if device.type == "cuda" and len(self.experts) > 1:  # pragma: no cover - needs a GPU
             pipe.enable_model_cpu_offload(device=device)  # one expert at a time
             return pipe
         return pipe.to(device)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Between which points of the teacher's path a student of few steps goes.
+
+    Attributes:
+        timesteps: (steps,), of `num_train_timesteps`.
+        sigmas: (steps + 1,), the last is 0.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def of(self, expert: Expert) -> list[int]:
+        """The nodes that are an expert's own."""
+        return [k for k, t in enumerate(self.timesteps.tolist()) if expert.low <= t < expert.high]
+
+
+def nodes(config: Mapping[str, Any], steps: int) -> Nodes:
+    """Those of the student's scheduler, see `few_steps`."""
+    scheduler = few_steps(config, steps)
+    scheduler.set_timesteps(steps)
+    return Nodes(scheduler.timesteps.float(), scheduler.sigmas.float())
+
+
+def check_nodes(teacher: Teacher, trained: Sequence[Expert], args: Namespace) -> None:
+    """Stop where a student of few steps would leave an expert without a step: it would have nothing to learn.
+
+    Raises:
+        SystemExit: with status 2, after one line that has the numbers of steps that work.
+    """
+
+    def idle(steps: int) -> list[Expert]:
+        return [expert for expert in trained if not nodes(teacher.scheduler, steps).of(expert)]
+
+    if not args.student_steps or not (empty := idle(args.student_steps)):
+        return
+    many = args.num_inference_steps
+    work = [str(n) for n in range(2, many + 1) if many % n == 0 and not idle(n)]
+    side = ("high", "low")
+    others = [n for n, expert in enumerate(teacher.experts) if expert in trained and expert not in empty]
+    fail(
+        f"--student_steps {args.student_steps}: at shift {empty[0].shift:g} none of them is a step of {empty[0].name}, "
+        f"whose timesteps are {empty[0].low:g} to {empty[0].high:g}; {', '.join(work) or 'no number'} would do"
+        + "".join(f", or --expert {side[n]} to train {teacher.experts[n].name} alone" for n in others)
+    )
 
 
 def compute_dtype(args: Namespace) -> torch.dtype:
@@ -236,6 +307,13 @@ def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTran
     return model
 
 
+def load_student(teacher: Teacher, expert: Expert, folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The student that a stage left in a folder, whole or as an adapter of the teacher."""
+    if (adapter := folder / "student" / FILE).exists():
+        return with_lora(teacher.expert(expert, dtype), adapter)
+    return WanTransformer3DModel.from_pretrained(folder / "student", dtype=dtype)
+
+
 def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: Path) -> None:
     """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
@@ -270,31 +348,10 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def check_space(teacher: Teacher, experts: list[str], share: float, output_dir: Path, checkpoints: int) -> None:
-    """Stop where the disk cannot hold the student: its parts of the teacher, and weights in float32 with checkpoints.
-
-    Args:
-        teacher: everything but the trained experts is copied from there.
-        experts: the names of those that are trained.
-        share: of their blocks that the student has.
-        output_dir: where it is written.
-        checkpoints: how many are kept of each expert, the one being written included.
-
-    Raises:
-        SystemExit: with status 2, after one line.
-    """
-    copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
-    # Stored in 16 bits as Wan is, kept in 32; a checkpoint has Adam's two moments as well.
-    trained = sum(2 * share * size(teacher.folder / name) for name in experts)
-    need = int(copied + 2 * trained + 3 * checkpoints * trained)
-    there = next(parent for parent in [output_dir.absolute(), *output_dir.absolute().parents] if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if need > free:
-        fail(f"--output_dir {output_dir}: needs about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-
-
 def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, steps: int = 0) -> None:
     """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
+
+    Of adapters, the folder has these, and the scheduler of their steps: they go with the teacher.
 
     Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
     first embedding was made, and transformers 5.0 to 5.2 would leave it untied otherwise.
@@ -314,6 +371,11 @@ def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, 
         made = Path(beside) / target.name
         made.mkdir()
         index = dict(teacher.index)
+        if all((folder / FILE).exists() for folder in trained.values()) and trained:
+            write_lora(dict(trained), made)
+            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
+            made.rename(target)
+            return
         for name in teacher.parts:
             shutil.copytree(trained.get(name, teacher.folder / name), made / name)
         if steps:

@@ -4,7 +4,7 @@ What each bought is measured by `benchmarks/distill_step.py`.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
@@ -164,25 +164,28 @@ def checkpointed(forward: Callable[..., Tensor], **keep: Any) -> Callable[..., T
     return again
 
 
-def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, args: Namespace) -> None:
-    """Choose the attention of both and what the student computes again backward; compile the blocks of both.
+def speed_up(
+    frozen: Sequence[WanTransformer3DModel], learning: Sequence[WanTransformer3DModel], args: Namespace
+) -> None:
+    """Choose the attention of all and what those that learn compute again backward; compile the blocks of all.
 
     A block is told to checkpoint itself, so that what checkpoints is compiled with it, and what FSDP or a hook does
     around the block is not.
     """
+    blocks = [[block for model in models for block in model.blocks] for models in (frozen, learning)]
     if args.teacher_attention == "float8":  # pragma: no cover - needs a GPU
         from fa3_fwd_interface import flash_attn_func
 
-        for block in teacher.blocks:
+        for block in blocks[0]:
             block.attn1.set_processor(SelfAttention(partial(in_float8, flash_attn_func)))
     if args.student_attention == "flash3":  # pragma: no cover - needs a GPU
-        for block in student.blocks:
+        for block in blocks[1]:
             block.attn1.set_processor(SelfAttention(flash3))
     if args.gradient_checkpointing:
         keep: dict[str, Any] = {}
         if args.gradient_checkpointing == "attention":
             keep["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
-        for block in student.blocks:
+        for block in blocks[1]:
             block.forward = checkpointed(block.forward, **keep)
     if args.compile:
         # It would split each block where DDP's buckets end; a block is small enough for them as it is.
@@ -190,16 +193,16 @@ def speed_up(teacher: WanTransformer3DModel, student: WanTransformer3DModel, arg
         # On GPUs it leaves gradients of Wan's modulation unwritten: https://github.com/pytorch/pytorch/issues/193061
         wrong = "triton.mix_order_reduction"  # torch 2.10 to 2.13; older ones do not know it
         options = {wrong: False} if wrong in torch._inductor.list_options() else {}
-        for block in (*teacher.blocks, *student.blocks):
+        for block in (*blocks[0], *blocks[1]):
             block.compile(options=options)
 
 
-def shard(teacher: WanTransformer3DModel | None, accelerator: Accelerator) -> None:
-    """Under FSDP: spread the frozen teacher over all GPUs, too, and leave every rounding of the student to autocast.
+def shard(frozen: Sequence[WanTransformer3DModel], accelerator: Accelerator) -> None:
+    """Under FSDP: spread what is frozen over all GPUs, too, and leave every rounding of the student to autocast.
 
     FSDP would compute in bfloat16 what Wan keeps in float32 (modulation, norms), and round the timesteps that it hands
     in to multiples of four.
     """
-    for module in (*teacher.blocks, teacher) if teacher else ():
+    for module in (part for model in frozen for part in (*model.blocks, model)):
         fully_shard(module)
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

@@ -1,13 +1,14 @@
-r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four unguided steps, or with fewer blocks.
+r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two unguided steps, or with fewer blocks.
 
     python -m tiedquiet.distill                                  # a tiny teacher that ships with the package, on a CPU
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
     python -m tiedquiet.distill \
         --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --prompts_file prompts.txt --output_dir wan-4-steps --student_steps 4 --student_blocks 15 \
+        --prompts_file prompts.txt --output_dir wan-2-steps \
+        --student_steps 2 --distribution_matching_steps 500 --lora_rank 64 \
         --mixed_precision bf16 --gradient_checkpointing attention --compile \
-        --checkpointing_steps 500 --resume_from_checkpoint latest
+        --checkpointing_steps 100 --resume_from_checkpoint latest       # --plan first: what it will take
 
     accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
     accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
@@ -15,9 +16,11 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in four
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
 
 Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
-teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side;
-without it, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
-student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads.
+teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side; with
+--distribution_matching_steps, its own clips are then moved to where the teacher would have them. Without
+--student_steps, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
+student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as
+adapters.
 """
 
 import contextlib
@@ -34,7 +37,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,70 +51,82 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import mse_loss
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
-from tiedquiet.distill.options import check, fail, parse, settings, write_text
+from tiedquiet.distill.lora import FILE, Adapter
+from tiedquiet.distill.losses import (
+    clip_of,
+    critic_loss,
+    distribution_matching_loss,
+    guided,
+    renoised,
+    velocity_loss,
+)
+from tiedquiet.distill.options import check, fail, parse, settings, stages, write_text
 from tiedquiet.distill.pipeline import (
     Expert,
+    Nodes,
     Teacher,
-    check_space,
+    check_nodes,
     compute_dtype,
+    load_student,
     new_student,
     save_weights,
     write_pipeline,
 )
+from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.speed import check_kernels, shard, speed_up
 
 
-def distillation_loss(
-    student: Tensor, target: Tensor, task: Tensor | None, task_weight: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The squared error of a velocity, in float32; and, weighted, that against the velocity of the data itself.
-
-    Args:
-        student: its velocity, (batch, channels, frames, height, width).
-        target: the velocity to match, as `student`.
-        task: noise - x0, as `student`; None leaves that term out.
-        task_weight: of the second term.
-
-    Returns:
-        The loss, and its parts without their weights.
-    """
-    parts = {"velocity": mse_loss(student.float(), target.float())}
-    loss = parts["velocity"]
-    if task is not None:
-        parts["task"] = mse_loss(student.float(), task.float())
-        loss = loss + task_weight * parts["task"]
-    return loss, {name: part.detach() for name, part in parts.items()}
-
-
 class Distillation:
-    """One expert, its student, and one step of teaching.
+    """One expert, its student, maybe a critic, and what they compute in one step.
 
     Args:
         args: the settings.
         teacher: the expert, frozen.
         student: the module that learns, maybe wrapped.
         expert: which timesteps are its own.
+        critic: of the second stage: learns what the student draws, maybe wrapped.
+        nodes: of the student's steps, for the second stage.
+        earlier: the finished student of the nodes before this expert's own, if there are such nodes; the batch begins
+            at the first of its own otherwise.
     """
 
     def __init__(
-        self, args: Namespace, teacher: WanTransformer3DModel, student: WanTransformer3DModel, expert: Expert
+        self,
+        args: Namespace,
+        teacher: WanTransformer3DModel,
+        student: WanTransformer3DModel,
+        expert: Expert,
+        critic: Any = None,
+        nodes: Nodes | None = None,
+        earlier: WanTransformer3DModel | None = None,
     ) -> None:
         self.args, self.teacher, self.student, self.expert = args, teacher, student, expert
+        self.critic, self.nodes, self.earlier = critic, nodes, earlier
         self.dtype = teacher.dtype
 
     def noisy(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy latents x = (1 - sigma) x0 + sigma noise, timesteps of this expert, and the task: noise - x0."""
         sigma = self.expert.sigmas(torch.rand(len(x0), generator=generator))
         noise = torch.randn(x0.shape, generator=generator)
-        wide = sigma.view(-1, 1, 1, 1, 1)
-        return {"x": (1 - wide) * x0 + wide * noise, "timesteps": sigma * self.expert.steps, "task": noise - x0}
+        return {"x": renoised(x0, sigma, noise), "timesteps": sigma * self.expert.steps, "task": noise - x0}
+
+    def velocity(self, model: Any, x: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Of teacher, student or critic, as latents; `timesteps` is (batch,)."""
+        velocity: Tensor = model(x.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
+        return velocity
+
+    @torch.no_grad()
+    def guidance(self, x: Tensor, timesteps: Tensor, text: Tensor, empty: Tensor | None, scale: float) -> Tensor:
+        """The teacher's velocity, guided where there are embeddings of the negative prompt."""
+        towards = self.velocity(self.teacher, x, timesteps, text)
+        return towards if empty is None else guided(towards, self.velocity(self.teacher, x, timesteps, empty), scale)
 
     def loss(
         self,
@@ -123,7 +137,7 @@ class Distillation:
         task: Tensor | None = None,
         empty: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch.
+        """The first stage's loss of one batch, and its parts.
 
         Args:
             x: noisy latents (batch, channels, frames, height, width).
@@ -133,15 +147,57 @@ class Distillation:
             task: noise - x0, as `x`.
             empty: embeddings of the negative prompt, for guidance distillation.
         """
-        x, text = x.to(self.dtype), text.to(self.dtype)
         if target is None:
-            with torch.no_grad():
-                target = self.teacher(x, timesteps, text, return_dict=False)[0]
-                if empty is not None:
-                    away = self.teacher(x, timesteps, empty.to(self.dtype), return_dict=False)[0]
-                    target = away + self.args.guidance_scale * (target - away)
-        velocity = self.student(x, timesteps, text, return_dict=False)[0]
-        return distillation_loss(velocity, target, task, self.args.task_weight)
+            target = self.guidance(x, timesteps, text, empty, self.args.guidance_scale)
+        return velocity_loss(self.velocity(self.student, x, timesteps, text), target, task, self.args.task_weight)
+
+    @torch.no_grad()
+    def own_state(self, x: Tensor, text: Tensor, first: int, node: int) -> Tensor:
+        """Where the student is at a node, by its own Euler steps from an earlier one.
+
+        Args:
+            x: latents at node `first`.
+            text: embeddings.
+            first: the node to begin at.
+            node: the node to reach; at those before this expert's own, `earlier` steps.
+        """
+        assert self.nodes is not None
+        for n in range(first, node):
+            model = self.student if n in self.nodes.of(self.expert) else self.earlier
+            velocity = self.velocity(model, x, self.nodes.timesteps[n].expand(len(x)).to(x.device), text)
+            x = x - (self.nodes.sigmas[n] - self.nodes.sigmas[n + 1]) * velocity.float()
+        return x
+
+    def matching(
+        self, x: Tensor, node: int, text: Tensor, empty: Tensor, sigma: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The second stage's loss of the student, and the clips, (batch, channels, frames, height, width), it drew.
+
+        Both scores are asked on this expert's side of the boundary, where alone the teacher's expert knows them.
+
+        Args:
+            x: the student's own state at a node.
+            node: which.
+            text: embeddings.
+            empty: embeddings of the negative prompt.
+            sigma: (batch,), how far the clips are renoised.
+            noise: as `x`.
+        """
+        assert self.nodes is not None
+        at = self.nodes.sigmas[node].expand(len(x)).to(x.device)
+        timesteps = self.nodes.timesteps[node].expand(len(x)).to(x.device)
+        clip = clip_of(x, at, self.velocity(self.student, x, timesteps, text))
+        with torch.no_grad():
+            again, timesteps = renoised(clip, sigma, noise), sigma * self.expert.steps
+            real = self.guidance(again, timesteps, text, empty, self.args.sample_guidance_scale)
+            fake = self.velocity(self.critic, again, timesteps, text)
+        matched = distribution_matching_loss(clip, clip_of(again, sigma, real), clip_of(again, sigma, fake))
+        return matched, clip.detach()
+
+    def criticism(self, clip: Tensor, text: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """The critic's loss on clips that the student drew; `sigma` and `noise` as for `matching`."""
+        velocity = self.velocity(self.critic, renoised(clip, sigma, noise), sigma * self.expert.steps, text)
+        return critic_loss(velocity, clip, noise)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -180,132 +236,220 @@ def train(
     accelerator: Accelerator,
     teacher: Teacher,
     expert: Expert,
+    stage: str,
     data: Data,
-    folder: Path,
+    work: Path,
     resume: Path | None,
     progress: Progress,
-    validate: Callable[[WanTransformer3DModel, int], None],
+    validate: Callable[[Expert, WanTransformer3DModel, str], None],
 ) -> None:
-    """Distil one expert; leaves the student in `folder/student`, each step's loss and its parts in `losses.json`.
+    """One stage of one expert; leaves the student in `work/EXPERT/STAGE/student`, its losses in `losses.json`.
 
     Args:
         args: the settings.
         accelerator: says where and in which precision.
         teacher: the pipeline.
         expert: which of its experts.
+        stage: one of `stages(args)`; `matching` goes on with the student of the stage before.
         data: latents and embeddings.
-        folder: of this expert's checkpoints.
+        work: the folder of all stages and their checkpoints.
         resume: the checkpoint to go on from.
         progress: registered with the accelerator.
-        validate: called with the student and the step every `--validation_steps`.
+        validate: called with the expert, its student and the name of a film every `--validation_steps`.
 
     Raises:
         Stopped: after a signal; a checkpoint was saved.
         SystemExit: with status 2, after one line, when the loss or its gradient is no longer finite.
     """
     device, processes, micro = accelerator.device, accelerator.num_processes, args.gradient_accumulation_steps
+    matching, folder, name = stage == "matching", work / expert.name / stage, f"{expert.name}, {stage}"
     frozen = teacher.expert(expert, compute_dtype(args)).eval().requires_grad_(False)
     # Kept in float32 whatever is computed in: most updates are too small to move a weight of bfloat16.
-    student = new_student(frozen, args.student_blocks, torch.float32).to(device).train()
-    asked = not args.student_steps  # or else its cached paths say all
-    if asked:
-        frozen.to(device)
+    begun = folder.with_name("segments") if matching and args.max_train_steps else None
+    asked: Any = frozen
+    student: Any
+    critic: Any = None
+    if args.lora_rank:
+        asked = Adapter(frozen.to(device), None)
+        student = Adapter(frozen, "student").add(args.lora_rank, args.seed, begun and begun / "student" / FILE)
+        critic = Adapter(frozen, "critic").add(args.lora_rank, args.seed + 1) if matching else None
+    else:
+        loaded = load_student(teacher, expert, begun, torch.float32) if begun else None
+        student = (loaded or new_student(frozen, args.student_blocks, torch.float32)).to(device).train()
+        critic = new_student(frozen, len(frozen.blocks), torch.float32).to(device).train() if matching else None
+    first = data.nodes.of(expert)[0] if matching else 0
+    before = work / teacher.experts[0].name / stage
+    earlier = None
+    if first and (before / "student").exists():
+        earlier = load_student(teacher, teacher.experts[0], before, compute_dtype(args)).to(device)
+        earlier = earlier.eval().requires_grad_(False)
+        first = 0
+    # Where its cached paths say all, the teacher is not asked.
+    still = [model for model in (frozen if matching or not args.student_steps else None, earlier) if model]
+    for model in still:
+        model.to(device)
     if accelerator.distributed_type is DistributedType.FSDP:
-        shard(frozen if asked else None, accelerator)
-    one = Distillation(args, frozen, student, expert)
-    speed_up(frozen, student, args)
-    optimizer: Any = torch.optim.AdamW(
-        student.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        fused=True,
-    )
-    schedule: Any = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    # Not prepared: accelerate moves a prepared schedule on once for each process, ours counts optimizer steps.
-    one.student, optimizer = accelerator.prepare(student, optimizer)
+        shard(still, accelerator)
+    one = Distillation(args, asked, student, expert, critic, data.nodes, earlier)
+    if args.lora_rank:  # all three are one model
+        speed_up([earlier] if earlier else [], [frozen], args)
+    else:
+        speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
+    steps = args.distribution_matching_steps if matching else args.max_train_steps
+
+    def learner(model: Any, rate: float) -> tuple[Any, Any, Any]:
+        optimizer: Any = torch.optim.AdamW(
+            model.parameters(),
+            lr=rate,
+            betas=(0.0 if matching else args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            fused=True,
+        )
+        warmup = 0 if matching else args.lr_warmup_steps
+        schedule = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        # Not prepared: accelerate moves a prepared schedule on once for each process, ours counts optimizer steps.
+        if args.lora_rank:
+            return model, accelerator.prepare(optimizer), schedule
+        return *accelerator.prepare(model, optimizer), schedule
+
+    one.student, optimizer, schedule = learner(student, args.matching_learning_rate if matching else args.learning_rate)
     ema = EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None
-    progress.begin(schedule=schedule, **({"ema": ema} if ema else {}))
+    kept = {"schedule": schedule, **({"ema": ema} if ema else {})}
+    if critic:
+        one.critic, critic_optimizer, critic_schedule = learner(critic, args.critic_learning_rate)
+        kept["critic_schedule"] = critic_schedule
+    if args.lora_rank:  # accelerate saves the models that it prepares
+        kept |= {"student": student, **({"critic": critic} if critic else {})}
+    progress.begin(**kept)
     if resume:
         accelerator.load_state(str(resume))
     if ema:
         ema.to(device)
 
     empty = len(data.prompts) - 1
-    guided = args.guidance_scale > 1
+    guided = args.guidance_scale > 1 or matching
     # A student that is sampled with guidance has to know where that leads away from.
     dropped = 0.0 if args.student_steps or guided or args.sample_guidance_scale == 1 else args.empty_prompt_probability
 
-    def batch(draw: int) -> dict[str, Tensor]:
+    def batch(draw: int) -> dict[str, Any]:
         latents, prompts, generator = data.batch(draw, accelerator.process_index, processes)
-        if args.student_steps:
-            inputs = data.segments(latents.float(), expert, generator)
-        else:
-            inputs = one.noisy(latents.float(), generator)
+        inputs: dict[str, Any] = {}
+        if not args.student_steps:
+            inputs = one.noisy(latents, generator)
             drop = torch.rand(len(prompts), generator=generator) < dropped
             prompts = [empty if gone else n for n, gone in zip(prompts, drop.tolist(), strict=True)]
+        elif args.segment_weight or not matching:
+            inputs = data.segments(latents, expert, generator)
         inputs["text"] = data.text(prompts)
         if guided:
             inputs["empty"] = data.text([empty] * len(prompts))
-        return {name: send(tensor, device) for name, tensor in inputs.items()}
+        if matching:
+            own = data.nodes.of(expert)
+            inputs["node"] = own[draw % len(own)]  # the same in all processes, so that all of them pass as often
+            form = (len(prompts), *data.form)
+            inputs["start"] = latents[:, first] if first else torch.randn(form, generator=generator)
+            uniform = torch.rand(1 + args.critic_steps, len(prompts), generator=generator)
+            inputs["sigma"] = torch.stack([expert.sigmas(0.02 + 0.96 * each) for each in uniform])
+            inputs["noise"] = torch.randn(1 + args.critic_steps, *form, generator=generator)
+        return {n: send(one, device) if isinstance(one, Tensor) else one for n, one in inputs.items()}
 
     folder.mkdir(parents=True, exist_ok=True)
-    ahead = batch(len(progress.losses) * micro)
+    offset = args.max_train_steps * micro if matching else 0  # the second stage goes on drawing where the first ended
+    ahead = batch(offset + len(progress.losses) * micro)
     bar = tqdm(
-        range(len(progress.losses), args.max_train_steps),
-        expert.name,
-        total=args.max_train_steps,
+        range(len(progress.losses), steps),
+        name,
+        total=steps,
         initial=len(progress.losses),
         disable=not accelerator.is_local_main_process,
     )
     if accelerator.is_main_process:
         per_step = args.train_batch_size * processes * micro
         tqdm.write(
-            f"***** Training {expert.name}: {args.student_blocks} of {len(frozen.blocks)} blocks, "
-            f"{sum(p.numel() for p in student.parameters()):,} parameters; {args.max_train_steps} steps of {per_step} "
+            f"***** Training {name}: {args.student_blocks} of {len(frozen.blocks)} blocks, "
+            f"{sum(p.numel() for p in student.parameters()):,} parameters; {steps} steps of {per_step} "
             f"({args.train_batch_size} x {processes} processes x {micro} accumulated), {len(data.which)} samples *****"
         )
+    told: dict[str, Tensor] = {}
+
+    def learn(model: Any, loss: Tensor, last: bool, **parts: Tensor) -> None:
+        """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
+        # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
+        apart = not last and accelerator.distributed_type is not DistributedType.FSDP
+        if args.lora_rank:
+            model.activate()
+        with accelerator.no_sync(model) if apart else contextlib.nullcontext():
+            accelerator.backward(loss)
+        for part, value in parts.items():
+            told[part] = told.get(part, torch.zeros_like(value)) + value.detach() / micro
+
+    def clipped(model: Any) -> Tensor:
+        """The norm of a model's gradients, which are clipped. Torch's own: accelerate's takes one FSDP model alone."""
+        if args.lora_rank and processes > 1:  # nobody wrapped it
+            for parameter in model.parameters():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        return clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+
     with noticing_signals() as received, words_above_the_bar():
         for step in bar:
-            start = time.perf_counter()
-            told: dict[str, Tensor] = {}
+            clock = time.perf_counter()
+            told.clear()
+            drawn = []
             for part in range(micro):
-                with accelerator.accumulate(one.student):
+                last = part == micro - 1
+                if not matching:
                     with accelerator.autocast():
                         loss, parts = one.loss(**ahead)
-                    accelerator.backward(loss)
-                ahead = batch(step * micro + part + 1)  # while the GPU is busy with this one
-                for name, value in {"loss": loss.detach(), **parts}.items():
-                    told[name] = told.get(name, torch.zeros_like(value)) + value / micro
-            norm = accelerator.clip_grad_norm_(one.student.parameters(), args.max_grad_norm or math.inf)
+                    learn(one.student, loss, last, total=loss, **parts)
+                else:
+                    text, sigma, noise = ahead["text"], ahead["sigma"], ahead["noise"]
+                    with accelerator.autocast():
+                        x = one.own_state(ahead["start"], text, first, ahead["node"])
+                    with accelerator.autocast():
+                        loss, clip = one.matching(x, ahead["node"], text, ahead["empty"], sigma[0], noise[0])
+                    learn(one.student, loss, last and not args.segment_weight, matching=loss)
+                    if args.segment_weight:
+                        with accelerator.autocast():
+                            loss, _ = one.loss(ahead["x"], ahead["timesteps"], text, ahead["target"])
+                        learn(one.student, args.segment_weight * loss, last, segments=loss)
+                    drawn.append((clip, text, sigma[1:], noise[1:]))
+                ahead = batch(offset + step * micro + part + 1)  # while the GPU is busy with this one
+            norm = clipped(one.student)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if ema:
                 ema.step(student.parameters())
+            told["norm"] = whole(norm).float()
+
+            for again in range(args.critic_steps if matching else 0):
+                for part, (clip, text, sigma, noise) in enumerate(drawn):
+                    with accelerator.autocast():
+                        loss = one.criticism(clip, text, sigma[again], noise[again])
+                    learn(one.critic, loss, part == micro - 1, critic=loss / args.critic_steps)
+                clipped(one.critic)
+                critic_optimizer.step()
+                critic_optimizer.zero_grad()
+            if matching:
+                critic_schedule.step()
 
             done = step + 1
-            told["norm"] = whole(norm).float()
             told["stop"] = torch.tensor(float(bool(received)), device=device)  # whichever process was told to
             values = accelerator.reduce(torch.stack(list(told.values())), "mean").tolist()
             numbers = dict(zip(told, values, strict=True))
             stop = numbers.pop("stop") > 0
-            if not math.isfinite(numbers["loss"] + numbers.pop("norm")):  # before it gets into a checkpoint
+            if not math.isfinite(sum(numbers.values())):  # before it gets into a checkpoint
                 bar.close()
                 fail(
-                    f"{expert.name}, step {done}: the loss or its gradient is not finite; what was saved stays, "
-                    "a lower --learning_rate may help"
+                    f"{name}, step {done}: the loss or its gradient is not finite; what was saved stays, "
+                    "a lower learning rate may help"
                 )
+            del numbers["norm"]
             progress.losses.append(
-                {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - start}
+                {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - clock}
             )
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-            accelerator.log({f"{expert.name}/{name}": value for name, value in progress.losses[-1].items()}, step=done)
+            bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()})
+            accelerator.log({f"{expert.name}/{key}": value for key, value in progress.losses[-1].items()}, step=done)
             place = folder / f"checkpoint-{done}"
             if stop or (args.checkpointing_steps and done % args.checkpointing_steps == 0):
                 save_checkpoint(accelerator, place, args.checkpoints_total_limit)
@@ -313,15 +457,26 @@ def train(
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
             if args.validation_steps and done % args.validation_steps == 0:
                 if accelerator.is_main_process:
-                    validate(accelerator.unwrap_model(one.student), done)
+                    if ema:
+                        ema.store(student.parameters())
+                        ema.copy_to(student.parameters())
+                    if args.lora_rank:
+                        student.activate()
+                    shown = frozen if args.lora_rank else accelerator.unwrap_model(one.student)
+                    validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    if ema:
+                        ema.restore(student.parameters())
                 accelerator.wait_for_everyone()
 
     if ema:
         ema.copy_to(student.parameters())
-    state = accelerator.get_state_dict(one.student)
+    state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(progress.losses))
-        save_weights(student.config, state, folder / "student")
+        if args.lora_rank:
+            student.save(folder / "student")
+        else:
+            save_weights(student.config, state, folder / "student")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
 
@@ -332,20 +487,27 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, argv)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
-    teacher = Teacher(args.pretrained_model_name_or_path, args.revision)
+    teacher = Teacher(args.pretrained_model_name_or_path, args.revision, args.flow_shift)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     check_kernels(args)
     experts = {"high": teacher.experts[:1], "low": teacher.experts[1:], "both": teacher.experts}[args.expert]
     names = [expert.name for expert in experts]
+    check_nodes(teacher, experts, args)
     clips = read_metadata(args) if args.train_data_dir else []
     prompts = [text for _, text in clips] or read_prompts(args)
     out, work = args.output_dir, args.output_dir / "checkpoints"
     resume = resume_from(args, names)
+    last = stages(args)[-1]
     if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
         print(f"{out / 'student'} is finished")
         return 0
-    share = args.student_blocks / teacher.transformer["num_layers"]
-    check_space(teacher, names, share, out, args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1)
+    data = Data(args, prompts, [path for path, _ in clips])
+    data.look(teacher, compute_dtype(args))
+    check_space(args, teacher, names, data)
+    if args.plan:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device)))
+        return 0
 
     # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -360,6 +522,8 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.distributed_type is DistributedType.FSDP:
         if args.use_ema or args.validation_steps:
             fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+        if args.lora_rank:
+            fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
         if not accelerator.is_fsdp2:
             fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
     dtype = compute_dtype(args)
@@ -380,27 +544,19 @@ def main(argv: list[str] | None = None) -> int:
             phases[phase]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             torch.cuda.reset_peak_memory_stats()
 
-    data = Data(args, prompts, [path for path, _ in clips])
+    if accelerator.is_main_process:
+        for line in plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device):
+            print(f"plan: {line}")
     data.prepare(teacher, accelerator, dtype)
     ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    for expert in experts:
-        if not (work / expert.name / "student").exists():
-            validate = partial(judge.validate, expert.name)
+    for expert, stage in ((expert, stage) for expert in experts for stage in stages(args)):
+        if not (work / expert.name / stage / "student").exists():
+            point = resume[expert.name, stage]
             try:
-                train(
-                    args,
-                    accelerator,
-                    teacher,
-                    expert,
-                    data,
-                    work / expert.name,
-                    resume[expert.name],
-                    progress,
-                    validate,
-                )
+                train(args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate)
             except Stopped as stopped:
                 accelerator.end_training()
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
@@ -410,7 +566,7 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
-                trained = {name: work / name / "student" for name in names}
+                trained = {name: work / name / last / "student" for name in names}
                 write_pipeline(teacher, trained, out / "student", args.student_steps)
             ended("writing the student")
             metrics = judge.report(experts)
