@@ -79,6 +79,14 @@ def test_all_that_the_model_needs_is_enough() -> None:
     assert fitting(unread, missing) is None
 
 
+def test_any_number_of_strange_tensors_takes_no_time() -> None:
+    unread = {f"x.{n}.w": (2,) for n in range(20_000)}
+    missing = {f"y.{n}.v": (2,) for n in range(5_000)}
+    assert fitting(unread, missing) is None
+    assert likely("y.0.w", torch.Size((2,)), headers(unread)) is None
+    assert fitting(under("a.", unread), unread) is not None
+
+
 def test_the_shorter_of_two_ways_to_say_the_same_prefix() -> None:
     found = fitting(under("transformer.model."), under("model."))
     assert found is not None

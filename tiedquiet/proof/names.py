@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 Headers = Mapping[str, torch.Tensor]
+_MOST_TRIED = 64
 
 
 class Origin(NamedTuple):
@@ -169,7 +170,7 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Pre
         needed: those of them that nothing else supplies.
     """
     found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
-    for old, new in _candidates(unread, missing):
+    for old, new in _candidates(unread, missing, needed):
         names = {
             new + name[len(old) :]: name
             for name in unread
@@ -190,20 +191,22 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Pre
     return whole[0] if len(whole) == 1 else None
 
 
-def _candidates(unread: Headers, missing: Headers) -> set[tuple[str, str]]:
-    """Every pair of prefixes that makes one chosen tensor of either side one of the other.
+def _candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of prefixes that make one chosen tensor of either side one of the other; the shortest of them.
 
-    The chosen one is the one with the fewest partners of its shape, so that there is little to try.
+    What fits all of a side fits the chosen one. It is the one with the fewest partners of its shape, and a file of
+    strangers may have any number: of many pairs those are tried that leave the most of the names alone.
     """
-    by_shape: dict[tuple[int, ...], tuple[list[str], list[str]]] = {}
+    by_shape: dict[torch.Size, tuple[list[str], list[str]]] = {}
     for side, headers in enumerate((unread, missing)):
         for name, header in headers.items():
-            by_shape.setdefault(tuple(header.shape), ([], []))[side].append(name)
-    both = [pair for pair in by_shape.values() if all(pair)]
-    if not both:
-        return set()
-    files, model = min(both, key=lambda pair: len(pair[0]) * len(pair[1]))
-    return {pair for name in files for key in model for pair in _pairs(name, key)}
+            by_shape.setdefault(header.shape, ([], []))[side].append(name)
+    found: set[tuple[str, str]] = set()
+    if (rarest := min(unread, key=lambda name: len(by_shape[unread[name].shape][1]), default=None)) is not None:
+        found |= {pair for key in by_shape[unread[rarest].shape][1] for pair in _pairs(rarest, key)}
+    if (rarest := min(needed, key=lambda key: len(by_shape[missing[key].shape][0]), default=None)) is not None:
+        found |= {pair for name in by_shape[missing[rarest].shape][0] for pair in _pairs(name, rarest)}
+    return sorted(found, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))[:_MOST_TRIED]
 
 
 def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
@@ -224,6 +227,8 @@ def likely(key: str, shape: torch.Size, unread: Headers) -> str | None:
         return end, len(set(parts) & set(theirs))
 
     alike = [name for name, header in unread.items() if header.shape == shape]
+    if len(alike) > _MOST_TRIED:
+        return None  # one of very many is not likely
     best = max(alike, key=common, default=None)
     return best if best is not None and common(best)[0] else None
 

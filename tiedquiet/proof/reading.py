@@ -119,12 +119,12 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     That is where it reports keys that no tie explains, where two files may have one name, and where a type of the model
     is narrower than the stored one may be.
     """
-    return (
-        bool(unexpected)
-        or len(reading.checkpoint.files) > 1
-        or bool(reading.missing - reading.free - reading.tied)
-        or any(tensor.dtype not in _SURE for tensor in reading.held.values())
-    )
+    if unexpected or reading.missing - reading.free - reading.tied:
+        return True
+    files = reading.checkpoint.files
+    if not files or not files[0].endswith(".safetensors"):  # of a pickle there are no headers to be had cheaply
+        return False
+    return len(files) > 1 or any(tensor.dtype not in _SURE for tensor in reading.held.values())
 
 
 def ask_headers(model: Any, reading: Reading, conversions: list[Any], is_quantised: bool) -> names.Headers:
