@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     CLIPTextConfig,
@@ -447,3 +448,27 @@ def test_a_pattern_that_ends_in_a_dot_and_a_look_ahead(tmp_path: Path) -> None:
     with tiedquiet.enable("repair"):
         loaded = Patterns.from_pretrained(tmp_path)
     assert loaded.left["one"].weight is loaded.right["one"].weight
+
+
+class OneTable(BertForMaskedLM):
+    """One embedding under two names that nothing declares, and a decoder that is tied to one of them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.bert.embeddings.position_embeddings = self.bert.embeddings.word_embeddings
+
+
+def test_what_is_put_back_takes_along_what_follows_it(tmp_path: Path) -> None:
+    """5.3.0 initialises such an embedding anew."""
+    model = OneTable(BertConfig(**BERT, max_position_embeddings=64))
+    written(model, tmp_path)
+    tensors = {
+        key: value for key, value in model.state_dict().items() if "decoder" not in key and "word_emb" not in key
+    }
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        loaded = OneTable.from_pretrained(tmp_path)
+    table = loaded.bert.embeddings.word_embeddings.weight
+    assert torch.equal(table, tensors["bert.embeddings.position_embeddings.weight"])
+    assert loaded.cls.predictions.decoder.weight is table
+    assert tiedquiet.check(loaded).ok

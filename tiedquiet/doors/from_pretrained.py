@@ -75,20 +75,15 @@ def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
 
 def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `log_state_dict_report`: the same report without the rows that are proven false."""
-    outcome, failure = None, None
-    try:
+
+    def decide() -> Outcome | None:
         bound = bind(wrapped, args, kwargs)
         load = Load.of(bound["model"]) if mode.current() != "off" else None
         # transformers reports on a load that fails as well. An exception that the program was already handling when
         # it began to load is no such failure.
-        if load is not None and sys.exc_info()[1] is load.in_flight:
-            outcome = _plan(load, bound)
-    except Exception as error:
-        failure = stand_aside(error)
-    result = carry_out(outcome, wrapped, args, kwargs)
-    if failure is not None:
-        raise failure
-    return result
+        return _plan(load, bound) if load is not None and sys.exc_info()[1] is load.in_flight else None
+
+    return carry_out(decide, wrapped, args, kwargs)
 
 
 def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> None:

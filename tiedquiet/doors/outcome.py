@@ -72,17 +72,31 @@ def told(
 
 
 def carry_out(
-    outcome: Outcome | None, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    decide: Callable[[], Outcome | None], wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Call the wrapped function as the outcome says, or as it was called; say the lines; raise what is to be raised."""
-    if outcome is None:
-        return wrapped(*args, **kwargs)
+    """Call the wrapped function as an outcome says, or as it was called; say the lines; raise what is to be raised.
+
+    Args:
+        decide: what comes of it; None leaves the call as it is, and an error of ours does too.
+        wrapped: the function.
+        args: what it was called with.
+        kwargs: what it was called with.
+    """
+    outcome, failure = None, None
     try:
-        result = wrapped(**outcome.arguments)
-    finally:
-        say(outcome)
-    if outcome.failure is not None:
-        raise outcome.failure
+        outcome = decide()
+    except Exception as error:
+        failure = stand_aside(error)
+    if outcome is None:
+        result = wrapped(*args, **kwargs)
+    else:
+        failure = outcome.failure
+        try:
+            result = wrapped(**outcome.arguments)
+        finally:
+            say(outcome)
+    if failure is not None:
+        raise failure
     return result
 
 

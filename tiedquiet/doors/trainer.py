@@ -84,18 +84,15 @@ def _leave_unproven(model: Any, folder: object, how: str) -> None:
 
 def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._issue_warnings_after_load`: the same for what is still true of the two lists."""
-    outcome, failure = None, None
-    try:
-        if mode.current() != "off" and not _has_adapters(trainer.model):
-            resume = _going_on.get() or _Resume("")
-            resume.was_judged = True
-            outcome = _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
-    except Exception as error:
-        failure = stand_aside(error)
-    result = carry_out(outcome, wrapped, args, kwargs)
-    if failure is not None:
-        raise failure
-    return result
+
+    def decide() -> Outcome | None:
+        if mode.current() == "off" or _has_adapters(trainer.model):
+            return None
+        resume = _going_on.get() or _Resume("")
+        resume.was_judged = True
+        return _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
+
+    return carry_out(decide, wrapped, args, kwargs)
 
 
 def _judge(model: Any, folder: str, loaded: Any) -> Outcome:

@@ -178,9 +178,9 @@ def _check(part: Part, options: argparse.Namespace) -> _Result:
         note += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
     files = list(dict.fromkeys(known.files))
     checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
-    held, total, buffers, findings = compare(
-        model, known, checkpoint, [partial(_undo, model), partial(_undo_anew, model)]
-    )
+    undos = [partial(_undo, model), partial(_undo_anew, model)]
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    held, total, buffers, findings = compare(model, known, checkpoint, undos, conversions)
     judged = {finding.key for finding in findings}
     missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     missing |= set(info["missing_keys"]) - judged

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import is_padding, proof_of
 from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import WELL, Finding, Verdict
@@ -34,7 +35,13 @@ class Comparison(NamedTuple):
     findings: list[Finding]
 
 
-def compare(model: torch.nn.Module, known: Record, checkpoint: Checkpoint, undos: Sequence[Undo]) -> Comparison:
+def compare(
+    model: torch.nn.Module,
+    known: Record,
+    checkpoint: Checkpoint,
+    undos: Sequence[Undo],
+    conversions: Sequence[Any] = (),
+) -> Comparison:
     """Compare each tensor that the checkpoint delivered with the files, one at a time.
 
     Args:
@@ -42,12 +49,15 @@ def compare(model: torch.nn.Module, known: Record, checkpoint: Checkpoint, undos
         known: what is known of its load.
         checkpoint: the files that it was loaded from.
         undos: each gives tensors of the model, by name, back in the form and under the names that files have for them.
+        conversions: those that it was loaded with; what cannot be given back is made of the files again.
 
     Returns:
         What was found. Where the files cannot be read, that is a finding.
     """
     now = survey(model)
-    state = {loaded_name(name): tensor for name, tensor in now.state.items()}
+    state = dict(now.state)
+    for name, tensor in now.state.items():
+        state.setdefault(loaded_name(name), tensor)
     findings = {finding.key: finding for finding in proof_of(model, known).findings}
     lost = {key for key, finding in findings.items() if finding.verdict not in (*WELL, Verdict.UNPROVEN)}
     names = sorted(known.stored & state.keys())
@@ -58,6 +68,7 @@ def compare(model: torch.nn.Module, known: Record, checkpoint: Checkpoint, undos
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
     comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undos)
+    comparing.make_again(conversions)
     found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
         findings.pop(name, None)  # what could not be proven by watching is proven now
@@ -84,6 +95,23 @@ class _Comparing:
             self._undo = undo
             self._go_back()
         return [self._explain(name) for name in self._open()]
+
+    def make_again(self, conversions: Sequence[Any]) -> None:
+        """Take for held what transformers' own conversion makes of the files once more: it is several tensors there."""
+        if not any(isinstance(one, _converter()) for one in conversions):
+            return
+        made = converted(
+            self._model,
+            self._checkpoint.headers,
+            self._state,
+            list(conversions),
+            lambda name: self._checkpoint.tensors[name](),
+        )
+        for name, origin, values in made:
+            pieces = plain(self._state[name])
+            if origin.is_converted and len(pieces) == 1 and same(pieces[0], values):
+                self.held.add(name)
+                self._claimed |= set(origin.names)
 
     def _go_back(self) -> None:
         # One at a time, as far as that goes: several tensors that were one in the file have to go back together.
@@ -183,6 +211,12 @@ class _Comparing:
             why = "transformers converted it while reading, and converted back it does not match the file"
             return Finding(name, Verdict.UNPROVEN, None, why)
         return Finding(name, Verdict.UNPROVEN, None, "no file holds these values, under this name or any other")
+
+
+def _converter() -> type:
+    from transformers.core_model_loading import WeightConverter
+
+    return WeightConverter  # type: ignore[no-any-return]
 
 
 def _prefix(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:

@@ -73,9 +73,12 @@ def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None
         read.copy_(write.before)
     if not lies_at(tensor, read):
         tensor.data = read
-    if now.state[key] is not tensor:
-        parent, _, name = key.rpartition(".")
-        setattr(model.get_submodule(parent), name, tensor)
+    taken = now.state[key]
+    if taken is not tensor:
+        # Whatever follows the tensor that took its place goes back with it: a decoder tied to an alias of it, say.
+        for follower in [name for name, other in now.state.items() if other is taken]:
+            parent, _, name = follower.rpartition(".")
+            setattr(model.get_submodule(parent), name, tensor)
 
 
 def _tie(load: Load, model: Any, finding: Finding, now: Survey, in_place: bool) -> None:
