@@ -33,6 +33,7 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed, gpt2
 from tiedquiet import LoadError, Verdict
+from tiedquiet.doors import trainer as door
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "bos_token_id": 1}
@@ -375,6 +376,22 @@ def test_a_record_that_cannot_be_left_does_not_stop_the_run(
     arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
     _ReadsByItself(model, arguments)._load_from_checkpoint(str(folder / "checkpoint-2"))
     assert any("goes on without it: KeyError" in line for line in printed.loud)
+
+
+def test_a_module_that_renames_while_it_is_read_is_known() -> None:
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(1, 1, 1))
+    model = torch.nn.Sequential(conv, torch.nn.Linear(1, 1))
+    assert door._renames_itself(model, "0.parametrizations.weight.original0")
+    assert door._renames_itself(model, "0.bias")
+    assert not door._renames_itself(model, "1.weight")
+
+
+def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: Path) -> None:
+    folder = runs(llama)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
+    for number, shard in enumerate(sorted(checkpoint.glob("*.safetensors"))):
+        save_file({**load_file(shard), "more": torch.tensor([float(number)])}, shard, {"format": "pt"})
+    assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok
 
 
 def test_off_is_off(runs: Any, printed: Printed) -> None:

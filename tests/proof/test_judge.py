@@ -116,7 +116,8 @@ def test_repair_leaves_what_would_lose_something(why: str) -> None:
 def test_a_file_that_went_away_while_it_was_repaired() -> None:
     model: Any = Pair(torch.ones(3, device="meta"), torch.ones(3))
     answers = [torch.arange(3.0)]
-    load = loading(model, {"b.weight"}, read=lambda _: answers.pop() if answers else None, protect=True)
+    read = lambda _: answers.pop() if answers else None  # noqa: E731
+    load = loading(model, {"b.weight"}, read=read, protect=True, offloaded={"a.weight": {}})
     with load.watch:
         findings, repaired = repair(load, model, load.settle(model, {"b.weight"}))
     assert repaired == []

@@ -181,9 +181,7 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Pre
         if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
             len(modules) > 1 or not (old and new)
         ):
-            shorter = found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))
-            if len(old) < len(shorter.old):
-                found[tuple(sorted(names.items()))] = Prefixes(old, new, names)
+            found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
     # `module.model.` for `model.` is a part of what `module.` for nothing says.
     whole = [
         one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())

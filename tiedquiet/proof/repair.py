@@ -75,8 +75,11 @@ def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None
         tensor.data = read
     taken = now.state[key]
     if taken is not tensor:
-        # Whatever follows the tensor that took its place goes back with it: a decoder tied to an alias of it, say.
-        for follower in [name for name, other in now.state.items() if other is taken]:
+        # Whatever follows the tensor that took its place goes back with it: a decoder tied to an alias of it, say. Not
+        # where that is another stored one's.
+        is_another_s = any(other is taken for other in load.reading.held.values())
+        followers = [name for name, other in now.state.items() if other is taken and not is_another_s]
+        for follower in followers or [key]:
             parent, _, name = follower.rpartition(".")
             setattr(model.get_submodule(parent), name, tensor)
 
