@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     GPT2LMHeadModel,
@@ -316,7 +316,9 @@ def test_an_adapter_keeps_the_base_model_s_verdicts(tmp_path: Path, printed: Pri
     said = len(printed.of("tiedquiet"))
     model.load_adapter(str(tmp_path / "adapter"))
     assert tiedquiet.check(model).stored >= 16, "the base model's too"
-    if int(transformers.__version__.split(".")[1]) < 3:  # reads nothing of an adapter
+    (part,) = [value for name, value in model.named_parameters() if "lora_A" in name]
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if not any(torch.equal(part, value) for name, value in stored.items() if "lora_A" in name):  # up to 5.3.0
         assert set(verdicts(model).values()) == {Verdict.TIED, Verdict.UNREAD}
         return
     assert verdicts(model) == {"lm_head.weight": Verdict.TIED}

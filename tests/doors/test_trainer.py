@@ -421,6 +421,7 @@ truth = right(mixtral, folder / "checkpoint-2")
 trainer.training_step = first
 trainer.train(resume_from_checkpoint=str(folder / "without"))
 print(f"rank {trainer.args.process_index}: {seen} {trainer.state.global_step}")
+torch.distributed.destroy_process_group()  # else its threads may end after what they need
 """
 
 

@@ -21,6 +21,7 @@ from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
+_BY_PEFT = "Load the adapter by peft's PeftModel.from_pretrained"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
 
 
@@ -29,8 +30,15 @@ def is_loading(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def note_rest(reading: Reading, unread: names.Headers) -> None:
-    """Note the tensors of an adapter's files that no key was found for: every one of them was trained."""
+def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
+    """Note what else an adapter's files hold and nothing read: by peft's names for it, and then what has no place."""
+    state = survey(model).state
+    for key in reading.missing & state.keys() - reading.found.keys():
+        for adapter in model.peft_config:
+            name = "base_model.model." + _without(adapter, key)
+            if name in unread and unread[name].shape == state[key].shape:
+                why = "since load_adapter of this transformers looks for it under another name than peft's"
+                reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
     rest = sorted(name for name in unread if name not in claimed)
     if rest:

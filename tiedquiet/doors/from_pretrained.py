@@ -108,7 +108,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     load = Load(model, reading, protect=mode.current() == "repair")
     load.mended = mended
     if adapters.is_loading(model):
-        adapters.note_rest(reading, unread)
+        adapters.note_rest(model, reading, unread)
 
 
 def _read(
