@@ -78,16 +78,20 @@ def test_info_knows_where_the_mode_came_from() -> None:
 def test_the_demo_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
-    first, second, third, fourth = out.split("\n=== ")[1:]
+    first, second, third, fourth, fifth, sixth = out.split("\n=== ")[1:]
     for part in (first, second):
         before, after = part.split("--- with tiedquiet")
         assert "lm_head.weight" in before
         assert "tiedquiet INFO" in after
         assert "MISSING" not in after
         assert "missing keys" not in after
-    assert third.count("MISSING |") == 2
+    assert third.count("There were missing keys") == 2
     assert "tiedquiet WARNING" in third
-    assert fourth.rstrip().endswith("True")
+    assert "unread, 3 of 12 tensors were NOT read" in third
+    assert fourth.rstrip().endswith("12 of 12 tensors are what the checkpoint stores")
+    assert fifth.count("MISSING |") == 2
+    assert "tiedquiet WARNING" in fifth
+    assert sixth.rstrip().endswith("True")
 
 
 def test_run_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

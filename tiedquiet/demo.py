@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tiedquiet.doors import wrapping
 
 
 def demo() -> None:
-    """Print four cases to stdout, each without and with tiedquiet; writes only to a temporary folder.
+    """Print six cases to stdout, without and with tiedquiet; writes only to a temporary folder.
 
     Raises:
         ImportError: transformers, torch or accelerate is missing.
@@ -25,6 +25,8 @@ def demo() -> None:
     from transformers import (
         GPT2Config,
         GPT2LMHeadModel,
+        MixtralConfig,
+        MixtralForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
         Trainer,
@@ -41,6 +43,11 @@ def demo() -> None:
         n_embd=16, n_head=2, n_layer=1, vocab_size=64, n_positions=16, bos_token_id=1, eos_token_id=1, pad_token_id=0
     )
     t5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+
+    mixtral = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
 
     class RemoteCodeGPT2(GPT2LMHeadModel):  # type: ignore[misc]
         """Stands for the many modelling files that tie in an override of `tie_weights`."""
@@ -60,18 +67,38 @@ def demo() -> None:
 
         _title("2. A false list: Trainer resumes from its own checkpoint.")
         arguments = TrainingArguments(output_dir=str(root / "run"), report_to=[], disable_tqdm=True, use_cpu=True)
-        trainer = Trainer(T5ForConditionalGeneration(T5Config(**t5)), arguments)
-        trainer.save_model(str(root / "run" / "checkpoint-1"))
-        _both(lambda: trainer._load_from_checkpoint(str(root / "run" / "checkpoint-1")))
+        resume = _saved_run(
+            Trainer(T5ForConditionalGeneration(T5Config(**t5)), arguments), root / "t5" / "checkpoint-1"
+        )
+        _both(resume)
 
-        model, path, key, source = _one_that_is_broken(root, GPT2LMHeadModel(gpt2), UMT5EncoderModel(UMT5Config(**t5)))
-        _title(f"3. A row that is true: {model.__name__}, stored without {key}, its config's flag off.")
-        _both(lambda: model.from_pretrained(path))
+        _title("3. A list that is true: it reads nothing of the experts that it has just stored.")
+        experts = MixtralForCausalLM(mixtral)
+        resume = _saved_run(Trainer(experts, arguments), root / "mixtral" / "checkpoint-1")
+        trained = {name: value.clone() for name, value in experts.state_dict().items()}
+        experts.apply(experts._init_weights)  # the base model, from which a run begins
+        _both(resume)
 
         _title("4. The same, repaired: TIEDQUIET=repair")
         with tiedquiet.enable("repair"):
+            resume()
+        right = sum(torch.equal(trained[name], value) for name, value in experts.state_dict().items())
+        print(f"{right} of {len(trained)} tensors are what the checkpoint stores")
+
+        model, path, key, source = _one_that_is_broken(root, GPT2LMHeadModel(gpt2), UMT5EncoderModel(UMT5Config(**t5)))
+        _title(f"5. A row that is true: {model.__name__}, stored without {key}, its config's flag off.")
+        _both(lambda: model.from_pretrained(path))
+
+        _title("6. The same, repaired: TIEDQUIET=repair")
+        with tiedquiet.enable("repair"):
             tensors = model.from_pretrained(path).state_dict()
         print(f"{key} equals the stored {source}: {torch.equal(tensors[key], tensors[source])}")
+
+
+def _saved_run(trainer: Any, checkpoint: Path) -> Callable[[], None]:
+    """Store a run's checkpoint; returns what resumes from it."""
+    trainer.save_model(str(checkpoint))
+    return lambda: trainer._load_from_checkpoint(str(checkpoint))
 
 
 def _one_that_is_broken(root: Path, gpt2: Any, umt5: Any) -> tuple[type[Any], Path, str, str]:

@@ -88,7 +88,9 @@ class Proof:
         came = self.stored + sum(count[verdict] for verdict in WELL)
         said = [f"{came} of {self.total} tensor{'s' * (self.total != 1)} came from the checkpoint"]
         said += [f"{count[verdict]} {verdict}" for verdict in Verdict if verdict not in WELL and count[verdict]]
-        lines = [f"{self.model}: {'; '.join(said)}; the load was {'' if self.ok else 'not '}sound"]
+        proven = any(finding.verdict not in {*WELL, Verdict.UNPROVEN} for finding in self.findings)
+        said.append(f"the load was {'sound' if self.ok else 'not sound' if proven else 'not proven to be sound'}")
+        lines = [f"{self.model}: {'; '.join(said) if self.total or self.ok else 'nothing is known of its load'}"]
         for finding in self.findings:
             parts = [finding.verdict.value, finding.key, f"({finding.source})" if finding.source else "", finding.why]
             lines.append("  " + " ".join(filter(None, parts)))

@@ -85,6 +85,7 @@ def test_untied_is_explained_with_its_flag(tmp_path: Path, printed: Printed) -> 
     ]
     assert not proof.ok
     assert "untied lm_head.weight (transformer.wte.weight) because" in str(proof)
+    assert "the load was not sound" in str(proof)
 
 
 def test_untied_by_an_override_names_it(tmp_path: Path, printed: Printed) -> None:
