@@ -4,6 +4,7 @@ Truth is what `from_pretrained` gives of the same folder. Nothing of the Trainer
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -168,6 +169,40 @@ def test_repair_reads_it_to_the_bit_into_the_same_parameters(build: Any, runs: A
     assert not printed.of("transformers.trainer")
 
 
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+@pytest.mark.parametrize("build", LOSSY)
+def test_a_model_made_from_the_checkpoint_itself_holds_it(build: Any, mode: Any, runs: Any, printed: Printed) -> None:
+    """The cure that the line names: nothing was lost then, although nothing was read."""
+    folder = runs(build)
+    model = type(build()).from_pretrained(folder / "checkpoint-2")
+    printed.records.clear()
+    with tiedquiet.enable(mode):
+        trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    assert differing(model, right(build, folder / "checkpoint-2")) == set()
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.stored) == (True, proof.total)
+    assert not printed.loud
+    assert not printed.of("transformers.trainer"), "neither of its lists is true here"
+    (line,) = printed.of("tiedquiet", logging.INFO)
+    assert "reported missing but held already, as the checkpoint stores it: " in line
+
+
+@pytest.mark.parametrize("build", LOSSY)
+def test_one_element_that_differs_is_not_held(build: Any, runs: Any) -> None:
+    folder = runs(build)
+    for which in (0, -1):
+        model = type(build()).from_pretrained(folder / "checkpoint-2")
+        key = [key for key in model.state_dict() if LOSSY[build](key)][which]
+        with torch.no_grad():
+            model.state_dict()[key].view(-1)[-1] += 1
+        trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+        found = {finding.key for finding in tiedquiet.check(model).findings}
+        assert found == {key for key in model.state_dict() if LOSSY[build](key)}
+        with tiedquiet.enable("repair"):
+            trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+        assert differing(model, right(build, folder / "checkpoint-2")) == set()
+
+
 @pytest.mark.parametrize("build", [llama, *LOSSY])
 def test_a_whole_run_resumed_twice_and_its_best_model(build: Any, runs: Any, tmp_path: Path) -> None:
     """Loss goes on where it was; and the checkpoint of a resumed run can be resumed."""
@@ -270,6 +305,9 @@ def test_another_prefix(old: str, new: str, runs: Any, tmp_path: Path, printed: 
     with tiedquiet.enable("repair"):
         model = resumed(llama, folder, tmp_path / "c")
     assert differing(model, right(llama, folder / "checkpoint-2")) == set()
+    assert tiedquiet.check(model).ok
+    with tiedquiet.enable("strict"):  # what it holds already, nothing has to read
+        trainer_of(model, folder)._load_from_checkpoint(str(tmp_path / "c"))
     assert tiedquiet.check(model).ok
 
 

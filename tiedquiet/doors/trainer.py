@@ -6,23 +6,28 @@ that it had. What the files would give by transformers' own rules is held agains
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+
 from tiedquiet import mode, words
-from tiedquiet.doors.outcome import Outcome, carry_out, conclude
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import same
+from tiedquiet.proof.memory import plain, same
 from tiedquiet.proof.reading import Reading, find_unread, note_unread, read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
 from tiedquiet.verdict import Finding, Verdict
+
+_Values = Iterator[tuple[str, torch.Tensor]]
 
 _WHY = "since Trainer reads a checkpoint without the renaming and conversion that from_pretrained makes"
 _CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pretrained has read from this checkpoint"
@@ -96,12 +101,15 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
 
 
 def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
-    reading, mended = _read(model, folder, set(loaded.missing_keys), set(loaded.unexpected_keys))
+    reading, mended, held = _read(model, folder, set(loaded.missing_keys), set(loaded.unexpected_keys))
     load = Load(model, reading, is_resumed=True)
     load.mended = mended
     outcome = conclude(load, model, folder or "the Trainer's checkpoint", set(loaded.missing_keys), in_place=True)
-    read_since = {finding.key for finding in mended}
-    names_read = {name for key in read_since for name in reading.names_of(key)}
+    if rows := outcome.missing & held:
+        outcome.missing -= held
+        what = f"reported missing but held already, as the checkpoint stores it: {words.few(sorted(rows), fold)}"
+        outcome.lines.append((logging.INFO, f"{words.name_of(model, folder)}: {what}"))
+    names_read = {name for key in (*held, *(finding.key for finding in mended)) for name in reading.names_of(key)}
     left = [key for key in loaded.missing_keys if key in outcome.missing]
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if set(loaded.missing_keys) == ignored:
@@ -115,8 +123,12 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
     return outcome
 
 
-def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> tuple[Reading, list[Finding]]:
-    """What was read of a folder, what it has and nothing read; in `repair`, that is read now, and returned."""
+def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> tuple[Reading, list[Finding], set[str]]:
+    """What was read of a folder, and what it has and nothing read; in `repair`, that is read now.
+
+    Returns:
+        The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
+    """
     checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
     in_files, now = {name for name, _ in checkpoint.names}, survey(model)
     missing |= (checkpoint.promised - in_files) & now.state.keys()  # the Trainer believes the index
@@ -127,27 +139,60 @@ def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> t
         if name in reading.held:
             why = f"{first} and {second} have different values for it, and the one read last stayed"
             reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
+    held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()
+
+    def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
+        # One of them alone first: where something is to be told, it is told at no more than that one's cost.
+        if names_of and all(_are_held(now, keys, values(keys)) for keys in ({*list(names_of)[:1]}, names_of.keys())):
+            held.update(names_of)
+        elif mode.current() == "repair":
+            copied = [k for k, value in values(names_of) if k in names_of and copy_in_place(now.state[k], value)]
+            done.update((key, names_of[key]) for key in copied)
+
     for conversions, made in found:
         note_unread(reading, made, _WHY, _CURE)
-        of_these = {name: checkpoint.headers[name] for origin in made.values() for name in origin.names}
-        used |= of_these.keys()
-        if mode.current() == "repair":
-            values = names.converted(model, of_these, now.state, conversions, lambda n: checkpoint.tensors[n]())
-            done |= {k: o.names for k, o, value in values if k in made and copy_in_place(now.state[k], value)}
+        used |= {name for origin in made.values() for name in origin.names}
+        take({k: o.names for k, o in made.items()}, partial(_converted, model, checkpoint, now, conversions, made))
     left = {name: checkpoint.headers[name] for name in unexpected & in_files - used}
     _, prefixes = find_unread(model, reading, left, cure="Set TIEDQUIET=repair to read them")
-    if prefixes is not None and mode.current() == "repair":
-        fits = prefixes.names.items()
-        done |= {k: (n,) for k, n in fits if copy_in_place(now.state[k], checkpoint.tensors[n]())}
-    if not done:
-        return reading, []
+    if prefixes is not None:
+        fits = prefixes.names
+        take({k: (n,) for k, n in fits.items()}, lambda keys: ((k, checkpoint.tensors[fits[k]]()) for k in keys))
+    if not done and not held:
+        return reading, [], set()
+    came = done | held
     mended = [reading.found[key] for key in sorted(done)]
-    again = read(model, reading.missing - done.keys(), checkpoint)
-    again.found.update({key: finding for key, finding in reading.found.items() if key not in done})
-    again.likely, again.names_of = reading.likely, lambda key: done.get(key, ())
-    return again, mended
+    again = read(model, reading.missing - came.keys(), checkpoint)
+    again.found.update({key: finding for key, finding in reading.found.items() if key not in came})
+    again.likely, again.names_of = reading.likely, lambda key: came.get(key, ())
+    return again, mended, set(held)
+
+
+def _converted(
+    model: Any,
+    checkpoint: Checkpoint,
+    now: Survey,
+    conversions: list[Any],
+    made: Mapping[str, names.Origin],
+    keys: Collection[str],
+) -> _Values:
+    headers = {name: checkpoint.headers[name] for key in keys for name in made[key].names}
+    values = names.converted(model, headers, now.state, conversions, lambda name: checkpoint.tensors[name]())
+    return ((key, value) for key, _, value in values)
+
+
+def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
+    """Whether the model has all of these values already: `from_pretrained` made it from this very checkpoint, say."""
+    seen: set[str] = set()
+    for key, value in values:
+        if key in keys:
+            pieces = plain(now.state[key])
+            if now.state[key].is_meta or len(pieces) != 1 or not same(pieces[0], value):
+                return False
+            seen.add(key)
+    return seen == set(keys)
 
 
 def _origins(
