@@ -186,12 +186,11 @@ def _converted(
 def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
     """Whether the model has all of these values already: `from_pretrained` made it from this very checkpoint, say."""
     seen: set[str] = set()
-    for key, value in values:
-        if key in keys:
-            pieces = plain(now.state[key])
-            if now.state[key].is_meta or len(pieces) != 1 or not same(pieces[0], value):
-                return False
-            seen.add(key)
+    for key, tensor, value in ((key, now.state[key], value) for key, value in values if key in keys):
+        pieces = plain(tensor)
+        if tensor.is_meta or len(pieces) != 1 or not same(pieces[0], value):
+            return False
+        seen.add(key)
     return seen == set(keys)
 
 
