@@ -1,6 +1,8 @@
 """Adapters: what of their files reaches the model, by peft's functions and by transformers' own."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,26 @@ def test_an_older_file_beside_a_newer_one(load: Any, saved: Path, adapter: Path,
     assert any("adapter_model.bin beside it is newer and was not" in line for line in printed.loud)
     os.utime(adapter / FILE)
     assert tiedquiet.check(load(saved, adapter)).ok
+
+
+@pytest.mark.parametrize("name", ["0", "weight", "model"])
+def test_an_adapter_that_is_called_like_a_part_of_the_base(name: str, saved: Path, tmp_path: Path) -> None:
+    """What is known of the base stays: here, that its head is random."""
+    shutil.copytree(saved / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+
+    def proof_of(name: str, adapter: Path) -> tiedquiet.Proof:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        return tiedquiet.check(peft.PeftModel.from_pretrained(base, adapter, adapter_name=name))
+
+    proof = proof_of(name, saved / "adapter")
+    assert [(f.key, f.verdict) for f in proof.findings] == [("lm_head.weight", Verdict.UNTIED)]
+    assert proof == proof_of("default", saved / "adapter")
+    shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda key: key.replace("q_proj", f"{key[-13:-7]}_proj") if "layers.0" in key else key)
+    (whole,) = [finding for finding in proof_of(name, tmp_path / "adapter").findings if not finding.key]
+    assert whole.source in load_file(tmp_path / "adapter" / FILE)
 
 
 def test_a_second_adapter_adds_to_what_is_known(saved: Path, adapter: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import torch
+
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
@@ -32,19 +34,16 @@ def is_loading(model: Any) -> bool:
 
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     """Note what else an adapter's files hold and nothing read: by peft's names for it, and then what has no place."""
-    state = survey(model).state
-    for key in reading.missing & state.keys() - reading.found.keys():
-        for adapter in model.peft_config:
-            name = "base_model.model." + _without(adapter, key)
-            if name in unread and unread[name].shape == state[key].shape:
-                why = "since load_adapter of this transformers looks for it under another name than peft's"
-                reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
+    state, missing = survey(model).state, reading.missing - reading.found.keys()
+    by_peft = [pair for adapter in model.peft_config for pair in _names_in_files(model, adapter).items()]
+    for key, own in by_peft:
+        name = f"base_model.model.{own}"
+        if key in missing and name in unread and unread[name].shape == state[key].shape:
+            why = "since load_adapter of this transformers looks for it under another name than peft's"
+            reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
     rest = sorted(name for name in unread if name not in claimed)
-    if rest:
-        reading.found[""] = _unread(len(reading.checkpoint.headers), len(unread), rest)
-    if finding := _older(reading.checkpoint):
-        reading.found.setdefault("", finding)
+    reading.found.update(_of_the_whole(reading.checkpoint, len(unread), rest))
 
 
 def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,12 +73,11 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
     checkpoint = _checkpoint(where)
     state = survey(base).state
-    # The names that the adapter has in the model, as the files have them: without the adapter's own.
-    in_files = {key: prefix + _without(adapter, key) for key in state if adapter in key.split(".")}
+    in_files = {key: prefix + name for key, name in _names_in_files(base, adapter).items()}
     missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
-    unexpected = {name if name in checkpoint.headers else _without(adapter, name) for name in result.unexpected_keys}
+    unexpected = {_as_given(adapter, name, checkpoint.headers) for name in result.unexpected_keys}
     unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
     key_of = {in_files[key]: key for key in missing}
     prefixes = names.by_prefix(unread, {name: state[key] for name, key in key_of.items()}, key_of)
@@ -94,10 +92,7 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
             known.tensors[key] = ref(state[key])
         else:
             known.lasting[key] = finding
-    if unexpected:
-        known.lasting[""] = _unread(len(checkpoint.headers), len(result.unexpected_keys), sorted(unexpected))
-    if (older := _older(checkpoint)) is not None:
-        known.lasting.setdefault("", older)
+    known.lasting.update(_of_the_whole(checkpoint, len(result.unexpected_keys), sorted(unexpected)))
     left = known.missing - known.lasting.keys()
     findings = [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in sorted(left))]
     outcome = told(model, where, findings, repaired, set(), known.total)
@@ -113,10 +108,14 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     return outcome
 
 
-def _unread(total: int, unread: int, rest: list[str]) -> Finding:
+def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:
+    """What there is to say of an adapter as a whole, under no key: tensors without a place, or files that are old."""
+    if not rest:
+        return {"": older} if (older := _older(checkpoint)) else {}
+    total = len(checkpoint.headers)
     of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
     why = f"{of}; the model has no place for {words.few(rest, fold)}"
-    return Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")
+    return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
 
 
 def _older(checkpoint: Checkpoint) -> Finding | None:
@@ -139,9 +138,37 @@ def _checkpoint(where: str) -> Checkpoint:
     return checkpoint
 
 
-def _without(adapter: str, key: str) -> str:
-    """A tensor's name in the adapter's files: without the adapter's own name, which peft puts in."""
-    return key.replace(f".modules_to_save.{adapter}", "").replace(f".{adapter}", "", 1)
+def _names_in_files(base: torch.nn.Module, adapter: str) -> dict[str, str]:
+    """An adapter's tensors in its base model, each with its name in the files: without the adapter's own.
+
+    An adapter may be called `0` or `weight`, as a part of the names of others is. Its tensors are those that lie under
+    its name in a dictionary of a layer of peft's.
+    """
+    modules = dict(base.named_modules(remove_duplicate=False))
+    found = {}
+    for key in survey(base).state:
+        parts = key.split(".")
+        for place in (place for place, part in enumerate(parts) if part == adapter and place):
+            holder, owner = modules[".".join(parts[:place])], modules[".".join(parts[: place - 1])]
+            if _is_peft_s(owner) and adapter in getattr(holder, "keys", tuple)():
+                found[key] = _without(parts, place)
+    return found
+
+
+def _is_peft_s(module: torch.nn.Module) -> bool:
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def _without(parts: list[str], place: int) -> str:
+    """A name without the adapter's own at this place, which peft puts in."""
+    return ".".join(parts[: place - (parts[place - 1] == "modules_to_save")] + parts[place + 1 :])
+
+
+def _as_given(adapter: str, name: str, headers: names.Headers) -> str:
+    """The name in the files of what peft found no place for: peft may have put the adapter's own into it."""
+    parts = name.split(".")
+    own = [_without(parts, place) for place, part in enumerate(parts) if part == adapter and place]
+    return next((known for known in (name, *own) if known in headers), [name, *own][-1])
 
 
 add(
