@@ -141,11 +141,11 @@ def ask_headers(model: Any, reading: Reading, conversions: list[Any], is_quantis
     """
     headers = reading.checkpoint.headers
     state = survey(model).state
+    came_from = names.targets(model, headers, state, conversions)
     for name, first, second in reading.checkpoint.twice():
-        for key in [key for key in (name, *_keys_of(model, name, state, conversions)) if key in reading.held][:1]:
+        for key in [key for key in (name, came_from.get(name)) if key in reading.held][:1]:
             why = f"{first} has other values for it than {second}, which was read last"
             reading.found[key] = Finding(key, Verdict.AMBIGUOUS, name, why, True)
-    came_from = names.targets(model, headers, state, conversions)
     unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not _is_ignored(model, n)}
     if not is_quantised:
         origin: dict[str, list[str]] = {}
@@ -221,10 +221,6 @@ def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str,
     """Note that nothing read what the files have for these keys."""
     for key, origin in origins.items():
         reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], why, True, cure)
-
-
-def _keys_of(model: Any, name: str, state: names.Headers, conversions: list[Any]) -> Iterator[str]:
-    yield from names.targets(model, {name: torch.empty(0)}, state, conversions).values()
 
 
 def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, unread: names.Headers) -> None:
