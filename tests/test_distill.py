@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from safetensors import SafetensorError
@@ -34,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import UMT5Config
 
+from tests.conftest import TWO
 from tiedquiet.distill import evaluate, options, pipeline, speed, train
 from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
@@ -47,7 +47,8 @@ from tiedquiet.distill.train import Distillation, main, words_above_the_bar
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import run as run_main
 
-TWO = "a red circle moving left\na blue square moving up\n"
+pytestmark = pytest.mark.usefixtures("own_run")
+
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -59,13 +60,6 @@ ENVIRONMENT = {
 SHORT = ["--samples_per_prompt", "2", "--train_batch_size", "2", "--num_inference_steps", "4", "--max_train_steps", "3"]
 SHORT += ["--distribution_matching_steps", "2"]
 VELOCITY = ["--student_steps", "0", "--distribution_matching_steps", "0"]
-
-
-@pytest.fixture(autouse=True)
-def _a_run_of_its_own() -> Iterator[None]:
-    """Accelerate keeps the first run's precision for all that follow in one process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Student and critic as adapters of one frozen base."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 
-from tests.test_distill import IN_TWO_PROCESSES, SHORT, TWO, experts, run, same
+from tests.test_distill import IN_TWO_PROCESSES, SHORT, experts, run, same
 from tiedquiet.distill import evaluate, plan, train
 from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Data
@@ -20,20 +19,10 @@ from tiedquiet.distill.pipeline import Teacher, load_student
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
 
+pytestmark = pytest.mark.usefixtures("own_run")
+
 PROMPT = "a red circle moving left"
 LORA = ["--lora_rank", "4", "--learning_rate", "1e-2", "--matching_learning_rate", "1e-3", "--lr_warmup_steps", "0"]
-
-
-@pytest.fixture(autouse=True)
-def _a_run_of_its_own() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> list[str]:
-    (tmp_path / "prompts.txt").write_text(TWO)
-    return ["--prompts_file", str(tmp_path / "prompts.txt"), "--cache_dir", str(tmp_path / "cache")]
 
 
 def adapters(out: Path) -> list[dict[str, torch.Tensor]]:

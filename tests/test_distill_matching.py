@@ -2,15 +2,14 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from tests.test_distill import IN_TWO_PROCESSES, SHORT, TWO, VELOCITY, copied, experts, run, same, weights
+from tests.conftest import TWO
+from tests.test_distill import IN_TWO_PROCESSES, SHORT, VELOCITY, copied, experts, run, same, weights
 from tiedquiet.distill import evaluate, pipeline, plan, train
 from tiedquiet.distill.data import Data, noise_of
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
@@ -20,17 +19,7 @@ from tiedquiet.distill.tiny.clips import PROMPTS
 from tiedquiet.distill.train import Distillation, main
 from tiedquiet.distill.train import __doc__ as DOC
 
-
-@pytest.fixture(autouse=True)
-def _a_run_of_its_own() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> list[str]:
-    (tmp_path / "prompts.txt").write_text(TWO)
-    return ["--prompts_file", str(tmp_path / "prompts.txt"), "--cache_dir", str(tmp_path / "cache")]
+pytestmark = pytest.mark.usefixtures("own_run")
 
 
 def test_the_gradient_is_the_difference_of_the_scores() -> None:
