@@ -763,6 +763,27 @@ def test_a_student_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((tmp_path / "its_own/text_encoder/config.json").read_text())["tie_word_embeddings"] is True
 
 
+def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, own = tmp_path / "cache.json", os.getpid()
+    with options.beside(place) as one:
+        one.write_text("one")
+        monkeypatch.setattr(os, "getpid", lambda: own + 1)
+        with options.beside(place) as two:
+            two.write_text("two")
+        assert place.read_text() == "two"
+    assert place.read_text() == "one"
+
+    def torn() -> None:
+        with options.beside(place) as part:
+            part.write_text("half")
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        torn()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
+    assert place.read_text() == "one"
+
+
 def test_an_encoder_without_its_embedding_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(tmp_path / "teacher")
     file = folder / "text_encoder/model.safetensors"

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -21,7 +20,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from tiedquiet.distill.losses import segment_velocity
-from tiedquiet.distill.options import fail, needs_paths, write_text
+from tiedquiet.distill.options import beside, fail, needs_paths, write_text
 from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
@@ -56,9 +55,8 @@ class Cache:
         if not (note := self.folder / "cache.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(note, self.text + "\n")
-        part = self.path(name).with_suffix(f".{os.getpid()}.part")  # another run may be making the same
-        save_file({"tensor": tensor.contiguous()}, part)
-        part.replace(self.path(name))
+        with beside(self.path(name)) as part:
+            save_file({"tensor": tensor.contiguous()}, part)
 
     def get(self, name: str) -> Tensor:
         """A tensor that was kept.

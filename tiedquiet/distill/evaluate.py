@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.lora import file_name, with_lora
-from tiedquiet.distill.options import stages, write_text
+from tiedquiet.distill.options import beside, stages, write_text
 from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, load_student, new_student
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
 
@@ -415,11 +415,10 @@ def draw_loss(losses: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a picture beside its place and move it there."""
-    part = path.with_name(f".part-{path.name}")
-    figure.savefig(part, dpi=110)
+    """Write a picture, complete or not at all."""
+    with beside(path) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)
-    part.replace(path)
 
 
 def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
@@ -436,10 +435,9 @@ def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
     large = len(frames) * len(iio.imwrite("<bytes>", frames[len(frames) // 2], extension=".gif")) > GIF_LIMIT
     if large:
         path = path.with_suffix(".mp4")
-    part = path.with_name(f".part-{path.name}")
-    if large:
-        iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
-    else:
-        iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
-    part.replace(path)
+    with beside(path) as part:
+        if large:
+            iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
+        else:
+            iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
     return path

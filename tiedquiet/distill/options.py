@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -281,11 +283,21 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**told, "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Where to write a file: beside its place, to which it goes when it is whole. Another process may write it, too."""
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text)
-    part.replace(path)
+    """Write a text, complete or not at all."""
+    with beside(path) as part:
+        part.write_text(text)
 
 
 def must_match(args: argparse.Namespace, before: Path) -> None:
