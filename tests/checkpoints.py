@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +197,25 @@ def assert_agrees_with_the_bytes(
 
 
 class Stored(Checkpoint):
-    """A checkpoint whose values a function gives."""
+    """The files of a checkpoint whose values a function gives."""
 
     def __init__(self, read: Callable[[str], torch.Tensor | None]) -> None:
-        super().__init__({})
+        super().__init__()
+        self._read = read
+        self.tensors = _Tensors(read)
+
+    def names_of(self, name: str) -> Iterator[str]:
+        if self._read(name) is not None:
+            yield name
+
+
+class _Tensors(dict[str, Any]):
+    def __init__(self, read: Callable[[str], torch.Tensor | None]) -> None:
+        super().__init__()
         self._read = read
 
-    def read(self, name: str) -> torch.Tensor | None:
-        return self._read(name)
+    def __missing__(self, name: str) -> Callable[[], torch.Tensor | None]:
+        return partial(self._read, name)
 
 
 def loading(

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -283,7 +284,7 @@ class ZeroesAnotherRow(Tiny):
 @idiom("ZeroesThePaddingRow in bfloat16", config={"padding_idx": 1}, dtype=torch.bfloat16)
 @idiom("ZeroesThePaddingRow, tied", config={"padding_idx": 1, "tie_word_embeddings": True}, missing=("head.weight",))
 class ZeroesThePaddingRow(Tiny):
-    """Kosmos 2, up to 5.20.2: a row that is never read is zeroed again, and nothing is lost."""
+    """As transformers does for Kosmos 2, up to 5.20.2; this is a user's class, and the file has other values there."""
 
     embedding = ScaledEmbedding
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
@@ -296,7 +297,7 @@ class ZeroesThePaddingRow(Tiny):
 
 @idiom(config={"pad_token_id": 3})
 class ZeroesThePadTokenOfTheConfig(Tiny):
-    """A padding row that only the config knows."""
+    """The row of a token that only the config calls padding."""
 
     embedding = ScaledEmbedding
 
@@ -733,6 +734,124 @@ class FilledInPart(Tiny):
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.table.sum()
+
+
+@idiom()
+class ComputesFromWhatNobodyWrote(FilledInPart):
+    """Rotary tables that the initialiser makes of frequencies that only `__init__` computed."""
+
+    def add(self, config: Any) -> None:
+        self.register_buffer("inv", torch.arange(1.0, 4.0), persistent=False)
+        for name in ("table", "sines", "turned"):
+            self.register_buffer(name, torch.zeros(4, 3), persistent=False)
+        self.fill()
+
+    def fill(self) -> None:
+        angles = torch.outer(torch.arange(4.0), self.inv)
+        self.table.copy_(torch.cat([angles.cos()[:2], angles.cos()[2:]]))
+        self.sines = angles.sin() * 2
+        self.turned.zero_().add_(self.sines.flip(0)[torch.tensor([0, 2, 1, 3])])
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self:
+            self.fill()
+
+
+@idiom()
+class BufferThroughDlpack(FilledInPart):
+    """Filled through another tensor of the same memory."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self and not self.table.is_meta:
+            torch.from_dlpack(self.table).copy_(torch.arange(12.0).view(4, 3))
+
+
+@idiom()
+class BufferByAThread(FilledInPart):
+    """Filled by another thread, which torch does not count."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self and not self.table.is_meta:
+            thread = threading.Thread(target=lambda: self.table.data.copy_(torch.arange(12.0).view(4, 3)))
+            thread.start()
+            thread.join()
+
+
+@idiom()
+class ZerosThroughNumpy(FilledInPart):
+    """Zeros where fresh memory is zero already."""
+
+    def add(self, config: Any) -> None:
+        self.register_buffer("table", torch.zeros(1 << 20), persistent=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self and not self.table.is_meta:
+            self.table.numpy().fill(0)
+
+
+class Merging(nn.Linear):
+    """loralib's: what was trained beside a weight is added to it in evaluation."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.low = nn.Parameter(torch.zeros(size))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if not mode and not self.merged and not self.weight.is_meta:
+            self.weight.data += torch.outer(self.low, self.low)
+            self.merged = True
+        return self
+
+
+@idiom()
+class MergesInEval(Tiny):
+    """`from_pretrained` calls `eval()` last."""
+
+    def add(self, config: Any) -> None:
+        self.lin = Merging(config.hidden_size)
+
+
+@idiom()
+class WritesAfterReading(Tiny):
+    """Overrides the function that reads, and writes once it has read."""
+
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._load_pretrained_model(model, *args, **kwargs)
+        model.lin.weight.data.zero_()
+        return result
+
+
+@idiom()
+class WritesBeforeTheReport(Tiny):
+    """Overrides the function that finishes, and writes before it does."""
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, *args: Any, **kwargs: Any) -> Any:
+        model.lin.weight.data.zero_()
+        return PreTrainedModel._finalize_model_loading(model, *args, **kwargs)
+
+    @staticmethod
+    def _finalize_load_state_dict(model: Any, *args: Any, **kwargs: Any) -> Any:  # 5.0.0
+        model.lin.weight.data.zero_()
+        return PreTrainedModel._finalize_load_state_dict(model, *args, **kwargs)
+
+
+@idiom()
+class WritesInItsOwnFromPretrained(Tiny):
+    """Overrides `from_pretrained` itself."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        result = super().from_pretrained(*args, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).part.weight.data[3:].mul_(2)
+        return result
 
 
 @idiom()
@@ -1304,20 +1423,12 @@ def never_written(tensor: torch.Tensor, reference: torch.Tensor) -> bool:
     return bool((tensor == torch.iinfo(tensor.dtype).max).any())
 
 
-def is_lost(model: nn.Module, key: str, now: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether a tensor has other values than the file; a padding row of an embedding may be zero."""
+def is_lost(now: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a tensor has other values than the file: these are classes of users, of which nothing is forgiven."""
     stored = stored.to(now.dtype)
     if now.shape != stored.shape or now.is_meta:
         return True
-    changed = (bits(now) != bits(stored)).any(dim=1).view(now.shape)
-    if not changed.any():
-        return False
-    owner = model.get_submodule(key.rpartition(".")[0])
-    if not isinstance(owner, nn.Embedding):
-        return True
-    rows = changed.any(dim=1).nonzero().flatten().tolist()
-    padding = (owner.padding_idx, model.config.pad_token_id)
-    return len(rows) > 1 or rows[0] not in padding or bool(now[rows[0]].any())
+    return bool((bits(now) != bits(stored)).any())
 
 
 @dataclass
@@ -1424,7 +1535,7 @@ def truth(
     right = reference.state_dict(keep_vars=True)
     where = {key: places(value) for key, value in now.items()}
     missing = found.missing = now.keys() - file.keys()
-    found.lost = {key for key in file if is_lost(model, key, now[key], file[key])}
+    found.lost = {key for key in file if is_lost(now[key], file[key])}
     found.rivals = {
         key
         for key in file
@@ -1639,13 +1750,9 @@ def _fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 def outputs_agree(idiom: Idiom, model: "Tiny", file: Mapping[str, torch.Tensor]) -> bool:
     """Whether a model gives, to the bit, what one gives that was built on the CPU and holds the file."""
-    # Every token but the padding: nobody reads its row, and nobody lets it be generated.
-    padding = (model.config.padding_idx, model.config.pad_token_id)
-    ids = torch.tensor([token for token in range(model.config.vocab_size) if token not in padding][:22]).view(2, 11)
+    ids = torch.arange(22).view(2, 11)
     with torch.no_grad():
-        ours, right = model(ids), reference_with(idiom, model, file)(ids)
-    kept = [token for token in range(ours.shape[-1]) if token not in padding]
-    return same(ours[..., kept], right[..., kept])
+        return same(model(ids), reference_with(idiom, model, file)(ids))
 
 
 def described(model: "Tiny", idiom: Idiom, file: Mapping[str, torch.Tensor]) -> str:

@@ -36,26 +36,52 @@ def test_a_type_that_does_not_tell_has_no_memory_that_is_known() -> None:
         (lambda whole: whole, True),
         (lambda whole: whole[1:3], True),
         (lambda whole: whole.t(), True),
-        (lambda whole: whole.view(2, 6), True),
+        (lambda whole: whole[2], True),
+        (lambda whole: whole[:, 1:], True),
+        (lambda whole: whole[1:3, :2], True),
+        (lambda whole: whole.view(2, 6), False),
+        (lambda whole: whole.view(3, 4).t(), False),
+        (lambda whole: whole[:3].t(), False),
+        (lambda whole: whole[1:2].expand(4, 3), False),
+        (lambda whole: whole[:, ::2], False),
         (lambda whole: whole.view(torch.int32), False),
         (lambda whole: torch.ones(2), False),
         (lambda whole: torch.as_strided(whole, (3,), (1,), 11), False),
     ],
-    ids=["itself", "slice", "transposed", "reshaped", "another type", "elsewhere", "beyond the end"],
+    ids=[
+        "itself",
+        "rows",
+        "transposed",
+        "a row",
+        "columns",
+        "a block",
+        "reshaped",
+        "scrambled",
+        "a square turned",
+        "one row expanded",
+        "every second column",
+        "another type",
+        "elsewhere",
+        "beyond the end",
+    ],
 )
-def test_a_view_lies_in_the_memory_of_the_whole(tensor, inside: bool) -> None:  # type: ignore[no-untyped-def]
+def test_a_view_is_the_same_weight_if_it_has_its_values_in_order(tensor, inside: bool) -> None:  # type: ignore[no-untyped-def]
     memory = torch.arange(16.0)
     whole = memory[:12].view(4, 3)
     assert (Memory({"whole": whole}).holding(tensor(whole)) == ["whole"]) is inside
 
 
-def test_what_lies_in_the_gaps_of_another_is_not_inside_it() -> None:
-    fused = torch.arange(12.0).view(3, 4)
-    even, odd = fused[:, 0::2], fused[:, 1::2]
-    memory = Memory({"even": even, "fused": fused})
-    assert sorted(memory.holding(even[1:])) == ["even", "fused"]
-    assert memory.holding(odd[1:2]) == ["fused"]
-    assert [name for name, _ in Memory({"even": even}).meeting(odd[1:2])] == ["even"], "addresses meet"
+def test_views_with_other_dimensions_or_of_another_view() -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    memory = Memory({"whole": whole, "left": whole[:, :2], "flat": whole.view(-1), "one": whole[:, 2:]})
+    assert sorted(memory.holding(whole[1:, :2])) == ["left", "whole"]
+    assert sorted(memory.holding(whole[:2])) == ["flat", "whole"], "left has no third column"
+    assert sorted(memory.holding(whole[:, 2])) == ["one", "whole"]
+    assert memory.holding(whole.view(12)[4:7]) == ["flat"], "from the middle of one row to that of the next"
+    turned = whole.t()
+    assert Memory({"turned": turned}).holding(turned[:, 1:]) == ["turned"]
+    assert Memory({"one": whole[:1, :1].expand(4, 3)}).holding(whole[:1, :1]) == []
+    assert [name for name, _ in Memory({"even": whole[:, ::2]}).meeting(whole[:, 1:2])] == ["even"], "addresses meet"
 
 
 def test_tensors_that_lie_in_one_another_are_all_found() -> None:
@@ -72,13 +98,27 @@ def test_tensors_that_lie_in_one_another_are_all_found() -> None:
         (ROWS.to(torch.float16), True),
         (ROWS.t().contiguous(), True),
         (ROWS.reshape(2, 6), True),
+        (ROWS.flip(0), False),
+        (ROWS[[0, 1, 2, 2]], False),
         (torch.cat([ROWS, torch.ones(1, 3)]), True),
         (ROWS + 1, False),
         (ROWS[:3], False),
         (torch.cat([torch.ones(1, 4, 3), ROWS[None]]), None),
         (ROWS.to_sparse(), None),
     ],
-    ids=["copy", "cast", "transposed", "reshaped", "rows appended", "other", "cut", "larger", "unreadable"],
+    ids=[
+        "copy",
+        "cast",
+        "transposed",
+        "reshaped",
+        "upside down",
+        "a row lost",
+        "rows appended",
+        "other",
+        "cut",
+        "larger",
+        "unreadable",
+    ],
 )
 def test_whether_all_values_are_still_there(tensor: torch.Tensor, expected: bool | None) -> None:
     assert holds(tensor, ROWS) is expected
@@ -116,11 +156,13 @@ def test_a_checkpoint_is_read_under_the_names_of_the_model(form: str, tmp_path: 
     state_dict = tensors if form == "state dict" else None
     for base in ("base", ""):
         checkpoint = Checkpoint(state_dict, None if state_dict else files, base)
-        assert torch.equal(checkpoint.read("head.weight"), ROWS + 1)
-        assert torch.equal(checkpoint.read("base.embed.weight"), ROWS)
+        assert torch.equal(checkpoint.tensors["head.weight"](), ROWS + 1)
+        assert torch.equal(checkpoint.tensors["base.embed.weight"](), ROWS)
         # A base model's own file has no prefix; a file of a model with a head has one.
-        assert (checkpoint.read("embed.weight") is not None) == (base == "base")
-        assert checkpoint.read("gone.weight") is None
-    assert Checkpoint({"embed.weight": ROWS, "step": 3}, None, "base").read("base.embed.weight") is ROWS
-    assert Checkpoint({"step": 3}, None).read("step") is None
-    assert Checkpoint(None, None).read("head.weight") is None
+        assert list(checkpoint.names_of("embed.weight")) == (["base.embed.weight"] if base else [])
+        assert list(checkpoint.names_of("gone.weight")) == []
+    given = Checkpoint({"embed.weight": ROWS, "step": 3}, None, "base")
+    assert list(given.names_of("base.embed.weight")) == ["embed.weight"]
+    assert given.tensors["embed.weight"]() is ROWS
+    assert "step" not in given.tensors
+    assert Checkpoint(None, None).tensors == {}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints import holds, loading, same_memory
+from tests.checkpoints import loading, same_memory
 from tiedquiet import Verdict
 from tiedquiet.proof.repair import repair
 
@@ -77,7 +77,7 @@ def test_the_verdict_agrees_with_the_bytes(world: World, repairing: bool) -> Non
     group = groups_of(world.declared)
     for found in findings:
         followed = [s for s in stored if same_memory(now[found.key], now[s])]
-        intact = [s for s in followed if holds(now[s], stored[s])]
+        intact = [s for s in followed if torch.equal(now[s], stored[s])]
         members = group.get(found.key, {found.key})
         match found.verdict:
             case Verdict.TIED:
@@ -88,7 +88,7 @@ def test_the_verdict_agrees_with_the_bytes(world: World, repairing: bool) -> Non
                 assert torch.equal(now[found.key], now[str(found.source)])
             case Verdict.OVERWRITTEN:
                 assert found.source in followed
-                assert not holds(now[str(found.source)], stored[str(found.source)])
+                assert not torch.equal(now[str(found.source)], stored[str(found.source)])
             case Verdict.UNTIED:
                 assert not set(followed) & members
                 assert members & stored.keys()
@@ -110,10 +110,10 @@ def test_the_verdict_agrees_with_the_bytes(world: World, repairing: bool) -> Non
         followed = [s for s in stored if same_memory(now[key], now[s])]
         if key not in stored and (not alone or followed):
             assert key in judged, "every member that was not stored gets a verdict"
-        if key in stored and not holds(now[key], stored[key]):
+        if key in stored and not torch.equal(now[key], stored[key]):
             assert judged[key] is Verdict.OVERWRITTEN, "and every stored one that was lost"
     if repairing:
-        assert all(holds(now[key], value) for key, value in stored.items())
+        assert all(torch.equal(now[key], value) for key, value in stored.items())
 
 
 def groups_of(declared: dict[str, str]) -> dict[str, set[str]]:

@@ -9,18 +9,57 @@ from functools import partial
 from typing import Any
 
 from tiedquiet import mode
-from tiedquiet.doors import adapters
-from tiedquiet.doors.outcome import Outcome, carry_out, conclude
-from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside
+from tiedquiet.doors import adapters, call
+from tiedquiet.doors.outcome import Outcome, carry_out, left_missing
+from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_override
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.reading import Reading, ask_headers, find_unread, names_in_files, needs_headers, read
+from tiedquiet.proof.reading import (
+    Reading,
+    ask_headers,
+    find_unread,
+    names_in_files,
+    needs_headers,
+    origins_in_files,
+    read,
+)
 from tiedquiet.verdict import Finding, Verdict
+
+
+def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `from_pretrained`: what is read in it is watched over until it returns."""
+    around = call.current()
+    is_inner = around is not None and around.kind is kind  # transformers' own, called by that of the class
+    if mode.current() == "off" or is_inner or not is_wrapped(_FINALIZE):
+        return wrapped(*args, **kwargs)
+    return call.Call(kind).run(wrapped, args, kwargs)
+
+
+def _on_subclass(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `__init_subclass__`: a class that has a `from_pretrained` of its own is guarded around that one."""
+    result = wrapped(*args, **kwargs)
+    with suppress(Exception):
+        wrap_override(kind, "from_pretrained", _on_load)
+    return result
+
+
+def _on_init(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `get_init_context`, which `from_pretrained` calls just before `__init__`: note what that will be given."""
+    result = wrapped(*args, **kwargs)
+    around = call.current()
+    if around is not None and mode.current() == "repair":
+        with suppress(Exception):
+            given = sys._getframe(1).f_locals
+            around.arguments = kind, *copy.deepcopy((given["config"], given["model_args"], given["model_kwargs"]))
+    return result
 
 
 def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `_load_pretrained_model`: note what was read, and where it lies, before anything is initialised."""
+    around = call.current()
+    if around is not None:
+        around.end_earlier(bind(wrapped, args, kwargs).get("model"))
     result = wrapped(*args, **kwargs)
     failure = None
     # What cannot be watched afterwards is not judged.
@@ -36,22 +75,25 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
 
 
 def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_finalize_model_loading`: watch what is done to the model between reading and the report."""
+    """Around `_finalize_model_loading`: the whole of a load where no `from_pretrained` is around it."""
     model = bind(wrapped, args, kwargs)["model"]
     load = Load.of(model)
-    with ExitStack() as entered:
-        if load is not None:
-            entered.callback(_close, load, model)
+    if load is None or load.is_in_call:
+        return wrapped(*args, **kwargs)
+    try:
+        with ExitStack() as entered:
             try:
                 entered.enter_context(load.watch)
             except Exception as error:
-                load.watch.give_up(error)  # reported when the load is judged
-        return wrapped(*args, **kwargs)
-
-
-def _close(load: Load, model: Any) -> None:
-    with suppress(Exception):  # of a load that failed, or that was told already
-        load.close(model)
+                load.watch.give_up(error)  # said when the load has ended
+            result = wrapped(*args, **kwargs)
+    except BaseException:
+        with suppress(Exception):
+            load.close(model)
+        raise
+    if (failure := call.end(load, model)) is not None:
+        raise failure
+    return result
 
 
 def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,7 +123,13 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
         load = Load.of(bound["model"]) if mode.current() != "off" else None
         # transformers reports on a load that fails as well. An exception that the program was already handling when
         # it began to load is no such failure.
-        return _plan(load, bound) if load is not None and sys.exc_info()[1] is load.in_flight else None
+        if load is None or sys.exc_info()[1] is not load.in_flight:
+            return None
+        try:
+            return _filter(load, bound)
+        except Exception as error:
+            load.watch.give_up(error)  # said when the load has ended
+            return None
 
     return carry_out(decide, wrapped, args, kwargs)
 
@@ -106,7 +154,13 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
             unread = {name: header for name, header in unread.items() if name not in came_from}
             find_unread(model, reading, unread, config.weight_mapping or ())
     load = Load(model, reading, protect=mode.current() == "repair")
-    load.mended = mended
+    load.where, load.mended = vars(config).get("pretrained_model_name_or_path"), mended
+    around = call.current()
+    if around is not None:
+        load.arguments = around.arguments
+        # What a quantiser does once transformers has reported changes tensors for good, and on purpose.
+        if not quantised:
+            around.watch(load, model)
     if adapters.is_loading(model):
         adapters.note_rest(model, reading, unread)
 
@@ -117,11 +171,16 @@ def _read(
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
     reading = read(model, missing, checkpoint, offloaded)
-    reading.names_of = partial(names_in_files, model, checkpoint, list(config.weight_mapping or ()))
+    conversions = list(config.weight_mapping or ())
+    reading.names_of = partial(names_in_files, model, checkpoint, conversions)
+    if quantised:
+        reading.made_of = dict
+    elif names.has_converter(conversions):
+        reading.made_of = partial(origins_in_files, model, checkpoint, conversions)
     unread: names.Headers = {}
     if needs_headers(reading, info.unexpected_keys):
         try:
-            unread = ask_headers(model, reading, list(config.weight_mapping or ()), quantised)
+            unread = ask_headers(model, reading, conversions, quantised)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's
             unread = {}
     return reading, unread
@@ -165,19 +224,18 @@ def _read_again(
     return came_from
 
 
-def _plan(load: Load, bound: dict[str, Any]) -> Outcome:
+def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:
+    """The report without the rows of what is in the model after all; what else there is to say is said at the end."""
     info = bound.get("loading_info")
-    missing = (info.missing_keys if info is not None else bound["missing_keys"]) or ()
-    named = bound if info is not None else vars(bound["load_config"])
-    outcome = conclude(load, bound["model"], named.get("pretrained_model_name_or_path"), set(missing))
-    if info is not None:
-        # The caller gets this very object back through `output_loading_info`.
-        info = copy.copy(info)
-        info.missing_keys = outcome.missing
-        outcome.arguments = {**bound, "loading_info": info}
-    else:
-        outcome.arguments = {**bound, "missing_keys": outcome.missing}
-    return outcome
+    load.reported = set((info.missing_keys if info is not None else bound["missing_keys"]) or ())
+    missing = left_missing(load, bound["model"]) if load.reported else set()
+    if missing == load.reported:
+        return None
+    if info is None:
+        return Outcome(arguments={**bound, "missing_keys": missing})
+    info = copy.copy(info)  # the caller gets this very object back through `output_loading_info`
+    info.missing_keys = missing
+    return Outcome(arguments={**bound, "loading_info": info})
 
 
 def _left_empty() -> bool:
@@ -209,6 +267,16 @@ add(
         _on_read,
     ),
     _FINALIZE,
+    Seam(
+        "transformers.modeling_utils",
+        "PreTrainedModel",
+        ("from_pretrained",),
+        (frozenset({"pretrained_model_name_or_path"}),),
+        _on_load,
+        has_overrides=True,
+    ),
+    Seam("transformers.modeling_utils", "PreTrainedModel", ("__init_subclass__",), (frozenset(),), _on_subclass),
+    Seam("transformers.modeling_utils", "PreTrainedModel", ("get_init_context",), (frozenset({"dtype"}),), _on_init),
     Seam(
         "transformers.modeling_utils",
         "PreTrainedModel",

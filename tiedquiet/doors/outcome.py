@@ -40,14 +40,33 @@ def conclude(load: Load, model: Any, where: object, missing: set[str], in_place:
         missing: the keys that the loader is about to report.
         in_place: whether every parameter has to stay the object that it is, since an optimizer may hold it.
     """
-    findings = load.settle(model, missing)
-    repaired = list(load.mended)
-    if mode.current() == "repair":
-        findings, more = repair(load, model, findings, in_place)
-        repaired += more
-    outcome = told(model, where, findings, repaired, missing, load.known.total if load.known else 0)
+    findings = _settle(load, model, missing, in_place)
+    outcome = told(model, where, findings, load.mended, missing, load.known.total if load.known else 0)
     load.close(model)
     return outcome
+
+
+def left_missing(load: Load, model: Any) -> set[str]:
+    """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
+    findings = _settle(load, model, load.reported)
+    left = _left(findings, load.mended, load.reported)
+    load.watch.go_on()
+    load.dropped = load.reported - left
+    return left
+
+
+def _settle(load: Load, model: Any, missing: set[str], in_place: bool = False) -> list[Finding]:
+    findings = load.settle(model, missing)
+    if mode.current() == "repair":
+        findings, repaired = repair(load, model, findings, in_place)
+        known = {finding.key for finding in repaired}
+        load.mended = [finding for finding in load.mended if finding.key not in known] + repaired
+    return findings
+
+
+def _left(findings: list[Finding], repaired: list[Finding], missing: set[str]) -> set[str]:
+    filled = {f.key for f in repaired if f.verdict in (Verdict.UNWRITTEN, Verdict.UNREAD)}
+    return missing - filled - {f.key for f in findings if f.verdict in WELL}
 
 
 def told(
@@ -66,8 +85,7 @@ def told(
     failure = None
     if broken:
         failure = LoadError(f"{name}: {'; '.join(words.explanations(broken, fold, total))}", tuple(broken))
-    filled = {f.key for f in repaired if f.verdict in (Verdict.UNWRITTEN, Verdict.UNREAD)}
-    left = missing - filled - {f.key for f in proven}
+    left = _left(findings, repaired, missing)
     return Outcome(left, [(level, f"{name}: {line}") for level, line in lines], failure)
 
 

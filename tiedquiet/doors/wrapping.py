@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import wrapt
 
@@ -24,6 +25,7 @@ class Seam:
         names: what it is called, in one release or another.
         forms: sets of parameters; a function that has all of one set is understood.
         hook: what is called in its place.
+        has_overrides: whether what subclasses have in its place is wrapped as well.
     """
 
     module: str
@@ -31,6 +33,7 @@ class Seam:
     names: tuple[str, ...]
     forms: tuple[frozenset[str], ...]
     hook: Callable[..., Any]
+    has_overrides: bool = False
 
     def __str__(self) -> str:
         return ".".join(filter(None, (self.module, self.owner, self.names[0])))
@@ -55,6 +58,7 @@ class _Wrapping:
 
 
 _seams: list[Seam] = []
+_overrides: list[tuple["ref[type]", str, Any, Any]] = []  # the class, the name, the original, the wrapper
 _wrappings: dict[Seam, _Wrapping] = {}
 _parameters: dict[str, list[str]] = {}  # of each wrapped function, asked once: a signature costs more than a verdict
 _said: set[str] = set()
@@ -91,8 +95,31 @@ def wrap(module: ModuleType) -> None:
         raise LoadError(f"no guard, although the mode is strict: {problem}")
 
 
+def wrap_override(owner: type, name: str, hook: Callable[..., Any]) -> None:
+    """Wrap what a class has of its own in place of a function that is wrapped; nothing where it has none."""
+    original = vars(owner).get(name)
+    if original is not None and not isinstance(original, wrapt.FunctionWrapper):
+        wrapper = wrapt.FunctionWrapper(original, hook)
+        setattr(owner, name, wrapper)
+        _overrides.append((ref(owner, _forget), name, original, wrapper))
+
+
+def _forget(dead: "ref[type]") -> None:
+    _overrides[:] = [override for override in _overrides if override[0] is not dead]
+
+
+def _subclasses(owner: type) -> set[type]:
+    found: set[type] = set(owner.__subclasses__())
+    return found.union(*map(_subclasses, found))
+
+
 def unwrap() -> None:
     """Put every original back that nobody else has wrapped since."""
+    for dead_or_alive, name, original, wrapper in _overrides:
+        owner = dead_or_alive()
+        if owner is not None and vars(owner).get(name) is wrapper:
+            setattr(owner, name, original)
+    _overrides.clear()
     for seam, wrapping in list(_wrappings.items()):
         if not seam.owner:
             _swap_copies(wrapping.name, wrapping.wrapper, wrapping.original)
@@ -137,6 +164,9 @@ def _wrap(seam: Seam) -> bool:
     wrapper = wrapt.FunctionWrapper(original, seam.hook)
     setattr(owner, name, wrapper)
     _wrappings[seam] = _Wrapping(owner, name, original, wrapper)
+    if seam.has_overrides:
+        for kind in _subclasses(owner):
+            wrap_override(kind, name, seam.hook)
     _parameters[name] = [p for p in inspect.signature(getattr(owner, name)).parameters if p != "self"]
     if not seam.owner:
         _swap_copies(name, original, wrapper)
@@ -164,13 +194,17 @@ def bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     return {**dict(zip(_parameters[wrapped.__name__], args, strict=False)), **kwargs}
 
 
-def stand_aside(error: Exception) -> LoadError | None:
+def stand_aside(error: Exception, more: str = "") -> LoadError | None:
     """Tell that tiedquiet failed; the load goes on as if it were not there.
+
+    Args:
+        error: what went wrong.
+        more: what else has to be said of it.
 
     Returns:
         In `strict`, what is to be raised once the original has run: a guard that failed lets nothing pass.
     """
-    what = f"{type(error).__name__}: {error}"
+    what = f"{type(error).__name__}: {error}{more}"
     if mode.current() == "strict":
         failure = LoadError(f"tiedquiet failed, and the mode is strict, so what was loaded is not proven: {what}")
         failure.__cause__ = error

@@ -8,7 +8,7 @@ import torch
 
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import is_padding, proof_of
-from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.memory import holds, plain, same
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.survey import survey
@@ -67,7 +67,7 @@ def compare(
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
-    comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undos)
+    comparing = _Comparing(model, {n: state[n] for n in names if n not in lost}, checkpoint, undos, known.altered)
     comparing.make_again(conversions)
     found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
@@ -81,7 +81,15 @@ def compare(
 
 
 class _Comparing:
-    def __init__(self, model: torch.nn.Module, state: Tensors, checkpoint: Checkpoint, undos: Sequence[Undo]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        state: Tensors,
+        checkpoint: Checkpoint,
+        undos: Sequence[Undo],
+        altered: Collection[str],
+    ) -> None:
+        self._altered = altered
         self._model, self._state, self._checkpoint, self._undo = model, state, checkpoint, undos[0]
         self._undos = undos
         self.held: set[str] = set()
@@ -167,7 +175,9 @@ class _Comparing:
         pieces = plain(tensor) or ([] if tensor.is_meta or tensor.numel() else [tensor])
         for key in self._checkpoint.names_of(name) if len(pieces) == 1 else ():
             values = self._checkpoint.tensors[key]()
-            if same(pieces[0], values) or (name in self._state and is_padding(self._model, name, tensor, values)):
+            if same(pieces[0], values):
+                return key
+            if name in self._altered and (holds(tensor, values) or is_padding(self._model, name, tensor, values)):
                 return key
         return None
 

@@ -84,11 +84,6 @@ class Checkpoint:
             if key in self.tensors:
                 yield key
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """The stored values of one of the model's tensors; None where no file has it under a name that can be told."""
-        key = next(self.names_of(name), None)
-        return None if key is None else self.tensors[key]()
-
 
 def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     """The checkpoint that `Trainer` and peft read from a folder: safetensors before pickle, whole before sharded.

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof import record
-from tiedquiet.proof.memory import Memory, holds, lies_at, plain, same
+from tiedquiet.proof.memory import Memory, Place, equals, holds, is_at_limit, is_copy, lies_at, plain, same
 from tiedquiet.proof.reading import Reading, by_object
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, embeddings, is_denied, is_moved, survey, ties
@@ -49,14 +49,15 @@ def judge(
         raise watch.error
     missing = reading.missing if watch.was_entered or is_resumed else reading.missing & reported
     now = survey(model)
-    lost, grown = _judge_stored(model, reading, watch.writes, now)
+    lost, grown, altered = _judge_stored(model, reading, watch.writes, now)
     known = Record(
         reading.stored,
         missing,
         len(reading.stored) + len(missing),
         reading.free & missing,
-        lasting={**reading.found, **lost, **_judge_placeholders(reading, missing, watch, now)},
+        lasting={**reading.found, **lost, **_judge_placeholders(reading, missing, watch, model, now)},
         grown=grown,
+        altered=altered,
         narrowed=set(reading.narrowed),
         places=reading.offloaded,
         likely=reading.likely,
@@ -134,20 +135,19 @@ def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
     for name, tensor in reading.held.items():
         # If it was given other memory, that is compared in any case.
         if watch.was_written_elsewhere(name) and lies_at(tensor, reading.read_to[name]):
-            values = reading.values(name)
-            if values is not None and values.shape != tensor.shape:
-                values = None  # it was converted while it was read
             seen = watch.writes.get(name)
             by = seen.by if seen and seen.was_seen else "by another thread or by compiled code"
-            found[name] = Write(by, 0 if values is None else tensor.numel(), values)
+            found[name] = write = Write(by, 0, None)
+            if before_writing(reading, name, write) is not None:
+                write.size = tensor.numel()
     return found
 
 
 def _judge_stored(
     model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey
-) -> tuple[dict[str, Finding], set[str]]:
-    """Findings on stored keys that no longer hold what was read; and the names of those that were made larger."""
-    found, grown = {}, set()
+) -> tuple[dict[str, Finding], set[str], set[str]]:
+    """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
+    found, grown, altered = {}, set(), set()
     for name, tensor in reading.held.items():
         read = reading.read_to[name]
         current, write = now.state.get(name), writes.get(name)
@@ -157,27 +157,49 @@ def _judge_stored(
             continue
         if name in reading.offloaded:
             continue  # its values stay on disk, and are read from there whenever they are needed
-        before = write.before if write else read
+        if current is not None and current.is_meta and not tensor.is_meta and is_moved(model, name):
+            current = tensor  # accelerate put its values aside, where they were read to
+            if write is None:
+                continue
+        before = before_writing(reading, name, write)
         held = None if current is None or before is None else holds(current, before)
         if current is None or (held is None and not (write and write.was_seen)):
             found[name] = Finding(name, Verdict.UNPROVEN, None, "what became of its values cannot be told")
         elif held:
-            if before is not None and current.numel() > before.numel():
+            if isinstance(before, torch.Tensor) and current.numel() > before.numel():
                 grown.add(name)
-        elif before is None or not is_padding(model, name, current, before):
+            elif before is not None and not equals(current, before):
+                altered.add(name)
+        elif write and write.is_transformers_own and is_padding(model, name, current, before):
+            altered.add(name)
+        else:
             by = write.by if write else "by another tensor that took its place"
             found[name] = Finding(name, Verdict.OVERWRITTEN, name, by, True)
-    return found, grown
+    return found, grown, altered
 
 
-def _judge_placeholders(reading: Reading, missing: set[str], watch: Watch, now: Survey) -> dict[str, Finding]:
-    """Findings on memory that was allocated while the model was loaded, and never written."""
-    on_disk = any(read.is_meta for read in reading.read_to.values())
+def before_writing(reading: Reading, name: str, write: Write | None) -> Place | None:
+    """The values of a stored tensor as they were read; None where they are nowhere to be had."""
+    read = reading.read_to[name]
+    if write is None:
+        return read  # nobody touched that memory
+    if write.before is not None:
+        return write.before
+    values, pieces = reading.values(name) if reading.is_in_files(name) else None, plain(read)
+    return values if values is not None and len(pieces) == 1 and values.shape == pieces[0].shape else None
+
+
+def _judge_placeholders(
+    reading: Reading, missing: set[str], watch: Watch, model: Any, now: Survey
+) -> dict[str, Finding]:
+    """Findings on memory that was allocated while the model was loaded, and has no values."""
+    on_disk = any(tensor.is_meta for tensor in reading.held.values())
     tensors = {**{key: now.state[key] for key in missing if key in now.state}, **now.others}
     return {
         name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)
         for name, tensor in tensors.items()
-        if watch.is_unwritten(tensor) or (tensor.is_meta and not on_disk and name in now.others)
+        if watch.placeholders.has(tensor)
+        or (tensor.is_meta and not on_disk and name in now.others and not is_moved(model, name))
     }
 
 
@@ -197,8 +219,8 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
             )
         elif known.tensors[name]() is not tensor:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and another tensor has taken its place since")
-        elif name in known.narrowed and tensor.isinf().any():
-            why = f"it has infinite values in {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
+        elif name in known.narrowed and is_at_limit(tensor):
+            why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
             yield Finding(name, Verdict.UNPROVEN, None, why)
 
 
@@ -288,12 +310,11 @@ def _judge_parted(
             kinds = " and ".join(f"{type(t).__name__} on {t.device}" for t in (tensor, other))
             return Finding(key, Verdict.UNPROVEN, source, f"the two cannot be compared ({kinds})")
         # Two tensors of one constant are equal by accident: biases that start at zero.
-        equal = holds(tensor, other) and tensor.numel() == other.numel()
-        equal = equal and not _is_constant(tensor) and source not in known.lasting
+        equal = is_copy(tensor, other) and not _is_constant(tensor) and source not in known.lasting
         if equal and (meant or rival_of(source, group, stored) is None):
             return Finding(key, Verdict.COPIED, source)
     flag = group.flags.get(key, "")
-    broken = not flag or (key in known.reported and not _is_new_head(model, tensor, known.is_resumed))
+    broken = not flag or not _is_new_head(model, tensor, known.is_resumed)
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
     if (name := known.likely.get(key)) is not None:
@@ -306,13 +327,13 @@ def _judge_two_ends(known: Record, now: Survey) -> Iterator[Finding]:
 
     transformers parts them, with one warning, and training goes on with two.
     """
-    stored = {name for name in known.stored if name in now.state and name not in known.lasting}
+    stored = {name for name in known.stored - known.altered if name in now.state and name not in known.lasting}
     tied = ties(now, known.missing, known.stored) if stored else {}
     for key, group in tied.items():
         source = next((name for name in group.chain(key) if name in stored), None)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
             continue
-        if holds(now.state[key], now.state[source]) is False:
+        if equals(now.state[key], now.state[source]) is False:
             if any(is_denied(model) for _, model in now.models):
                 return
             why = "its own: the tie is asked for, but the checkpoint has both, and they differ"
@@ -342,25 +363,35 @@ def _is_constant(tensor: torch.Tensor) -> bool:
     return same(flat, flat[:1].expand_as(flat))
 
 
-def is_padding(model: Any, name: str, tensor: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether all that changed is the one row that stands for padding, zeroed again as releases before 5.9 do."""
-    pieces = plain(tensor)
-    if len(pieces) != 1 or pieces[0].dim() < 2 or pieces[0].shape != before.shape:
+def is_padding(model: Any, name: str, tensor: torch.Tensor, before: Place | None) -> bool:
+    """Whether all that changed is an embedding's own row for padding, zeroed again as releases before 5.9 do.
+
+    No other token may have that row as well.
+    """
+    owner, pieces = model.get_submodule(name.rpartition(".")[0]), plain(tensor)
+    row = getattr(owner, "padding_idx", None)
+    if not isinstance(owner, torch.nn.Embedding) or row is None or row in _other_tokens(model) or len(pieces) != 1:
         return False
     now = pieces[0].detach()
-    owner = model.get_submodule(name.rpartition(".")[0])
-    rows = {getattr(owner, "padding_idx", None), getattr(getattr(model, "config", None), "pad_token_id", None)}
-    return any(
-        not now[row].any() and same(now[:row], before[:row]) and same(now[row + 1 :], before[row + 1 :])
-        for row in rows
-        if isinstance(row, int) and 0 <= row < len(now)
-    )
+    if not isinstance(before, torch.Tensor) or now.shape != before.shape:
+        return False
+    return not now[row].any() and same(now[:row], before[:row]) and same(now[row + 1 :], before[row + 1 :])
+
+
+def _other_tokens(model: Any) -> set[Any]:
+    """The numbers of all special tokens but padding that the configs of a model name."""
+    found: set[Any] = set()
+    for _, part in survey(model).models:
+        for key, value in vars(getattr(part, "config", None) or object).items():
+            if key.endswith("_token_id") and key != "pad_token_id":
+                found.update(value if isinstance(value, list) else [value])
+    return found
 
 
 def rival_of(source: str, group: Group, stored: dict[str, torch.Tensor]) -> str | None:
     """A stored member of the group whose values are not those of `source`, or cannot be compared with them."""
     for name in group.members:
-        if name in stored and stored[name] is not stored[source] and not holds(stored[name], stored[source]):
+        if name in stored and stored[name] is not stored[source] and not equals(stored[name], stored[source]):
             return name
     return None
 

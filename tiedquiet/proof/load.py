@@ -9,7 +9,7 @@ from tiedquiet.proof import record
 from tiedquiet.proof.judge import judge, writes_elsewhere
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import tensor_at
+from tiedquiet.proof.survey import survey, tensor_at
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding
 
@@ -27,17 +27,27 @@ class Load:
 
     Attributes:
         known: what is known once it is settled.
-        mended: findings that were put right while the checkpoint was being read.
+        mended: findings that were put right.
+        where: where the checkpoint lies.
+        reported: the keys that the loader reported missing.
+        dropped: those of them that were left out of its report.
+        arguments: the model's class, and what its `__init__` was given: config, positional and keyword arguments.
+        is_in_call: whether its watch is left when the call around it returns.
     """
 
     def __init__(
         self, model: torch.nn.Module, reading: Reading, protect: bool = False, is_resumed: bool = False
     ) -> None:
         self.reading = reading
-        self.watch = Watch(reading.read_to, protect)
+        self.watch = Watch(reading.read_to, protect, reading.is_in_files)
         self.in_flight = sys.exc_info()[1]
         self.known: Record | None = None
         self.mended: list[Finding] = []
+        self.where: object = None
+        self.reported: set[str] = set()
+        self.dropped: set[str] = set()
+        self.arguments: tuple[Any, ...] = ()
+        self.is_in_call = False
         self._is_resumed = is_resumed
         vars(model)[_ATTRIBUTE] = self
 
@@ -55,10 +65,12 @@ class Load:
 
     def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
         """Note what has just been allocated for tensors that were on meta: memory without values."""
+        was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
         for name in were_on_meta:
             tensor = tensor_at(model, name)
             if tensor is not None and not tensor.is_meta:
-                self.watch.add_placeholder(tensor)
+                self.watch.placeholders.add(tensor)
+        self.watch.open = was_open
 
     def on_meta(self, model: torch.nn.Module) -> set[str]:
         """The names of the tensors without values that may get memory: what was not read, and buffers."""
@@ -71,8 +83,8 @@ class Load:
         Raises:
             Exception: what went wrong under the watch; after that nothing can be said.
         """
-        self.watch.open = False
-        if self.known is None:  # what is written afterwards, `repair` writes
+        if self.watch.open:  # what is written afterwards, `repair` writes
+            self.watch.open = False
             self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
         self.known = judge(model, self.reading, self.watch, reported, self._is_resumed)
         return list(self.known.settled.values())
@@ -82,8 +94,13 @@ class Load:
         if vars(model).get(_ATTRIBUTE) is self:
             del vars(model)[_ATTRIBUTE]
         known, self.known = self.known, None
+        if self.watch.placeholders:
+            self.watch.open = False
+            now = survey(model)
+            for tensor in (*now.state.values(), *now.others.values()):
+                self.watch.placeholders.take_marks_off(tensor)
         self.watch = Watch({}, protect=False)  # whoever still holds this load keeps no tensor and no exception alive
-        self.reading, self.in_flight = Reading(self.reading.checkpoint, {}, {}, set(), 0), None
+        self.reading, self.in_flight, self.arguments = Reading(self.reading.checkpoint, {}, {}, set(), 0), None, ()
         if known is not None:
             earlier = record.of(model)
             record.leave(model, known if earlier is None else known.after(earlier))

@@ -2,18 +2,25 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from itertools import permutations
 
 import torch
 
 _CHUNK = 1 << 22  # elements compared at once: a comparison may make a mask as large as what it compares
+_MOST_DIMENSIONS = 5  # of what may be held in another order of its dimensions
+
+# Where a tensor was read to: an alias of its memory, or one of each plain tensor that another type consists of.
+Place = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-def plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+def plain(tensor: Place) -> list[torch.Tensor]:
     """The plain tensors whose memory holds the values: of a DTensor its local part, of a quantised one its inner ones.
 
     Of a parameter that DeepSpeed has partitioned it is this process's part. Empty for what is on meta, sparse or empty,
     and for a type that does not tell.
     """
+    if isinstance(tensor, tuple):
+        return list(tensor)
     if (kind := type(tensor)) is not torch.nn.Parameter and kind is not torch.Tensor:
         if hasattr(kind, "__tensor_flatten__"):
             inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -38,7 +45,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 class Memory:
     """Which tensors lie where."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Place]) -> None:
         self._pieces = sorted(
             ((*_extent(piece), name, piece) for name, tensor in tensors.items() for piece in plain(tensor)),
             key=lambda piece: piece[0],
@@ -59,48 +66,90 @@ class Memory:
             place -= 1
 
     def holding(self, tensor: torch.Tensor) -> list[str]:
-        """Names whose memory holds the whole of a plain tensor: it is the same tensor, or a view of it."""
-        start, end = _extent(tensor)
+        """Names of which a plain tensor is the whole, a slice or the transpose: their values in their order."""
+        start, _ = _extent(tensor)
         place = bisect_left(self._starts, start + 1) - 1
         if place < 0 or self._reach[place] <= start:
             return []  # the usual answer, given early
-        found = []
-        for name, whole in self.meeting(tensor):
-            first, last = _extent(whole)
-            if whole.dtype == tensor.dtype and first <= start and end <= last:
-                size = whole.element_size()
-                if whole.numel() * size < last - first:  # it has gaps, in which another tensor may lie
-                    marks = torch.zeros((last - first) // size, dtype=torch.bool)
-                    marks.as_strided(whole.shape, whole.stride())[...] = True
-                    if not marks.as_strided(tensor.shape, tensor.stride(), (start - first) // size).all():
-                        continue
-                found.append(name)
-        return found
+        return [name for name, whole in self.meeting(tensor) if _is_in_order(tensor, whole)]
 
 
-def loses(stored: torch.dtype, ours: torch.dtype) -> bool:
-    """Whether a cast from one type to the other cannot but lose values: fractions, or an imaginary part."""
-    return (stored.is_floating_point and not (ours.is_floating_point or ours.is_complex)) or (
-        stored.is_complex and not ours.is_complex
-    )
+def _is_in_order(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether a tensor that meets another's memory has its values in their order, and not just some of its bytes."""
+    if tensor.dtype != whole.dtype:
+        return False
+    offset = (tensor.data_ptr() - whole.data_ptr()) // whole.element_size()
+    # Of a square matrix the transpose has the shape of the matrix itself: whether that is meant cannot be seen.
+    if whole.dim() == 2 and tensor.shape == whole.shape[::-1] != whole.shape and offset == 0:
+        return tensor.stride() == whole.stride()[::-1]
+    dims = [(length, stride) for length, stride in zip(whole.shape, whole.stride(), strict=True) if length > 1]
+    if len(dims) == 1 and tensor.is_contiguous():
+        return 0 <= offset <= (dims[0][0] - tensor.numel()) * dims[0][1] and dims[0][1] == 1
+    sizes, place = [1] * len(dims), -1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size > 1:  # a dimension of one has any stride
+            place = next((i for i in range(place + 1, len(dims)) if dims[i][1] == stride), len(dims))
+            if place == len(dims):
+                return False
+            sizes[place] = size
+    for size, (length, stride) in sorted(zip(sizes, dims, strict=True), key=lambda pair: -pair[1][1]):
+        first, offset = divmod(offset, stride) if stride else (-1, 0)
+        if first < 0 or first + size > length:
+            return False
+    return offset == 0
+
+
+def may_lose(stored: torch.dtype, ours: torch.dtype) -> bool:
+    """Whether a cast from one type to the other can lose more than the last digits of a number.
+
+    That is fractions, an imaginary part, or whole numbers that are too large for a smaller type.
+    """
+    if ours.is_floating_point or ours.is_complex:
+        return stored.is_complex and not ours.is_complex
+    return stored != ours and (stored.is_floating_point or stored.is_complex or not _contains(ours, stored))
+
+
+def _contains(ours: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether one type of whole numbers has all numbers of another."""
+    if torch.bool in (ours, stored):
+        return stored is torch.bool
+    outer, inner = torch.iinfo(ours), torch.iinfo(stored)
+    return outer.min <= inner.min and outer.max >= inner.max
 
 
 def same(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether a plain tensor equals others, cast to its type, to the last bit: NaN is NaN, and -0 is not 0.
 
-    Where its type cannot but lose values, it is cast to theirs instead; what becomes infinite is not equal.
+    Where that cast may lose something, its own values are cast to the others' type instead; and what is too large for
+    its type is not equal.
     """
     if tensor.shape != values.shape:
         return False
-    if loses(values.dtype, tensor.dtype):
-        return same(values, tensor)
+    if may_lose(values.dtype, tensor.dtype):
+        if not may_lose(tensor.dtype, values.dtype):
+            return same(values, tensor)
+        values = values.to(torch.int64)  # unsigned and signed of one size: each has numbers that the other lacks
+        if tensor.dtype is not torch.int64:
+            return same(values, tensor.to(torch.int64))
     chunks = (part.detach().reshape(-1).split(_CHUNK) for part in (tensor, values))
     overflows = narrows(values.dtype, tensor.dtype)
     return all(
-        torch.equal(left.contiguous().view(torch.uint8), (cast := right.to(left)).contiguous().view(torch.uint8))
-        and not (overflows and bool((cast.isinf() & right.to(left.device).isfinite()).any()))
+        torch.equal(left.contiguous().view(torch.uint8), right.to(left).contiguous().view(torch.uint8))
+        and not (overflows and _is_beyond(right, left.dtype))
         for left, right in zip(*chunks, strict=True)
     )
+
+
+def _is_beyond(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values are too large for a type, which makes them infinite, NaN, or its largest number."""
+    limit = torch.finfo(dtype)
+    return bool((values.isfinite() & (values.abs() > limit.max * (1 + limit.eps))).any())
+
+
+def is_at_limit(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values that its type makes of numbers too large for it."""
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool((~(values.abs() < torch.finfo(tensor.dtype).max)).any())
 
 
 def narrows(stored: torch.dtype, ours: torch.dtype) -> bool:
@@ -112,28 +161,48 @@ def narrows(stored: torch.dtype, ours: torch.dtype) -> bool:
     return both and torch.finfo(stored).max > 2 * torch.finfo(ours).max
 
 
-def holds(tensor: torch.Tensor, values: torch.Tensor) -> bool | None:
-    """Whether all of `values` are still there: cast, transposed, reshaped, or with rows appended to them.
+def equals(tensor: Place, values: Place) -> bool | None:
+    """Whether a tensor has these values in their order, cast to its type; None where that cannot be told."""
+    pieces, wanted = plain(tensor), plain(values)
+    if len(pieces) != len(wanted) or not pieces:
+        return None
+    return all(map(same, pieces, wanted))
+
+
+def is_copy(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a tensor has the values of another in their order, or is the transpose of one that is not square."""
+    turned = values.dim() == 2 and tensor.shape == values.shape[::-1] != values.shape
+    return bool(equals(tensor.t() if turned else tensor, values))
+
+
+def holds(tensor: Place, values: Place) -> bool | None:
+    """Whether all of `values` are still there: cast, reshaped, turned, or with rows appended to them.
+
+    Turned is what has its dimensions in another order, as a transposed matrix has.
 
     None where that cannot be told.
     """
     pieces, wanted = plain(tensor), plain(values)
-    if len(pieces) != len(wanted) or not pieces:
-        return None
-    if len(pieces) > 1:
-        return all(map(same, pieces, wanted))
+    if len(pieces) != 1 or len(wanted) != 1:
+        return equals(tensor, values)
     now, before = pieces[0], wanted[0]
-    if now.dim() == before.dim() > 0 and now.shape[1:] == before.shape[1:] and len(now) >= len(before):
+    if now.dim() == before.dim() > 0 and now.shape[1:] == before.shape[1:] and len(now) > len(before):
         return same(now[: len(before)], before)
-    if now.shape == before.shape[::-1]:
-        return same(now.t(), before)
-    if now.numel() == before.numel():
-        return same(now.reshape(-1), before.reshape(-1))
-    return None if now.numel() > before.numel() else False
+    if now.numel() != before.numel():
+        return None if now.numel() > before.numel() else False
+    if same(now.reshape(-1), before.reshape(-1)):
+        return True
+    if not 1 < before.dim() <= _MOST_DIMENSIONS or now.dim() != before.dim():
+        return False
+    turned = (before.permute(order) for order in permutations(range(before.dim())))
+    return any(now.shape == other.shape and same(now, other) for other in turned)
 
 
-def lies_at(tensor: torch.Tensor, read: torch.Tensor) -> bool:
+def lies_at(tensor: torch.Tensor, read: Place) -> bool:
     """Whether it is the same view of the same memory: a square matrix that was transposed has the address, too."""
+    if isinstance(read, tuple):
+        pieces = plain(tensor)
+        return len(pieces) == len(read) and all(map(lies_at, pieces, read))
     return tensor is read or (
         tensor.data_ptr() == read.data_ptr()
         and tensor.shape == read.shape

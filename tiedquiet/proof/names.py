@@ -84,6 +84,11 @@ def conversions_of_native(model: Any) -> list[Any]:
         return []  # it cannot be built from this config alone
 
 
+def has_converter(conversions: list[Any]) -> bool:
+    """Whether any of these conversions does more than rename."""
+    return bool(_machinery(conversions)[2]) if conversions else False
+
+
 def targets(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, str]:
     """Which of a model's names `from_pretrained` reads each of the files' names into; the first, where it is split."""
     return {name: key for name, key, _ in _renamed(model, headers, state, conversions)}

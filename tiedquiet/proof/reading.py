@@ -7,18 +7,20 @@ looked for in the headers of the files, and only where a load is not plainly cle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import holds, loses, narrows
+from tiedquiet.proof.memory import Place, equals, may_lose, narrows, plain
 from tiedquiet.proof.survey import declared, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _SURE = (torch.float32, torch.bfloat16, torch.float64)  # types that nothing loses much in when it is cast to them
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
 
 
@@ -40,11 +42,12 @@ class Reading:
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
         names_of: names that the files have for those that were renamed.
+        made_of: what the loader made each tensor of, where it converted any; None where it converted none.
     """
 
     checkpoint: Checkpoint
     held: dict[str, torch.Tensor]
-    read_to: dict[str, torch.Tensor]
+    read_to: dict[str, Place]
     missing: set[str]
     total: int
     free: set[str] = field(default_factory=set)
@@ -55,6 +58,7 @@ class Reading:
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     names_of: Callable[[str], tuple[str, ...]] = lambda name: ()
+    made_of: Callable[[], Mapping[str, names.Origin]] | None = None
 
     @property
     def stored(self) -> set[str]:
@@ -64,12 +68,33 @@ class Reading:
     def values(self, name: str) -> torch.Tensor | None:
         """The checkpoint's values of one of the model's tensors; None where they cannot be told or were converted."""
         try:
-            value = self.checkpoint.read(name)
-            if value is None and len(own := self.names_of(name)) == 1:
-                value = self.checkpoint.tensors[own[0]]()
+            return self.checkpoint.tensors[own]() if (own := self._name_of(name)) is not None else None
         except Exception:
             return None
-        return value
+
+    def is_in_files(self, name: str) -> bool:
+        """Whether what was read into a tensor can be had from the files once more, so that nothing need be kept of it.
+
+        Not of a state dict that somebody handed over: he can write to it, and the model may hold these very tensors.
+        """
+        try:
+            return self.checkpoint.state_dict is None and self._name_of(name) is not None
+        except Exception:
+            return False
+
+    def _name_of(self, name: str) -> str | None:
+        """The one name that the files have for a tensor whose values were at most cast."""
+        if (made := self._made) is not None:
+            origin = made.get(name)
+            return None if origin is None or origin.is_converted else origin.names[0]
+        if (key := next(self.checkpoint.names_of(name), None)) is not None:
+            return key
+        own = self.names_of(name)
+        return own[0] if len(own) == 1 else None
+
+    @cached_property
+    def _made(self) -> Mapping[str, names.Origin] | None:
+        return None if self.made_of is None else self.made_of()
 
 
 def read(
@@ -111,6 +136,11 @@ def names_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any], k
     """The names that the files have for what was read into a key, if the loader renamed it."""
     targets = names.targets(model, checkpoint.headers, survey(model).state, conversions)
     return tuple(name for name, target in targets.items() if target == key)
+
+
+def origins_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any]) -> dict[str, names.Origin]:
+    """What the loader made each of the model's tensors of."""
+    return names.origins(model, checkpoint.headers, survey(model).state, conversions)
 
 
 def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
@@ -226,10 +256,11 @@ def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str,
 def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, unread: names.Headers) -> None:
     """Add a finding where the type that a tensor was read into cannot hold what is stored."""
     stored, ours = headers[name].dtype, reading.held[key].dtype
-    if loses(stored, ours):
+    if may_lose(stored, ours):
         kinds = [str(kind).removeprefix("torch.") for kind in (stored, ours)]
-        why = f"by the cast to {kinds[1]}: the file has it as {kinds[0]}"
-        reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
+        if not equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
+            why = f"by the cast to {kinds[1]}: the file has it as {kinds[0]}"
+            reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
     elif stored in _CODES and ours not in _CODES and ours.is_floating_point:
         beside = name.rpartition(".")[0] + "."
         if scale := next((n for n in sorted(unread) if n.startswith(beside)), None):
@@ -247,7 +278,7 @@ def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
     for own in by_object(reading.held).values():
         if len(own) > 1:
             values = {name: reading.values(name) for name in sorted(own)}
-            won = [n for n, value in values.items() if value is not None and holds(reading.read_to[n], value)]
+            won = [n for n, value in values.items() if value is not None and equals(reading.read_to[n], value)]
             for name in values.keys() - set(won):
                 if won and values[name] is not None:
                     yield (
@@ -279,6 +310,8 @@ def _is_ignored(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
 
 
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor over the same memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
-    return tensor.detach() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else tensor
+def _alias(tensor: torch.Tensor) -> Place:
+    """What shares a tensor's memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
+    if type(tensor) in _ORDINARY:
+        return tensor.detach()
+    return tuple(piece.as_subclass(torch.Tensor).detach() for piece in plain(tensor))

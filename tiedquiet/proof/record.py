@@ -26,6 +26,7 @@ class Record:
         two_ends: findings on ties of which both ends were stored, with different values.
         settled: all findings when the load had ended.
         grown: names of tensors that were made larger.
+        altered: names of tensors that were turned, or whose own row for padding transformers zeroed again: no loss.
         narrowed: names of what was cast to a type with a smaller range.
         places: where what stays on disk is, by name.
         likely: for missing keys, an unread tensor of the files that fits their shape.
@@ -44,6 +45,7 @@ class Record:
     two_ends: dict[str, Finding] = field(default_factory=dict)
     settled: dict[str, Finding] = field(default_factory=dict)
     grown: set[str] = field(default_factory=set)
+    altered: set[str] = field(default_factory=set)
     narrowed: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
     likely: dict[str, str] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Record:
             setattr(
                 self, kept, {**{k: v for k, v in getattr(earlier, kept).items() if k not in own}, **getattr(self, kept)}
             )
-        for kept in ("grown", "narrowed", "free"):
+        for kept in ("grown", "altered", "narrowed", "free"):
             setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
         new = own - earlier.stored - earlier.missing
         self.total = earlier.total + len(new)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from tiedquiet.proof.judge import rival_of
+from tiedquiet.proof.judge import before_writing, rival_of
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import lies_at, plain, same
+from tiedquiet.proof.memory import equals, lies_at, plain, same
 from tiedquiet.proof.survey import Survey, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, Finding, Verdict
@@ -16,7 +16,7 @@ _MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRIT
 
 
 def repair(
-    load: Load, model: torch.nn.Module, findings: list[Finding], in_place: bool = False
+    load: Load, model: Any, findings: list[Finding], in_place: bool = False
 ) -> tuple[list[Finding], list[Finding]]:
     """Put right what can be without losing anything that was stored.
 
@@ -45,7 +45,7 @@ def repair(
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
                 _tie(load, model, finding, now, in_place)
             elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER:
-                twin = _buffers_of_a_twin(model) if twin is None else twin
+                twin = _buffers_of_twins(load.arguments, model.dtype) if twin is None else twin
                 _fill(load, model, key, twin.get(key), now)
         findings = load.settle(model, load.known.reported if load.known else set())
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
@@ -68,10 +68,11 @@ def copy_in_place(tensor: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
     tensor, read = load.reading.held[key], load.reading.read_to[key]
-    write = load.watch.writes.get(key)
-    if write is not None and write.before is not None:
-        read.copy_(write.before)
-    if not lies_at(tensor, read):
+    pieces, write = plain(read), load.watch.writes.get(key)
+    before = before_writing(load.reading, key, write)
+    if write is not None and isinstance(before, torch.Tensor) and len(pieces) == 1:
+        pieces[0].copy_(before)
+    if not lies_at(tensor, read) and isinstance(read, torch.Tensor):
         tensor.data = read
     taken = now.state[key]
     if taken is not tensor:
@@ -120,27 +121,36 @@ def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Su
         parent, _, name = key.rpartition(".")
         setattr(model.get_submodule(parent), name, values.to(model.device))
         return
-    load.watch.open = True  # so that the write is seen
     buffer.copy_(values)
-    load.watch.open = False
+    load.watch.placeholders.note_written(buffer)
     load.reading.free.add(key)  # it has what its class computes: that the files lack it is no loss
 
 
-def _buffers_of_a_twin(model: Any) -> dict[str, torch.Tensor]:
-    """The buffers of a second model of the same class and config, as its `__init__` computes them."""
-    watch, dtype = Watch({}, protect=False), torch.get_default_dtype()
-    torch.set_default_dtype(model.dtype)  # as `from_pretrained` does
+def _buffers_of_twins(arguments: tuple[Any, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The buffers that a second `__init__` computes, with the arguments of the first one; what a third computes, too.
+
+    What differs between the two was drawn or counted, and nobody can tell what the first one made of it.
+    """
+    first, second = (_buffers_of_a_twin(arguments, dtype, seed) for seed in (1, 2))
+    return {name: buffer for name, buffer in first.items() if name in second and equals(buffer, second[name])}
+
+
+def _buffers_of_a_twin(arguments: tuple[Any, ...], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+    watch, default = Watch({}, protect=False), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as `from_pretrained` does
     try:
         from accelerate import init_empty_weights
 
+        kind, config, args, kwargs = copy.deepcopy(arguments)
         with torch.random.fork_rng(devices=[]), watch, init_empty_weights(include_buffers=False):
-            twin = type(model)(copy.deepcopy(model.config))
+            torch.manual_seed(seed)
+            twin = kind(config, *args, **kwargs)
     except Exception:
-        return {}  # it needs more than its config, or there is no accelerate: its buffers stay, and are reported
+        return {}  # what it was made with is not known, or there is no accelerate: its buffers stay, and are reported
     finally:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(default)
     return {
         name: buffer
         for name, buffer in twin.named_buffers(remove_duplicate=False)
-        if not buffer.is_meta and not watch.is_unwritten(buffer)
+        if not buffer.is_meta and not watch.placeholders.has(buffer)
     }

@@ -1,0 +1,112 @@
+"""A call of `from_pretrained` that is going on: the watch is in force until it returns, whatever the class does in it.
+
+That is: overrides of the functions that it calls, `eval()` with what a layer merges there, kernels, and the class's own
+`from_pretrained` around transformers'.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
+
+from tiedquiet import words
+from tiedquiet.doors.outcome import conclude, say
+from tiedquiet.doors.wrapping import stand_aside
+from tiedquiet.proof.load import Load
+from tiedquiet.verdict import LoadError
+
+
+class Call:
+    """One call.
+
+    Args:
+        kind: the class that is loaded.
+
+    Attributes:
+        arguments: what the model's `__init__` was called with, where that is known.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.arguments: tuple[Any, ...] = ()
+        self._open: list[tuple[Load, Any]] = []
+        self._modes = len(_get_current_dispatch_mode_stack())
+
+    def run(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call; judge what was loaded in it once it has returned.
+
+        Raises:
+            LoadError: in `strict`, what was loaded is not sound, or our own code failed.
+        """
+        token = _CURRENT.set(self)
+        try:
+            result = wrapped(*args, **kwargs)
+        except BaseException:
+            self.leave_watch()
+            for load, model in self._open:
+                with suppress(Exception):
+                    load.close(model)
+            raise
+        finally:
+            _CURRENT.reset(token)
+        self.leave_watch()
+        failures = [failure for load, model in self._open if (failure := end(load, model)) is not None]
+        if failures:
+            raise failures[0]
+        return result
+
+    def watch(self, load: Load, model: Any) -> None:
+        """Watch over what was read into a model until the call returns."""
+        load.is_in_call = True
+        self._open.append((load, model))
+        try:
+            load.watch.__enter__()
+        except Exception as error:
+            load.watch.give_up(error)  # said when the load has ended
+
+    def end_earlier(self, model: Any) -> None:
+        """Judge what was read into the model before: an adapter is about to be read into it.
+
+        Raises:
+            LoadError: in `strict`, as above.
+        """
+        earlier = [pair for pair in self._open if pair[1] is model]
+        if earlier:
+            self.leave_watch()
+            self._open = [pair for pair in self._open if pair[1] is not model]
+            for load, _ in earlier:
+                if (failure := end(load, model)) is not None:
+                    raise failure
+
+    def leave_watch(self) -> None:
+        """Leave every mode that was entered since the call began: the code that entered another has ended."""
+        while len(_get_current_dispatch_mode_stack()) > self._modes:
+            _pop_mode()
+
+
+_CURRENT: ContextVar[Call | None] = ContextVar("tiedquiet_call", default=None)
+
+
+def current() -> Call | None:
+    """The call that is going on here."""
+    return _CURRENT.get()
+
+
+def end(load: Load, model: Any) -> LoadError | None:
+    """Judge a load that has ended, say what there is to say, and leave its record on the model.
+
+    Returns:
+        What is to be raised.
+    """
+    try:
+        outcome = conclude(load, model, load.where, load.reported)
+    except Exception as error:
+        rows = f"; not proven, although left out of the report: {words.few(load.dropped)}" if load.dropped else ""
+        return stand_aside(error, rows)
+    finally:
+        with suppress(Exception):
+            load.close(model)
+    say(outcome)
+    return outcome.failure
