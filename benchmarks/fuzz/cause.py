@@ -4,11 +4,13 @@ from benchmarks.fuzz.draw import tied_keys
 from benchmarks.fuzz.plan import Plan, Write
 
 WATCHED = ("_init_weights", "tie_weights")  # before the report is made; what is written there is named by its way
-HARMLESS = ("the same values", "a clone", "turned", "turned view", "flattened", "cast to float64")
+HARMLESS = ("the same values", "a clone", "cast to float64")
 
 
 def cause(plan: Plan, name: str) -> str:
     """In a few words; what is odd about the file first, then who wrote, then how it is tied or computed."""
+    if not name:
+        return "of the whole load"
     shape, stored = plan.shape, plan.stored
     module = name.rpartition(".")[0]
     ends = tied_keys(shape)
@@ -21,7 +23,7 @@ def cause(plan: Plan, name: str) -> str:
     said += [_write(write) for write in writes if write.moment not in WATCHED]
     said += [_write(write) for write in writes if write.moment in WATCHED]
     said += _of_buffer(plan, name)
-    if module in ("second", shape.shared):
+    if shape.shared and module in ("second", shape.shared):
         said.append("module shared in __init__")
     if any(key in stored.renamed for key in family):
         said.append("under another name")

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from benchmarks.fuzz.plan import Part, Shape, Table, Ties, Write
+from benchmarks.fuzz.plan import Shape, Table, Ties, Write
 from benchmarks.fuzz.writes import WAYS
 
 VOCABULARY, WIDTH = 12, 6
-MAKERS: dict[str, Callable[[Part], nn.Module]] = {
-    "linear": lambda part: nn.Linear(*part.size, bias=part.bias),
-    "embedding": lambda part: nn.Embedding(*part.size, padding_idx=part.padding),
-    "conv1d": lambda part: nn.Conv1d(*part.size, bias=part.bias),
+MAKERS: dict[str, Callable[[Any], nn.Module]] = {  # of a `Part`
+    "linear": lambda part: nn.Linear(part.size[0], part.size[1], part.bias),
+    "embedding": lambda part: nn.Embedding(part.size[0], part.size[1], part.padding),
+    "conv1d": lambda part: nn.Conv1d(part.size[0], part.size[1], part.size[2], bias=part.bias),
     "conv2d": lambda part: nn.Conv2d(part.size[0], part.size[1], part.size[2:], bias=part.bias),
     "norm": lambda part: nn.LayerNorm(part.size[0]),
     "bare": lambda part: Bare(part.size),
@@ -132,7 +133,7 @@ FILLS: dict[str, Callable[[Any, str, torch.Tensor], object]] = {
     "init.copy_": lambda owner, name, value: init.copy_(getattr(owner, name), value),
     "numpy": _by_numpy,
     ".data.numpy": lambda owner, name, value: _by_numpy_data(owner, name, value),
-    "dlpack": lambda owner, name, value: torch.from_dlpack(getattr(owner, name)).copy_(value),
+    "dlpack": lambda owner, name, value: from_dlpack(getattr(owner, name)).copy_(value),
     "another thread's .data": lambda owner, name, value: _by_thread(lambda: getattr(owner, name).data.copy_(value)),
     "another thread": lambda owner, name, value: _by_thread(lambda: getattr(owner, name).copy_(value)),
     "registered anew": _register,
@@ -199,15 +200,15 @@ class Fuzzed(PreTrainedModel):  # type: ignore[misc, unused-ignore]
         return embeddings(self, "head")
 
     def _init_weights(self, module: Any) -> None:
-        style = self.shape.init
+        style, bias = self.shape.init, getattr(module, "bias", None)
         if style in ("v4", "mixed") and isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(0.0, 0.02)
-            if getattr(module, "bias", None) is not None:
-                module.bias.data.zero_()
+            if bias is not None:
+                bias.data.zero_()
         elif style in ("init", "mixed") and isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d):
             init.normal_(module.weight, 0.0, 0.02)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
+            if bias is not None:
+                init.zeros_(bias)
         if self.live:
             for path, owner in self.named_modules():
                 if owner is module:
@@ -219,7 +220,8 @@ class Fuzzed(PreTrainedModel):  # type: ignore[misc, unused-ignore]
             return
         for table in self.shape.tables:
             if table.moment == moment and not table.persistent and only in (None, table.path):
-                self.get_submodule(table.path).fill()  # type: ignore[operator]
+                buffers: Any = self.get_submodule(table.path)
+                buffers.fill()
         for number, write in enumerate(self.writes):
             path, _, name = write.key.rpartition(".")
             if write.moment != moment or only not in (None, path) or f"{number}" in self.done:
@@ -231,17 +233,17 @@ class Fuzzed(PreTrainedModel):  # type: ignore[misc, unused-ignore]
                 WAYS[write.way].run(owner, name, write.row)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _put(model: Any, path: str, module: nn.Module) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         if parent not in model._modules:
             model.add_module(parent, nn.Module())
-        model = model._modules[parent]  # type: ignore[assignment]
+        model = model._modules[parent]
     model.add_module(last, module)
 
 
-def embeddings(model: nn.Module, name: str) -> Any:
-    ties = getattr(model, "shape", None) and model.shape.ties  # type: ignore[union-attr]
+def embeddings(model: Any, name: str) -> Any:
+    ties = model.shape.ties
     return getattr(model.get_submodule(ties.prefix[:-1]) if ties else model, name, None)
 
 
@@ -312,7 +314,7 @@ def make(shape: Shape, writes: tuple[Write, ...] = ()) -> Any:
         body["_keys_to_ignore_on_load_missing"] = [rf"^{shape.ignored}\."]
     from benchmarks.fuzz import overrides
 
-    for moment in moments:
+    for moment in sorted(moments):  # a set's order is not the same in every process
         overrides.add(body, moment)
     return type("Drawn", (Fuzzed,), body)
 

@@ -54,7 +54,8 @@ class Files:
     def _values(self) -> Tensors:
         plan = self.plan
         generator = torch.Generator().manual_seed(plan.seed)
-        ends, values = tied_keys(plan.shape), {}
+        ends = tied_keys(plan.shape)
+        values: Tensors = {}
         for key, tensor in keys_of(plan.shape).items():
             value = torch.rand(tensor.shape, generator=generator) * 2 + 0.5  # nowhere zero, nowhere whole
             if tensor.dtype == torch.int64:

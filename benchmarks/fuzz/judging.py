@@ -15,7 +15,7 @@ from benchmarks.fuzz.files import Files
 from benchmarks.fuzz.loading import Loaded
 from benchmarks.fuzz.plan import Plan
 from benchmarks.fuzz.truth import Truth
-from tiedquiet import Proof, Verdict
+from tiedquiet import LoadError, Proof, Verdict
 
 CONFIRMED = {Verdict.TIED, Verdict.COPIED}
 LOUD = {Verdict.UNREAD, Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS}
@@ -153,8 +153,8 @@ def _judge_on(result: Judged, truth: Truth, on: Loaded) -> None:
             else:
                 result.add("missed", "on", name, fact.state, _said(said, name))
         loud = said.get(name, set()) & LOUD
-        # Garbage in a head that should be tied is called by its tie, and a head that is drawn anew is no garbage.
-        false = (not fact.is_bad and fact.state != "open") or (fact.state == "missing" and bool(loud))
+        drawn = fact.state == "missing" and Verdict.UNWRITTEN in loud
+        false = (not fact.is_bad and fact.state != "open") or drawn
         if (false and loud) or (fact.state in ("held", "right") and Verdict.MISSING in said.get(name, ())):
             result.add("false alarm", "on", name, fact.state, _said(said, name))
     if truth.plan.way.device_map == "meta" and on.proof.ok:
@@ -182,10 +182,10 @@ def _judge_strict(result: Judged, truth: Truth, on: Loaded, strict: Loaded) -> N
     must = [n for n, fact in facts.items() if fact.must_raise and fact.is_bad and not fact.blind]
     may = any(fact.state == "open" or (fact.is_bad and fact.must_raise is not False) for fact in facts.values())
     said = findings_of(on.proof)
-    if strict.raised and not may:
-        findings = getattr(strict.error, "findings", ())
-        name = findings[0].key if findings else ""
-        result.add("raised for nothing", "strict", name, "sound", ", ".join(str(f.verdict) for f in findings[:1]))
+    # An error of ours is raised as well, without findings: that is counted as what it is.
+    if isinstance(strict.error, LoadError) and strict.error.findings and not may:
+        first = strict.error.findings[0]
+        result.add("raised for nothing", "strict", first.key, "sound", str(first.verdict))
     if not strict.raised and strict.error is None:
         unproven = all(said.get(name) == {Verdict.UNPROVEN} for name in must)
         if must and not unproven:

@@ -54,6 +54,11 @@ def by_seed(lines: Lines) -> dict[int, set[tuple[str, ...]]]:
     return {line["seed"]: {tuple(fault[:3]) for fault in line.get("faults", [])} for line in lines}
 
 
+def repaired(lines: Lines) -> dict[int, int]:
+    """How many names of each load `repair` put right."""
+    return {line["seed"]: line.get("counts", {}).get("repaired", 0) for line in lines}
+
+
 COLUMNS = {"loads": "loads", "truths": "truths", "told": "told", "unseen": "cannot be seen", "unproven": "unproven"} | {
     fault: fault for fault in FAULTS
 }

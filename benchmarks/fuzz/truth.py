@@ -123,11 +123,7 @@ class Truth:
         if len(values) > 1 and not same(values[0], values[1]):
             return Fact("two values", True)
         now = self.value(key)
-        how = WAYS[write.way] if write else None
-        held = now is not None and any(
-            keeps(now, value, self.dtype)
-            for value in (values[0], *((how.turns(values[0]),) if how and how.turns else ()))
-        )
+        held = self._keeps(key, values[0])
         odd = self.plan.stored.odd.get(key)
         if held and odd == "int8 scale":
             return Fact("codes", True)
@@ -143,32 +139,40 @@ class Truth:
         rivals = frozenset(other for other in group if not same(self.files.held[other][0], values[0]))
         return Fact("lost", True, blind, rivals)
 
+    def _keeps(self, key: str, value: torch.Tensor) -> bool:
+        """Whether a key holds a value, in the order in which its class may have put it on purpose."""
+        now, write = self.value(key), self.written.get(key)
+        turns = WAYS[write.way].turns if write else None
+        return now is not None and any(
+            keeps(now, each, self.dtype) for each in (value, *((turns(value),) if turns else ()))
+        )
+
     def _of_unread(self, key: str) -> Fact:
         """Of a key that the files have under another name."""
         name, value = self.files.elsewhere[key]
-        now = self.value(key)
-        if now is not None and keeps(now, value, self.dtype):
+        if self._keeps(key, value):
             return Fact("held")
-        if self._end_in_files(key) is not None and self.asked:
+        if self._ends_read(key) and self.asked:
             return self._of_missing(key)
         if any(self._one(key, other) for other in self.files.held):
             return Fact("open", None)  # one tensor by what `__init__` or an override does, whatever the files say
         # By one prefix that fits all it is told for certain; for one renamed module there may be a hint.
         return Fact("unread", True if name == f"wrapped.{key}" else None, self._is_blind(key))
 
-    def _end_in_files(self, key: str) -> str | None:
-        """A member of the same tie that the files have under its own name."""
+    def _ends_read(self, key: str) -> set[str]:
+        """The members of the same tie whose values were read."""
         root = self.targets.get(key, key)
-        ends = [root, *(target for target, source in self.targets.items() if source == root)]
-        return next((end for end in ends if end != key and end in self.files.held), None)
+        ends = {root, *(target for target, source in self.targets.items() if source == root)} - {key}
+        read = {end for end in ends if end in self.files.elsewhere and self.facts.get(end) == Fact("held")}
+        return (ends & self.files.held.keys()) | read
 
     def _of_missing(self, key: str) -> Fact:
         known = [name for name in self.facts if name in self.files.held or name in self.files.elsewhere]
         one = [other for other in known if other != key and self._one(key, other)]
         states = {self.facts[other].state for other in one}
-        source = self._end_in_files(key)
+        source = min(self._ends_read(key), default=None)
         if "held" in states:
-            apart = source is not None and source not in one and not self.plan.stored.equal
+            apart = self._ends_read(key) - set(one) and not self.plan.stored.equal
             return Fact("open", None) if apart else Fact("tied")
         if states & {"open", "codes", "two values"} or self._is_another_view(key):
             return Fact("open", None)
@@ -185,7 +189,12 @@ class Truth:
 
     def _of_untied(self, key: str, source: str) -> Fact:
         now, other = self.value(key), self.value(source)
-        if now is not None and other is not None and now.shape == other.shape and torch.equal(now, other):
+        if (
+            now is not None
+            and other is not None
+            and now.shape == other.shape
+            and torch.equal(now.double(), other.double())
+        ):
             if self.facts[source].state == "held":
                 return Fact("copied")
             return Fact("open", None)
@@ -214,13 +223,21 @@ class Truth:
             return
         parted: dict[str, set[str]] = {}
         for ends in self.targets.items():
-            if self.by_config or any(self.facts[end].state != "held" for end in ends):
-                continue
             values = [self._in_files(end) for end in ends]
-            if values[0] is not None and values[1] is not None and not same(values[0], values[1]):
+            if (
+                not self.by_config
+                and values[0] is not None
+                and values[1] is not None
+                and not same(values[0], values[1])
+            ):
                 for end in ends:
                     parted.setdefault(end, set()).update(ends)
-        self.facts.update((end, Fact("parted", True, group=frozenset(group))) for end, group in parted.items())
+        now = {end: self.facts[end].state for end in parted}
+        for end, group in parted.items():
+            if now[end] == "held":
+                # Where another end is lost, to say that the two differ is right, and not needed.
+                both = all(now[other] == "held" for other in group)
+                self.facts[end] = Fact("parted", True, group=frozenset(group)) if both else Fact("open", None)
 
     def _in_files(self, key: str) -> torch.Tensor | None:
         if key in self.files.held:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 Owner = Any
 
@@ -89,7 +90,7 @@ def _numpy_row(owner: Owner, name: str, row: int) -> None:
 
 
 def _dlpack(owner: Owner, name: str, row: int) -> None:
-    torch.from_dlpack(tensor_of(owner, name).detach()).fill_(0.75)
+    from_dlpack(tensor_of(owner, name).detach()).fill_(0.75)
 
 
 def _thread(owner: Owner, name: str, row: int) -> None:
