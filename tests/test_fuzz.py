@@ -60,7 +60,7 @@ def test_every_kind_is_drawn() -> None:
 
 @pytest.mark.slow
 def test_a_rule_that_is_taken_away_is_found() -> None:
-    name, seeds = "no memory counts as unwritten", list(range(12))
+    name, seeds = "no memory counts as unwritten", list(range(60))
     with_it, without = (report.by_seed(lines_of((seeds, rule))) for rule in ("", name))
     assert any(without[seed] - with_it[seed] for seed in seeds)
 

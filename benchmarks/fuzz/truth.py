@@ -172,7 +172,10 @@ class Truth:
         states = {self.facts[other].state for other in one}
         source = min(self._ends_read(key), default=None)
         if "held" in states:
-            apart = self._ends_read(key) - set(one) and not self.plan.stored.equal
+            others = self._ends_read(key) - set(one)
+            apart = any(self.facts[other].state == "lost" for other in others) or (
+                others and not self.plan.stored.equal
+            )
             return Fact("open", None) if apart else Fact("tied")
         if states & {"open", "codes", "two values"} or self._is_another_view(key):
             return Fact("open", None)
