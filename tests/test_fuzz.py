@@ -12,7 +12,7 @@ import transformers
 
 from benchmarks import fuzz
 from benchmarks.fuzz import draw, judging, mutations, report
-from benchmarks.fuzz.__main__ import lines_of
+from benchmarks.fuzz.running import lines_of
 from benchmarks.fuzz.writes import WAYS
 
 SEEDS: dict[str, Any] = json.loads((Path(fuzz.__file__).parent / "seeds.json").read_text())
