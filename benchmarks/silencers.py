@@ -388,7 +388,7 @@ CORRUPTION = {
     "sound": "good citizen",
     "sound, tied by an override": "DeclaresNone",
     "sound, a clone": "Clones",
-    "sound, padding row zeroed": "ZeroesThePaddingRow",
+    "a row for padding, zeroed by a user's class": "ZeroesThePaddingRow",
     "sound, written and restored": "WritesAndRestores",
 }
 CHECK = "`python -m tiedquiet check`"

@@ -126,7 +126,7 @@ def test_the_census_sees_a_shim_that_confirms_too_much(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("room", "nothing", "verdict"),
-    [("_judge_stored", ({}, set()), "overwritten"), ("_judge_placeholders", {}, "unwritten")],
+    [("_judge_stored", ({}, set(), set()), "overwritten"), ("_judge_placeholders", {}, "unwritten")],
 )
 def test_the_census_sees_a_shim_that_misses_a_loss(
     room: str, nothing: object, verdict: str, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +165,7 @@ def test_the_census_sees_a_shim_that_does_not_look_into_the_files(monkeypatch: p
 
 def say_overwritten(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     found = {key: Finding(key, Verdict.OVERWRITTEN, key, "by nobody", True)}
-    monkeypatch.setattr(judge, "_judge_stored", lambda *_: (found, set()))
+    monkeypatch.setattr(judge, "_judge_stored", lambda *_: (found, set(), set()))
 
 
 def test_the_census_sees_a_false_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_the_census_sees_a_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_census_sees_a_culprit_that_did_not_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedquiet.proof.watch._culprit", lambda: "by Somebody.else (nowhere.py:1)")
+    monkeypatch.setattr("tiedquiet.proof.watch._culprit", lambda: ("by Somebody.else (nowhere.py:1)", False))
     (line,) = lines_of(transformers.BertForMaskedLM, monkeypatch, VERSION_4)
     assert line["cause_wrong"]
 

@@ -228,20 +228,58 @@ def test_device_map_auto(tmp_path: Path, printed: Printed) -> None:
     assert len(printed.confirmed) == 1
 
 
-def test_a_padding_row_that_is_zeroed_again_is_no_loss(tmp_path: Path, printed: Printed) -> None:
-    class ZeroesPadding(cases.DeclaresNothing):
-        def tie_weights(self, *_: Any, **__: Any) -> None:
-            super().tie_weights()
-            if not self.transformer.wte.weight.is_meta:
-                self.transformer.wte.weight.data[0] = 0
+class Rows(cases.DeclaresNothing):
+    """Zeroes a row; `own` says whose code that seems to be."""
 
-    save(
-        cases.DeclaresNothing(gpt2()),
-        tmp_path,
-        [k for k in cases.DeclaresNothing(gpt2()).state_dict() if k != "lm_head.weight"],
-    )
-    loaded = ZeroesPadding.from_pretrained(tmp_path)
-    assert list(verdicts(loaded).values()) == [Verdict.TIED]
+    own = __name__
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        super().tie_weights()
+        weight = self.transformer.wte.weight
+        if not weight.is_meta:
+            row = self.config.row
+            exec("weight.data[row] = 0", {"__name__": self.own, "weight": weight, "row": row})
+
+
+@pytest.mark.parametrize(
+    ("own", "config", "expected"),
+    [
+        ("transformers.models.kosmos2.modeling_kosmos2", {"row": 3, "index": 3}, Verdict.TIED),
+        ("transformers_modules.kosmos2", {"row": 3, "index": 3}, Verdict.OVERWRITTEN),
+        ("transformers.models.kosmos2.modeling_kosmos2", {"row": 4, "index": 3}, Verdict.OVERWRITTEN),
+        (
+            "transformers.models.kosmos2.modeling_kosmos2",
+            {"row": 3, "index": None, "pad_token_id": 3},
+            Verdict.OVERWRITTEN,
+        ),
+        (
+            "transformers.models.kosmos2.modeling_kosmos2",
+            {"row": 3, "index": 3, "sep_token_id": 3},
+            Verdict.OVERWRITTEN,
+        ),
+        (
+            "transformers.models.kosmos2.modeling_kosmos2",
+            {"row": 3, "index": 3, "eos_token_id": [5, 3]},
+            Verdict.OVERWRITTEN,
+        ),
+    ],
+    ids=["its own", "a stranger's code", "another row", "of the config alone", "also a separator", "also an end"],
+)
+def test_a_row_that_is_zeroed_again(
+    own: str, config: dict[str, Any], expected: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers itself does it to the padding row of Kosmos 2, up to 5.20.2."""
+    monkeypatch.setattr(Rows, "own", own)
+    model = cases.DeclaresNothing(gpt2(**config))
+    save(model, tmp_path, [key for key in model.state_dict() if key != "lm_head.weight"])
+    index = config["index"]
+
+    class WithPadding(Rows):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.transformer.wte.padding_idx = index
+
+    assert verdicts(WithPadding.from_pretrained(tmp_path))["lm_head.weight"] is expected
 
 
 class DeclaresByAProperty(GPT2LMHeadModel):

@@ -100,6 +100,7 @@ def end(load: Load, model: Any) -> LoadError | None:
     Returns:
         What is to be raised.
     """
+    load.is_over = True
     try:
         outcome = conclude(load, model, load.where, load.reported)
     except Exception as error:

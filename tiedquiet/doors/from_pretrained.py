@@ -10,7 +10,7 @@ from typing import Any
 
 from tiedquiet import mode
 from tiedquiet.doors import adapters, call
-from tiedquiet.doors.outcome import Outcome, carry_out, left_missing
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
 from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_override
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
@@ -75,25 +75,22 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
 
 
 def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_finalize_model_loading`: the whole of a load where no `from_pretrained` is around it."""
+    """Around `_finalize_model_loading`: the watch, where no `from_pretrained` is around it or a quantiser follows."""
     model = bind(wrapped, args, kwargs)["model"]
     load = Load.of(model)
-    if load is None or load.is_in_call:
-        return wrapped(*args, **kwargs)
-    try:
-        with ExitStack() as entered:
+    with ExitStack() as entered:
+        if load is not None and not load.is_in_call:
+            entered.callback(_close, load, model)
             try:
                 entered.enter_context(load.watch)
             except Exception as error:
-                load.watch.give_up(error)  # said when the load has ended
-            result = wrapped(*args, **kwargs)
-    except BaseException:
-        with suppress(Exception):
-            load.close(model)
-        raise
-    if (failure := call.end(load, model)) is not None:
-        raise failure
-    return result
+                load.watch.give_up(error)  # said when the load is judged
+        return wrapped(*args, **kwargs)
+
+
+def _close(load: Load, model: Any) -> None:
+    with suppress(Exception):  # of a load that failed, or that was told already
+        load.close(model)
 
 
 def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,6 +122,13 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
         # it began to load is no such failure.
         if load is None or sys.exc_info()[1] is not load.in_flight:
             return None
+        named = bound if "pretrained_model_name_or_path" in bound else vars(bound["load_config"])
+        load.where = named.get("pretrained_model_name_or_path")
+        if not load.is_in_call:
+            load.reported = _reported(bound)
+            outcome = conclude(load, bound["model"], load.where, load.reported)
+            outcome.arguments = _with_missing(bound, outcome.missing)
+            return outcome
         try:
             return _filter(load, bound)
         except Exception as error:
@@ -149,24 +153,33 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
         if mode.current() == "repair" and (origins or prefixes) and not quantised and not to_disk:
             before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
             came_from = _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
-            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
+            also = {name: key for key, origin in origins.items() for name in origin.names}
+            also = also or {name: key for key, name in (prefixes.names if prefixes else {}).items()}
+            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised, also)
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in came_from}
             find_unread(model, reading, unread, config.weight_mapping or ())
     load = Load(model, reading, protect=mode.current() == "repair")
-    load.where, load.mended = vars(config).get("pretrained_model_name_or_path"), mended
+    load.mended = mended
     around = call.current()
     if around is not None:
         load.arguments = around.arguments
-        # What a quantiser does once transformers has reported changes tensors for good, and on purpose.
-        if not quantised:
+        # What a quantiser does once transformers has reported changes tensors for good, and on purpose. And of an
+        # adapter the report says which of its keys are missing, where the loader calls all of its base model so.
+        if not quantised and not adapters.is_loading(model):
             around.watch(load, model)
     if adapters.is_loading(model):
         adapters.note_rest(model, reading, unread)
 
 
 def _read(
-    model: Any, info: Any, checkpoint: Checkpoint, offloaded: Any, config: Any, quantised: bool
+    model: Any,
+    info: Any,
+    checkpoint: Checkpoint,
+    offloaded: Any,
+    config: Any,
+    quantised: bool,
+    also: dict[str, str] | None = None,
 ) -> tuple[Reading, names.Headers]:
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
@@ -178,9 +191,9 @@ def _read(
     elif names.has_converter(conversions):
         reading.made_of = partial(origins_in_files, model, checkpoint, conversions)
     unread: names.Headers = {}
-    if needs_headers(reading, info.unexpected_keys):
+    if also or needs_headers(reading, info.unexpected_keys):
         try:
-            unread = ask_headers(model, reading, conversions, quantised)
+            unread = ask_headers(model, reading, conversions, quantised, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's
             unread = {}
     return reading, unread
@@ -226,16 +239,22 @@ def _read_again(
 
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:
     """The report without the rows of what is in the model after all; what else there is to say is said at the end."""
-    info = bound.get("loading_info")
-    load.reported = set((info.missing_keys if info is not None else bound["missing_keys"]) or ())
+    load.reported = _reported(bound)
     missing = left_missing(load, bound["model"]) if load.reported else set()
-    if missing == load.reported:
-        return None
+    return Outcome(arguments=_with_missing(bound, missing)) if missing != load.reported else None
+
+
+def _reported(bound: dict[str, Any]) -> set[str]:
+    info = bound.get("loading_info")
+    return set((info.missing_keys if info is not None else bound["missing_keys"]) or ())
+
+
+def _with_missing(bound: dict[str, Any], missing: set[str]) -> dict[str, Any]:
+    info = copy.copy(bound.get("loading_info"))  # the caller gets this very object back by `output_loading_info`
     if info is None:
-        return Outcome(arguments={**bound, "missing_keys": missing})
-    info = copy.copy(info)  # the caller gets this very object back through `output_loading_info`
+        return {**bound, "missing_keys": missing}
     info.missing_keys = missing
-    return Outcome(arguments={**bound, "loading_info": info})
+    return {**bound, "loading_info": info}
 
 
 def _left_empty() -> bool:

@@ -41,6 +41,8 @@ def conclude(load: Load, model: Any, where: object, missing: set[str], in_place:
         in_place: whether every parameter has to stay the object that it is, since an optimizer may hold it.
     """
     findings = _settle(load, model, missing, in_place)
+    wrong = {finding.key for finding in findings if finding.verdict not in WELL}
+    load.mended = [finding for finding in load.mended if finding.key not in wrong]  # and was lost since
     outcome = told(model, where, findings, load.mended, missing, load.known.total if load.known else 0)
     load.close(model)
     return outcome
@@ -56,6 +58,7 @@ def left_missing(load: Load, model: Any) -> set[str]:
 
 
 def _settle(load: Load, model: Any, missing: set[str], in_place: bool = False) -> list[Finding]:
+    load.is_strict = mode.current() == "strict"
     findings = load.settle(model, missing)
     if mode.current() == "repair":
         findings, repaired = repair(load, model, findings, in_place)

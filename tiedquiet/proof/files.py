@@ -1,5 +1,7 @@
 """What a checkpoint's files hold, tensor by tensor."""
 
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -60,6 +62,23 @@ class Checkpoint:
         return {key: header for path in self.files for key, header in _headers(path)}
 
     @cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the tensors, as far as they can be had without reading much of a file."""
+        if self.state_dict is not None:
+            return {value.dtype for value in self.state_dict.values() if torch.is_tensor(value)}
+        if all(path.endswith(".safetensors") for path in self.files):
+            return {_TYPES.get(name, torch.uint8) for path in self.files for name in _names_of_types(path)}
+        return {header.dtype for header in self.headers.values()} if self.is_mapped else set()
+
+    @cached_property
+    def is_mapped(self) -> bool:
+        """Whether asking for names and types does not read whole files, as it does of pickles before torch 1.6."""
+        return all(
+            path.endswith(".safetensors") or (not path.endswith(".gguf") and zipfile.is_zipfile(path))
+            for path in self.files
+        )
+
+    @cached_property
     def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
         """What reads each tensor, under the name that the file has for it; the last file of a name counts.
 
@@ -109,6 +128,13 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     checkpoint = Checkpoint(None, [str(Path(folder, shard)) for shard in dict.fromkeys(where.values())], base)
     checkpoint.promised = set(where)
     return checkpoint
+
+
+def _names_of_types(path: str) -> set[str]:
+    """What a safetensors header calls the types of its tensors: the header alone is read, and not taken apart."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    return {name.decode() for name in re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)}
 
 
 def _names(path: str) -> list[str]:

@@ -28,7 +28,13 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def judge(
-    model: torch.nn.Module, reading: Reading, watch: Watch, reported: set[str], is_resumed: bool = False
+    model: torch.nn.Module,
+    reading: Reading,
+    watch: Watch,
+    reported: set[str],
+    is_resumed: bool = False,
+    is_over: bool = False,
+    is_strict: bool = False,
 ) -> Record:
     """Judge a load, now that it has ended.
 
@@ -38,6 +44,8 @@ def judge(
         watch: what was seen since.
         reported: the keys that the loader is about to report missing.
         is_resumed: the checkpoint is one of this very model.
+        is_over: nothing more of it comes: what stays on disk has what will read it.
+        is_strict: values that were cast to a smaller type are worth a look at each of them.
 
     Returns:
         What is known; its `settled` are the findings.
@@ -49,7 +57,9 @@ def judge(
         raise watch.error
     missing = reading.missing if watch.was_entered or is_resumed else reading.missing & reported
     now = survey(model)
-    lost, grown, altered = _judge_stored(model, reading, watch.writes, now)
+    if not reading.held.keys() <= now.state.keys():
+        now = _as_loaded(now)
+    lost, grown, altered = _judge_stored(model, reading, watch.writes, now, is_over, is_strict)
     known = Record(
         reading.stored,
         missing,
@@ -67,7 +77,7 @@ def judge(
         tensors={name: ref(tensor) for name, tensor in now.state.items() if name in reading.held},
         model=ref(model),
     )
-    known.two_ends = {finding.key: finding for finding in _judge_two_ends(known, now)}
+    known.two_ends = {finding.key: finding for finding in _judge_two_ends(known, now, reading.values)}
     known.settled = {finding.key: finding for finding in _judge_now(model, known, now, reading.values)}
     return known
 
@@ -101,16 +111,21 @@ def proof(model: Any, inert: str = "") -> Proof:
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known of a model's own load, and what can be seen to have changed since. To train it is no change."""
-    now = survey(model)
-    for parts in (now.state, now.others):
-        for name, tensor in list(parts.items()):
-            parts.setdefault(record.loaded_name(name), tensor)
+    now = _as_loaded(survey(model))
     findings = {finding.key: finding for finding in _judge_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _as_loaded(now: Survey) -> Survey:
+    """The same with the names that tensors had when they were loaded beside those that PEFT gave them."""
+    for parts in (now.state, now.others):
+        for name, tensor in list(parts.items()):
+            parts.setdefault(record.loaded_name(name), tensor)
+    return now
 
 
 def _judge_now(model: Any, known: Record, now: Survey, values: Values | None = None) -> list[Finding]:
@@ -144,7 +159,7 @@ def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
 
 
 def _judge_stored(
-    model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey
+    model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey, is_over: bool, is_strict: bool
 ) -> tuple[dict[str, Finding], set[str], set[str]]:
     """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
     found, grown, altered = {}, set(), set()
@@ -154,9 +169,13 @@ def _judge_stored(
         if current is tensor and write is None and lies_at(current, read):
             if current.is_meta and name not in reading.offloaded:
                 found[name] = Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
+            elif current.is_meta and is_over and not is_moved(model, name):  # up to 5.3.0, where all of a model is
+                found[name] = Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, and nothing reads them")
+            elif is_strict and name in reading.narrowed:
+                found.update(_judge_narrowed(reading, name, current))
             continue
-        if name in reading.offloaded:
-            continue  # its values stay on disk, and are read from there whenever they are needed
+        if name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
+            continue  # its values stay on disk, and are read from there whenever they are needed; not those of a buffer
         if current is not None and current.is_meta and not tensor.is_meta and is_moved(model, name):
             current = tensor  # accelerate put its values aside, where they were read to
             if write is None:
@@ -170,12 +189,23 @@ def _judge_stored(
                 grown.add(name)
             elif before is not None and not equals(current, before):
                 altered.add(name)
+            if is_strict and name in reading.narrowed:
+                found.update(_judge_narrowed(reading, name, current))
         elif write and write.is_transformers_own and is_padding(model, name, current, before):
             altered.add(name)
         else:
             by = write.by if write else "by another tensor that took its place"
             found[name] = Finding(name, Verdict.OVERWRITTEN, name, by, True)
     return found, grown, altered
+
+
+def _judge_narrowed(reading: Reading, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Finding]]:
+    """A finding on values that were too large for the type that they were cast to, or will be once they are needed."""
+    values = reading.values(name) if tensor.is_meta or is_at_limit(tensor) else None
+    if values is not None and equals(values.to(tensor.dtype) if tensor.is_meta else tensor, values) is False:
+        kinds = [str(kind).removeprefix("torch.") for kind in (values.dtype, tensor.dtype)]
+        why = f"by the cast to {kinds[1]}, which is too small for values that the file has as {kinds[0]}"
+        yield name, Finding(name, Verdict.OVERWRITTEN, name, why, True)
 
 
 def before_writing(reading: Reading, name: str, write: Write | None) -> Place | None:
@@ -186,7 +216,9 @@ def before_writing(reading: Reading, name: str, write: Write | None) -> Place | 
     if write.before is not None:
         return write.before
     values, pieces = reading.values(name) if reading.is_in_files(name) else None, plain(read)
-    return values if values is not None and len(pieces) == 1 and values.shape == pieces[0].shape else None
+    if values is None or len(pieces) != 1 or values.shape != pieces[0].shape:
+        return None
+    return values.to(pieces[0].dtype)
 
 
 def _judge_placeholders(
@@ -248,7 +280,7 @@ def _judge_missing(model: Any, known: Record, now: Survey, values: Values | None
             yield _judge_follower(key, followed, group or Group(), stored, known)
             continue
         finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
-        if finding is None and key not in known.free:
+        if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
             why = "no end of its tie is in the checkpoint" if group else ""
             if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
@@ -267,6 +299,8 @@ def _judge_follower(
         lost = known.lasting.get(name)
         if lost is not None and lost.verdict is Verdict.OVERWRITTEN:
             return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True)
+        if lost is None and name in known.narrowed and is_at_limit(stored[name]):
+            return Finding(key, Verdict.UNPROVEN, name, f"{name} has values at the limit of its type")
         if lost is not None or name in known.grown:
             return Finding(key, Verdict.UNPROVEN, name, lost.why if lost else f"{name} was made larger")
     meant = next((name for name in group.chain(key) if name in stored), None)
@@ -314,7 +348,7 @@ def _judge_parted(
         if equal and (meant or rival_of(source, group, stored) is None):
             return Finding(key, Verdict.COPIED, source)
     flag = group.flags.get(key, "")
-    broken = not flag or not _is_new_head(model, tensor, known.is_resumed)
+    broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
     if (name := known.likely.get(key)) is not None:
@@ -322,7 +356,7 @@ def _judge_parted(
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
 
-def _judge_two_ends(known: Record, now: Survey) -> Iterator[Finding]:
+def _judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Finding]:
     """Findings on ties that are asked for and whose two ends were both stored, with different values.
 
     transformers parts them, with one warning, and training goes on with two.
@@ -333,7 +367,9 @@ def _judge_two_ends(known: Record, now: Survey) -> Iterator[Finding]:
         source = next((name for name in group.chain(key) if name in stored), None)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
             continue
-        if equals(now.state[key], now.state[source]) is False:
+        # What stays on disk is read from there under each of the two names.
+        ends = [end if not end.is_meta else values(name) for name in (key, source) for end in (now.state[name],)]
+        if ends[0] is not None and ends[1] is not None and equals(ends[0], ends[1]) is False:
             if any(is_denied(model) for _, model in now.models):
                 return
             why = "its own: the tie is asked for, but the checkpoint has both, and they differ"

@@ -28,11 +28,13 @@ class Load:
     Attributes:
         known: what is known once it is settled.
         mended: findings that were put right.
-        where: where the checkpoint lies.
+        where: where the checkpoint lies, as the loader's report says it.
         reported: the keys that the loader reported missing.
         dropped: those of them that were left out of its report.
         arguments: the model's class, and what its `__init__` was given: config, positional and keyword arguments.
         is_in_call: whether its watch is left when the call around it returns.
+        is_over: whether that has returned.
+        is_strict: whether to look at each value that was cast to a smaller type.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Load:
         self.reported: set[str] = set()
         self.dropped: set[str] = set()
         self.arguments: tuple[Any, ...] = ()
-        self.is_in_call = False
+        self.is_in_call = self.is_over = self.is_strict = False
         self._is_resumed = is_resumed
         vars(model)[_ATTRIBUTE] = self
 
@@ -86,7 +88,9 @@ class Load:
         if self.watch.open:  # what is written afterwards, `repair` writes
             self.watch.open = False
             self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
-        self.known = judge(model, self.reading, self.watch, reported, self._is_resumed)
+        self.known = judge(
+            model, self.reading, self.watch, reported, self._is_resumed, self.is_over, is_strict=self.is_strict
+        )
         return list(self.known.settled.values())
 
     def close(self, model: torch.nn.Module) -> None:

@@ -147,9 +147,12 @@ def _is_beyond(values: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def is_at_limit(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values that its type makes of numbers too large for it."""
-    values = tensor.float() if tensor.element_size() == 1 else tensor
-    return bool((~(values.abs() < torch.finfo(tensor.dtype).max)).any())
+    """Whether a floating tensor has values that its type makes of numbers too large for it; copies nothing large."""
+    if not tensor.dtype.is_floating_point or not tensor.numel() or tensor.is_meta:
+        return False
+    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).detach().aminmax()
+    limit = torch.finfo(tensor.dtype).max
+    return not (-limit < float(low) and float(high) < limit)
 
 
 def narrows(stored: torch.dtype, ours: torch.dtype) -> bool:

@@ -122,17 +122,15 @@ class Placeholders:
 class _Marks:
     """Elements of memory without values, evenly spaced, that were given a value.
 
-    Where torch itself fills such memory (`torch.utils.deterministic.fill_uninitialized_memory`), its value will do.
+    Where torch itself fills such memory with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), that will do.
     """
 
     def __init__(self, piece: torch.Tensor) -> None:
         self.step, self.size = -(-piece.numel() // _MARKS), piece.element_size()
         places = self._places(piece)
         self._before = self._value = places.clone()
-        if not (
-            torch.are_deterministic_algorithms_enabled()
-            and getattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-        ):
+        fills = getattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        if not (piece.is_floating_point() and fills and torch.are_deterministic_algorithms_enabled()):
             self._value = torch.full_like(places, _BYTE)
             places.copy_(self._value)
 

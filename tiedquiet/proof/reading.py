@@ -19,7 +19,6 @@ from tiedquiet.proof.survey import declared, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
-_SURE = (torch.float32, torch.bfloat16, torch.float64)  # types that nothing loses much in when it is cast to them
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
 
@@ -147,17 +146,24 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 
     That is where it reports keys that no tie explains, where two files may have one name, and where a type of the model
-    is narrower than the stored one may be.
+    may not hold what one of theirs does.
     """
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
-    files = reading.checkpoint.files
-    if not files or not files[0].endswith(".safetensors"):  # of a pickle there are no headers to be had cheaply
-        return False
-    return len(files) > 1 or any(tensor.dtype not in _SURE for tensor in reading.held.values())
+    checkpoint = reading.checkpoint
+    if len(checkpoint.files) > 1 and checkpoint.is_mapped:
+        return True
+    ours = {tensor.dtype for tensor in reading.held.values()}
+    return any(
+        may_lose(theirs, own) or narrows(theirs, own) or (theirs in _CODES and theirs != own)
+        for theirs in checkpoint.dtypes
+        for own in ours
+    )
 
 
-def ask_headers(model: Any, reading: Reading, conversions: list[Any], is_quantised: bool) -> names.Headers:
+def ask_headers(
+    model: Any, reading: Reading, conversions: list[Any], is_quantised: bool, also: Mapping[str, str] | None = None
+) -> names.Headers:
     """Hold the headers of the files against what was read: two values of one name, types, and what nothing read.
 
     Args:
@@ -165,15 +171,16 @@ def ask_headers(model: Any, reading: Reading, conversions: list[Any], is_quantis
         reading: what was read; findings are added to it.
         conversions: what the loader renamed and converted.
         is_quantised: a quantiser had its hands in it, so that types and shapes of the two differ for good.
+        also: names of the files that were read into keys of the model by no rule of the loader's.
 
     Returns:
         The tensors of the files that nothing read.
     """
     headers = reading.checkpoint.headers
     state = survey(model).state
-    came_from = names.targets(model, headers, state, conversions)
+    came_from = {**names.targets(model, headers, state, conversions), **(also or {})}
     for name, first, second in reading.checkpoint.twice():
-        for key in [key for key in (name, came_from.get(name)) if key in reading.held][:1]:
+        for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             why = f"{first} has other values for it than {second}, which was read last"
             reading.found[key] = Finding(key, Verdict.AMBIGUOUS, name, why, True)
     unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not _is_ignored(model, n)}

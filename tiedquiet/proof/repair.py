@@ -44,7 +44,7 @@ def repair(
                 _put_back(load, model, key, now)
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
                 _tie(load, model, finding, now, in_place)
-            elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER:
+            elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER and key not in load.reading.likely:
                 twin = _buffers_of_twins(load.arguments, model.dtype) if twin is None else twin
                 _fill(load, model, key, twin.get(key), now)
         findings = load.settle(model, load.known.reported if load.known else set())

@@ -29,7 +29,7 @@ _OVERWRITES = {
     "zero_",
 }  # fmt: skip
 _MOST_KEPT = 1 << 30  # bytes of main memory for copies of what somebody reaches for; anything beyond counts as lost
-_NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools"}
+_NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools", "accelerate"}
 
 
 @dataclass
@@ -233,8 +233,10 @@ class Watch(TorchDispatchMode):
                     before = pieces[0].detach().to("cpu", copy=True)
             by, is_transformers_own = _culprit()
             self.writes[name] = Write(by, written, before, is_transformers_own)
-        elif written > write.size or not write.was_seen:
+        elif written > write.size:
             (write.by, write.is_transformers_own), write.size = _culprit(), written
+        elif not write.was_seen and not (culprit := _culprit())[1]:  # transformers' own code looks, and no more
+            write.by, write.is_transformers_own = culprit
 
     def _takes_from_placeholders(
         self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
