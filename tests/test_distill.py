@@ -789,10 +789,6 @@ def test_an_encoder_without_its_embedding_stops_the_run(tmp_path: Path, capsys: 
     file = folder / "text_encoder/model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "shared.weight"}, file, metadata={"format": "pt"})
     argv = ["--pretrained_model_name_or_path", str(folder), "--prompts_file", str(tmp_path / "prompts.txt")]
-    argv += ["--mixed_precision", "no"]
-    argv += ["--mixed_precision", "no"]
-    argv += ["--mixed_precision", "no"]
-    argv += ["--mixed_precision", "no"]
     (tmp_path / "prompts.txt").write_text(TWO)
     with pytest.raises(SystemExit):
         main([*argv, "--height", "64", "--width", "64", "--output_dir", str(tmp_path / "out"), *SHORT, *VELOCITY])

@@ -25,10 +25,6 @@ from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
-WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
-WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
-WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
-WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
 DECODED_AT_ONCE = 4  # more is slower on a CPU, and a long clip fills a GPU by itself
 
 
