@@ -6,6 +6,17 @@ from functools import wraps
 from typing import Any
 
 
+def _of_class(model: Any) -> Callable[..., Any]:
+    """`from_pretrained` as it is now, as a function of the class."""
+    whole = vars(model)["from_pretrained"]
+
+    @wraps(whole.__func__)
+    def call(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        return whole.__get__(None, kind)(*args, **kwargs)
+
+    return call
+
+
 class Clocks:
     """Seconds that were spent in transformers' functions with tiedquiet's wrappers, and below them, since `clear`.
 
@@ -33,8 +44,7 @@ class Clocks:
             for name in names:
                 setattr(model, name, staticmethod(self._clock(clocks, name, getattr(model, name))))
             # What it takes in there lies above the clocks of the others, and is not counted twice.
-            whole = self._clock(clocks, "from_pretrained", vars(model)["from_pretrained"].__func__)
-            model.from_pretrained = classmethod(whole)
+            model.from_pretrained = classmethod(self._clock(clocks, "from_pretrained", _of_class(model)))
             move = "_move_missing_keys_from_meta_to_device"
             setattr(model, move, self._clock(clocks, move, getattr(model, move)))
             if clocks is self.below:

@@ -126,7 +126,8 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
         load.where = named.get("pretrained_model_name_or_path")
         if not load.is_in_call:
             load.reported = _reported(bound)
-            outcome = conclude(load, bound["model"], load.where, load.reported)
+            with load.watch.aside():
+                outcome = conclude(load, bound["model"], load.where, load.reported)
             outcome.arguments = _with_missing(bound, outcome.missing)
             return outcome
         try:

@@ -50,7 +50,8 @@ def conclude(load: Load, model: Any, where: object, missing: set[str], in_place:
 
 def left_missing(load: Load, model: Any) -> set[str]:
     """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
-    findings = _settle(load, model, load.reported)
+    with load.watch.aside():
+        findings = _settle(load, model, load.reported)
     left = _left(findings, load.mended, load.reported)
     load.watch.go_on()
     load.dropped = load.reported - left
@@ -76,6 +77,8 @@ def told(
     model: Any, where: object, findings: list[Finding], repaired: list[Finding], missing: set[str], total: int
 ) -> Outcome:
     """What there is to say of findings, and what is to be raised."""
+    if not findings and not repaired:
+        return Outcome(missing)
     mended = {finding.key for finding in repaired}
     proven = [f for f in findings if f.verdict in WELL and f.key in missing]
     broken = [f for f in findings if f.broken] if mode.current() == "strict" else []

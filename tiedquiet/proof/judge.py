@@ -147,9 +147,9 @@ def _judge_now(model: Any, known: Record, now: Survey, values: Values | None = N
 def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
     """The writes of which torch tells and the watch did not see: those of other threads."""
     found = {}
-    for name, tensor in reading.held.items():
-        # If it was given other memory, that is compared in any case.
-        if watch.was_written_elsewhere(name) and lies_at(tensor, reading.read_to[name]):
+    for name in watch.written_elsewhere():
+        tensor = reading.held[name]
+        if lies_at(tensor, reading.read_to[name]):  # if it was given other memory, that is compared in any case
             seen = watch.writes.get(name)
             by = seen.by if seen and seen.was_seen else "by another thread or by compiled code"
             found[name] = write = Write(by, 0, None)

@@ -206,6 +206,8 @@ def lies_at(tensor: torch.Tensor, read: Place) -> bool:
     if isinstance(read, tuple):
         pieces = plain(tensor)
         return len(pieces) == len(read) and all(map(lies_at, pieces, read))
+    if type(tensor) is torch.nn.Parameter and not tensor.is_meta and not read.is_meta:
+        return tensor.is_set_to(read) and tensor.dtype is read.dtype  # the same in one call
     return tensor is read or (
         tensor.data_ptr() == read.data_ptr()
         and tensor.shape == read.shape
