@@ -86,4 +86,8 @@ def check(model: "torch.nn.Module") -> Proof:
     return judge.proof(model, wrapping.inert_because())
 
 
-enable()
+try:
+    enable()
+except ValueError:
+    if not _modes.is_command_line():
+        raise

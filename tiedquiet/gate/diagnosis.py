@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 _POINTER = b"version https://git-lfs"
+MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
 
 
 class CannotCheck(Exception):
@@ -40,19 +41,26 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         )
     if "trust_remote_code" in message and not trust:
         return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(first[0].split()).rstrip(".:")
+    first = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".:")
+    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and first:
+        return first
+    return ": ".join(filter(None, (type(error).__name__, first)))  # the message alone says little: "'metadata'"
 
 
 def damage(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder, a line each."""
     for path in sorted(folder.glob("*.index.json")):
         try:
-            named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            yield f"{path.name} is damaged: it names no files"
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            index = None
+        if reason := damaged_index(index):
+            yield f"{path.name} is damaged: {reason}"
             continue
-        if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
+        if not isinstance(index.get("metadata"), dict):
+            yield f"{path.name} has no metadata, for which transformers asks"
+        named = set(index["weight_map"].values())
+        if absent := sorted(name for name in named if not (folder / name).is_file()):
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
     for path in _weights(folder):
         try:
@@ -63,8 +71,16 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} {problem}"
 
 
+def damaged_index(index: Any) -> str:
+    """What is wrong with what an index of shards holds; empty where nothing is."""
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        return "it names no files"
+    return ""
+
+
 def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
 
 
 def _damage_of(path: Path) -> str:
@@ -80,10 +96,12 @@ def _damage_of(path: Path) -> str:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
             return f"is truncated or not a safetensors file: it has {size:,} bytes, not even its header"
+        if length > MOST:
+            return f"has a header of {length:,} bytes, and the format allows {MOST:,}"
         try:
             entries = json.loads(file.read(length))
             end = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return "is damaged: its header cannot be read"
     return f"is truncated: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
 
