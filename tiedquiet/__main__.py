@@ -1,18 +1,19 @@
 """The command line: `tiedquiet check PATH|HUB_ID`, `info` and `demo`."""
 
-import os
 import sys
 
-if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
-    del sys.path[0]  # the current folder, by `python -m`: it may be that of strangers, and no module is taken from it
+from tiedquiet import mode
+
+if mode.is_run_as_module() and not getattr(sys.flags, "safe_path", sys.flags.isolated) and __name__ == "__main__":
+    del sys.path[0]  # the current folder, which may be that of strangers: from here on no module comes from it
 
 import argparse
+import os
 from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
 import tiedquiet
-from tiedquiet import mode
 from tiedquiet.gate import command as gate
 from tiedquiet.gate import report
 from tiedquiet.gate.diagnosis import CannotCheck

@@ -109,8 +109,13 @@ def is_command_line() -> bool:
     """Whether this process is tiedquiet's own command line, which says by itself, in a line, what is wrong."""
     started: list[str] = getattr(sys, "argv", None) or [""]  # there is none yet while start-up files run
     if started[0] == "-m":  # the package is imported, and then its __main__
-        return any(pair == ("-m", "tiedquiet") for pair in pairwise(sys.orig_argv))
+        return is_run_as_module()
     return Path(started[0]).stem == "tiedquiet"
+
+
+def is_run_as_module() -> bool:
+    """Whether this process was started by `python -m tiedquiet`."""
+    return any(pair == ("-m", "tiedquiet") for pair in pairwise(sys.orig_argv))
 
 
 def is_main_process() -> bool:

@@ -55,5 +55,5 @@ def _component(source: Source, entry: Entry, how: How) -> Result:
         if source.is_local and not source.folder(entry.name).is_dir():
             raise CannotCheck("model_index.json names it, and it is not there")
     except CannotCheck as error:
-        return Result(entry.name, name, error=str(error))
+        return Result(entry.name, name, error=str(error).removeprefix(f"{source.name}/{entry.name} "))
     return Result(entry.name, name, has_tensors=False)

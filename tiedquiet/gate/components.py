@@ -52,8 +52,9 @@ def entries_of(source: Source) -> list[Entry]:
         CannotCheck: the index cannot be read, or names nothing.
     """
     index = source.read("model_index.json") or {}
-    named = [Entry(name, *value) for name, value in index.items() if isinstance(value, list) and len(value) == 2]
-    if not (found := sorted(entry for entry in named if entry[1:] != (None, None))):
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    named = [Entry(name, *value) for name, value in sorted(pairs.items()) if value != [None, None]]
+    if not (found := [entry for entry in named if not entry.name.startswith("_")]):
         raise CannotCheck(f"{source.name} is a pipeline, and its model_index.json names no component")
     return found
 

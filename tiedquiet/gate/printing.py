@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _MOST_OF_A_LINE = 2000
-_MOST_OF_A_CELL = 160
+_MOST_OF_A_CELL = 120
 _MOST_ROWS = 50  # of one kind
 _COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 

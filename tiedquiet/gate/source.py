@@ -46,7 +46,7 @@ class Source:
         """
         path = Path(self.name, part)
         if part and not is_inside(part):
-            raise CannotCheck(f"{self.name}: model_index.json names {part}, which leads out of the folder")
+            raise CannotCheck(f"model_index.json names {part}, which leads out of the folder")
         if self.is_local:
             self._keep_inside(path)
         return path
@@ -101,7 +101,7 @@ class Source:
     def _keep_inside(self, path: Path) -> None:
         root, target = Path(self.name).resolve(), path.resolve()
         if not any(target.is_relative_to(place) for place in (root, *_blobs(root))):
-            raise CannotCheck(f"{path} is a link that leads out of the folder, to {target}; copy what it leads to")
+            raise CannotCheck(f"{path} leads out of the folder, to {target}; copy what it leads to into the folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:

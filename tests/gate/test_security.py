@@ -1,0 +1,166 @@
+"""What `check` opens, imports and runs, seen by Python's audit hook, over folders that want more: docs/security.md."""
+
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from tests.checkpoints import gpt2
+from tests.gate.zoo import Zoo
+from tests.pages import ROOT, sections
+from tiedquiet.__main__ import main
+
+# Runs in a process of its own, since an audit hook stays. What is imported beforehand is no business of a folder.
+WATCHED = """
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+import diffusers, encodings.unicode_escape, peft, transformers
+from tiedquiet.__main__ import main
+
+top, names = os.getcwd(), json.loads(sys.argv[1])
+for name in ("good", "pipe"):
+    with redirect_stdout(io.StringIO()):
+        main(["check", name])
+seen = {}
+libraries = (sys.prefix, sys.base_prefix, "<frozen", ROOT)
+
+def hook(event, given):
+    if event == "open" and isinstance(given[0], (str, bytes)):
+        path = os.path.abspath(os.fsdecode(given[0]))
+        if not path.startswith((*libraries, "/proc/", "/sys/")) and path != os.devnull:
+            seen.setdefault("open", []).append(path)
+    elif event == "import":
+        seen.setdefault("import", []).append(given[0])
+    elif event == "exec":
+        if not given[0].co_filename.startswith((*libraries, "<string>")):
+            seen.setdefault("exec", []).append(given[0].co_filename)
+    elif event.split(".")[0] in ("os", "subprocess", "socket", "shutil", "ctypes", "pty", "code", "pickle", "webbrowser"):
+        if event not in ("os.listdir", "os.scandir"):
+            seen.setdefault(event, []).append(repr(given))
+
+out = {}
+sys.addaudithook(hook)
+for name in names:
+    seen.clear()
+    said, told = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(told):
+        status = main(["check", "./" + name])
+    out[name] = {"status": status, "out": said.getvalue(), "err": told.getvalue(), "seen": {k: sorted(set(v)) for k, v in seen.items()}}
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def run(*arguments: str, cwd: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment.pop("TIEDQUIET", None)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **more
+    )
+
+
+@pytest.mark.slow
+def test_what_strangers_made_is_read_and_not_run(zoo: Zoo) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    done = run("-c", WATCHED.replace("ROOT", repr(str(ROOT))), json.dumps(list(zoo.wanted)), cwd=zoo.top)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    opened, imported = documented("opened"), documented("imported")
+    assert len(report) == len(zoo.wanted) > 100
+    for name, found in report.items():
+        assert found["status"] in zoo.wanted[name], (name, found)
+        assert found["err"].count("\n") == int(found["status"] == 2), (name, found)
+        assert all(c.isprintable() or c == "\n" for c in found["out"] + found["err"]), (name, found)
+        assert "\n::" not in found["out"] + found["err"]
+        seen = found["seen"]
+        for path in map(Path, seen.pop("open", [])):
+            assert any(fnmatch(path.name, pattern) for pattern in opened), (name, path)
+            assert path.relative_to(zoo.top).parts[0] in (name, "good", "own_class"), (name, path)
+            assert name.startswith("adapter") or path.relative_to(zoo.top).parts[0] == name, (name, path)
+        for module in seen.pop("import", []):
+            root = module.partition(".")[0]
+            assert root in sys.stdlib_module_names or root in imported, (name, module)
+        assert not seen, (name, seen)  # neither a process, nor a connection, nor code
+    assert not Path(zoo.mark).exists()
+
+
+def documented(what: str) -> list[str]:
+    """The names in a row of the table of docs/security.md."""
+    (row,) = (
+        line
+        for line in sections(ROOT / "docs" / "security.md")["What `check` opens, imports and runs"].splitlines()
+        if line.startswith(f"| {what} |")
+    )
+    return row.split("|")[2].replace("`", " ").replace(",", " ").split()
+
+
+def test_nothing_of_the_current_folder_is_imported_and_nobody_is_asked(zoo: Zoo) -> None:
+    """The folder has a `transformers.py` and an `accelerate.py` that leave a mark."""
+    done = run("-m", "tiedquiet", "check", ".", cwd=zoo.top / "beside", input="y\n" * 9)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = run("-m", "tiedquiet", "check", ".", cwd=zoo.top / "no_type", input="y\n" * 9)
+    assert done.returncode == 2
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert not Path(zoo.mark).exists()
+
+
+def test_a_class_of_the_user_s_may_lie_in_the_current_folder(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine_at_home.py").write_text("from transformers import GPT2LMHeadModel\nclass Mine(GPT2LMHeadModel): pass\n")
+    before = list(sys.path)
+    assert main(["check", str(zoo.top / "good"), "--class", "mine_at_home.Mine"]) == 0
+    assert sys.path == before
+
+
+@pytest.mark.parametrize("by", ["path", "part"])
+def test_the_links_of_the_hub_s_cache_are_followed(by: str, tmp_path: Path) -> None:
+    repo = tmp_path / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    folder = snapshot / "text_encoder" if by == "part" else snapshot
+    GPT2LMHeadModel(gpt2()).save_pretrained(folder)
+    (repo / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(repo / "blobs" / path.name)
+        path.symlink_to(os.path.relpath(repo / "blobs" / path.name, folder))
+    if by == "part":
+        (snapshot / "model_index.json").write_text('{"text_encoder": ["transformers", "GPT2LMHeadModel"]}')
+    assert main(["check", str(snapshot)]) == 0
+    (folder / "config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
+    assert main(["check", str(snapshot)]) == 2
+
+
+@pytest.mark.parametrize("version", ["2.9.1+cu128", "2.5.0"])
+def test_a_pickle_is_not_opened_with_an_old_torch_unless_it_is_trusted(
+    version: str, zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GPT2LMHeadModel.from_pretrained(zoo.top / "good")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**json.loads((tmp_path / "config.json").read_text()), "architectures": ["GPT2LMHeadModel"]})
+    )
+    capsys.readouterr()
+    monkeypatch.setattr(torch, "__version__", version)
+    assert main(["check", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tiedquiet: {tmp_path}: pytorch_model.bin is a pickle, and torch {version} does not")
+    assert "install torch 2.10 or newer" in error
+    assert main(["check", str(tmp_path), "--trust-pickle"]) == 0
+    monkeypatch.setattr(torch, "__version__", "2.10.0a0")
+    assert main(["check", str(tmp_path)]) == 0
