@@ -41,19 +41,18 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         )
     if "trust_remote_code" in message and not trust:
         return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
-    first = " ".join((str(error).strip().splitlines() or [""])[0].split()).rstrip(".:")
-    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and first:
-        return first
-    return ": ".join(filter(None, (type(error).__name__, first)))  # the message alone says little: "'metadata'"
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()] or [""]
+    of_two = lines[0].endswith(":") and len(lines) > 1  # "Validation error for field 'n_head':", and then what it is
+    said = [lines[of_two].rstrip(".:")]
+    if not of_two and (not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not lines[0]):
+        said.insert(0, type(error).__name__)  # the message alone says little: "'metadata'"
+    return ": ".join(filter(None, (*_pickle_read(error), *said)))
 
 
 def damage(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder, a line each."""
     for path in sorted(folder.glob("*.index.json")):
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            index = None
+        index = _json(path)
         if reason := damaged_index(index):
             yield f"{path.name} is damaged: {reason}"
             continue
@@ -62,6 +61,9 @@ def damage(folder: Path) -> Iterator[str]:
         named = set(index["weight_map"].values())
         if absent := sorted(name for name in named if not (folder / name).is_file()):
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+    path = folder / "generation_config.json"
+    if path.is_file() and not isinstance(_json(path), dict):
+        yield f"{path.name} is damaged: it holds no JSON object"
     for path in _weights(folder):
         try:
             problem = _damage_of(path)
@@ -69,6 +71,13 @@ def damage(folder: Path) -> Iterator[str]:
             problem = f"cannot be read: {error.strerror}"
         if problem:
             yield f"{path.name} {problem}"
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def damaged_index(index: Any) -> str:
@@ -103,7 +112,15 @@ def _damage_of(path: Path) -> str:
             end = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return "is damaged: its header cannot be read"
-    return f"is truncated: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
+    if size < end:
+        return f"is truncated: its header promises {end:,} bytes, and it has {size:,}"
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return ""
+    except Exception as error:
+        return f"is damaged: {' '.join(str(error).split())}"
 
 
 # Modelling files that were written for transformers 4
@@ -136,15 +153,25 @@ def _of_the_code(error: BaseException) -> str:
     return ""
 
 
-def _models(error: BaseException) -> Iterator[Any]:
-    """The models that the code was working on, the innermost first."""
-    trace = error.__traceback__
-    frames: list[FrameType] = []
+def _frames(error: BaseException) -> list[FrameType]:
+    """Where the code was, the innermost last."""
+    frames, trace = [], error.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
+    return frames
+
+
+def _pickle_read(error: BaseException) -> list[str]:
+    """The name of the file that `torch.load` was reading, which its errors do not say."""
+    calls = [frame for frame in _frames(error) if frame.f_globals.get("__name__") == "torch.serialization"]
+    return [f"{Path(str(frame.f_locals['f'])).name} cannot be read" for frame in calls if "f" in frame.f_locals][:1]
+
+
+def _models(error: BaseException) -> Iterator[Any]:
+    """The models that the code was working on, the innermost first."""
     base = sys.modules["transformers"].PreTrainedModel
-    for frame in reversed(frames):
+    for frame in reversed(_frames(error)):
         yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if isinstance(v, base))
 
 

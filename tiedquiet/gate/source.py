@@ -24,6 +24,8 @@ class Source:
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
+        if not _can_be_a_path(name):
+            raise CannotCheck(f"{name} is no name of a folder, and none of a model on the hub")
         path = Path(name)
         self.name, self.revision, self.gguf = name, revision, ""
         self.is_local, self._unreachable = os.path.lexists(path), False
@@ -99,7 +101,7 @@ class Source:
         return None if path is None else read_json(path)
 
     def _keep_inside(self, path: Path) -> None:
-        root, target = Path(self.name).resolve(), path.resolve()
+        root, target = (Path(os.path.realpath(place)) for place in (self.name, path))
         if not any(target.is_relative_to(place) for place in (root, *_blobs(root))):
             raise CannotCheck(f"{path} leads out of the folder, to {target}; copy what it leads to into the folder")
 
@@ -126,7 +128,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_inside(name: str) -> bool:
     """Whether a relative path stays in the folder that it starts from, on any system."""
     kinds = PurePosixPath(name), PureWindowsPath(name)
-    return bool(name) and "\0" not in name and not any(p.anchor or p.drive or ".." in p.parts for p in kinds)
+    return _can_be_a_path(name) and not any(p.anchor or p.drive or ".." in p.parts for p in kinds)
+
+
+def _can_be_a_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def kernels(config: object) -> Iterator[str]:
