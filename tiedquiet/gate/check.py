@@ -49,7 +49,7 @@ def _component(source: Source, entry: Entry, how: How) -> Result:
 
             return diffusion.check_model(components.part_of(source, entry, how.trust), kind, how)
         if classes.is_of_transformers(kind):
-            return load.check_model(components.part_of(source, entry, how.trust), how)
+            return load.check_model(components.part_of(source, entry, how.trust), how, kind)
         if classes.is_module(kind):
             raise CannotCheck(f"{name} is neither a model of transformers nor one of diffusers")
         if source.is_local and not source.folder(entry.name).is_dir():

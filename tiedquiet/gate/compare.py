@@ -11,7 +11,7 @@ from tiedquiet.proof.judge import is_padding, proof_of
 from tiedquiet.proof.memory import plain, same
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import is_moved, survey
 from tiedquiet.verdict import WELL, Finding, Verdict
 
 Tensors = dict[str, torch.Tensor]
@@ -67,7 +67,9 @@ def compare(
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
-    comparing = _Comparing(model, {name: state[name] for name in names if name not in lost}, checkpoint, undos)
+    open_ = {name: state[name] for name in names if name not in lost}
+    on_disk = {name for name in open_ if known.place(name) is not None or is_moved(model, name)}
+    comparing = _Comparing(model, open_, checkpoint, undos, on_disk)
     comparing.make_again(conversions)
     found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
@@ -81,9 +83,16 @@ def compare(
 
 
 class _Comparing:
-    def __init__(self, model: torch.nn.Module, state: Tensors, checkpoint: Checkpoint, undos: Sequence[Undo]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        state: Tensors,
+        checkpoint: Checkpoint,
+        undos: Sequence[Undo],
+        on_disk: Collection[str],
+    ) -> None:
         self._model, self._state, self._checkpoint, self._undo = model, state, checkpoint, undos[0]
-        self._undos = undos
+        self._undos, self._on_disk = undos, on_disk
         self.held: set[str] = set()
         self._claimed: set[str] = set()  # names in the files
         self._prefixes: dict[tuple[int, torch.dtype], dict[bytes, list[str]]] = {}
@@ -190,7 +199,8 @@ class _Comparing:
     def _explain(self, name: str) -> Finding:
         tensor, pieces = self._state[name], plain(self._state[name])
         if tensor.is_meta:
-            return Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, or it has none")
+            why = "its values stay on disk" if name in self._on_disk else "it has no values: it is on meta"
+            return Finding(name, Verdict.UNPROVEN, None, why)
         if len(pieces) != 1:
             return Finding(name, Verdict.UNPROVEN, None, f"a {type(tensor).__name__} does not show its values")
         back = self._undone([name])

@@ -16,7 +16,7 @@ class Part(NamedTuple):
         source: where it lies.
         name: the subfolder; empty for all of it.
         config: what its config holds; that of its base model where it is an adapter.
-        cls: the name of the class to load it as; None for the one that its config names.
+        cls: the name of the class that the user gave to load it as.
         base: the base model of an adapter.
     """
 
@@ -83,7 +83,7 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     Raises:
         CannotCheck: it is not there, or its config cannot be read.
     """
-    part = Part(source, entry.name, {}, entry.cls)
+    part = Part(source, entry.name, {}, None)
     if (config := source.read("config.json", entry.name)) is None:
         raise CannotCheck("model_index.json names it, and it is not there: it has no config.json")
     if not trust:

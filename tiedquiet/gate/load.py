@@ -32,8 +32,13 @@ class How:
     is_resume: bool = False
 
 
-def check_model(part: Part, how: How) -> Result:
+def check_model(part: Part, how: How, kind: Any = None) -> Result:
     """Load a model of transformers, and compare every tensor with the files that it was read from.
+
+    Args:
+        part: what to load.
+        how: how to load it.
+        kind: the class to load it as; None for the one that its config names, or the user.
 
     Raises:
         CannotCheck: it cannot be loaded.
@@ -44,7 +49,7 @@ def check_model(part: Part, how: How) -> Result:
     from tiedquiet.proof import record
     from tiedquiet.proof.files import Checkpoint
 
-    loader, problem = loader_of(part, how.trust)
+    loader, problem = (kind, "") if kind else loader_of(part, how.trust)
     forms = _forms(part, how)
     model, info = _load(part, loader, how)
     known = record.of(model)
