@@ -89,14 +89,14 @@ def _main(arguments: list[str]) -> int:
     )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
     options = parser.parse_args(arguments)
+    if sys.flags.optimize > 1:
+        raise _Misused("transformers makes its classes from docstrings, and python -OO drops these; use python -O")
     try:
         mode.from_environment()
     except ValueError as error:
         if options.command != "info":
             raise _Misused(str(error)) from error
         return _info(str(error))
-    if sys.flags.optimize > 1 and options.command != "info":
-        raise _Misused("transformers makes its classes from docstrings, and python -OO drops these; use python -O")
     if options.command == "demo":
         from tiedquiet.demo import demo
 

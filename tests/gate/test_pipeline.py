@@ -101,7 +101,7 @@ def test_the_forms_that_a_model_of_diffusers_has(form: str, wan: Path, capsys: p
 
 
 def test_a_shard_that_lacks_what_the_index_promises(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """diffusers says nothing of it, and leaves the parameter on meta."""
+    """Diffusers says nothing of it, and leaves the parameter on meta."""
     folder = wan / "transformer"
     model = diffusers.WanTransformer3DModel.from_pretrained(folder)
     file_of(folder).unlink()
@@ -124,7 +124,7 @@ def test_missing_and_unexpected_tensors(wan: Path, capsys: pytest.CaptureFixture
 
 
 def test_names_of_older_releases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """diffusers renames them while it reads one file."""
+    """Diffusers renames them while it reads one file."""
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2)
     vae.save_pretrained(tmp_path / "vae")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

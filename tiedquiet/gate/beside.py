@@ -1,6 +1,6 @@
 """What lies beside the file that a loader reads, and holds other values: one of the two is out of date."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tiedquiet.gate.weights import Weights, pickles_are_unsafe
@@ -9,21 +9,27 @@ from tiedquiet.proof.memory import same
 from tiedquiet.verdict import Finding, Verdict
 
 
-def rivals(forms: Sequence[Weights], trust: bool = False) -> Iterator[Finding]:
-    """A finding for each other form of a folder's weights that differs from the one that is read.
+def rivals(forms: Sequence[Weights], trust: bool = False) -> tuple[list[Finding], list[str]]:
+    """Hold the other forms of a folder's weights against the one that is read.
 
     Args:
         forms: what the folder holds them in, that which is read first.
         trust: open a pickle with any torch.
+
+    Returns:
+        A finding for each that differs, and a note for each that is newer and must not be opened.
     """
+    findings, notes = [], []
     for first, other in ((forms[0], other) for other in forms[1:] if forms[0].files and other.files):
         if other.is_pickle and not trust and pickles_are_unsafe():
-            differs = "" if _written(other) <= _written(first) else "is newer, and was not opened, since it is a pickle"
-        else:
-            differs = _difference(first, other)
-        if differs:
+            if _written(other) > _written(first):
+                notes.append(
+                    f"{other.name} is newer than {first.name}, which is read; it was not opened: it is a pickle"
+                )
+        elif differs := _difference(first, other):
             why = f"{first.name} is read, and {other.name} beside it {differs}"
-            yield Finding("", Verdict.AMBIGUOUS, first.name, why, True, "Delete the one that is out of date")
+            findings.append(Finding("", Verdict.AMBIGUOUS, first.name, why, True, "Delete the one that is out of date"))
+    return findings, notes
 
 
 def _difference(first: Weights, other: Weights) -> str:
@@ -38,7 +44,7 @@ def _difference(first: Weights, other: Weights) -> str:
     age = "newer" if _written(other) > _written(first) else "older"
     if changed:
         return f"is {age} and has other values for {changed:,} of {len(both):,} tensors"
-    return f"is {age} and has {others:,} tensors under other names" if others and not both else ""
+    return f"is {age} and has {others:,} tensor{'s' * (others > 1)} under other names" if others and not both else ""
 
 
 def _written(form: Weights) -> float:

@@ -46,9 +46,18 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     held, total, buffers, findings = compare(model, known, checkpoint, [undo])
     missing = sorted(finding.key for finding in findings if finding.verdict is Verdict.MISSING)
     unexpected = sorted(checkpoint.tensors.keys() - {in_files[name] for name in stored})
-    findings += rivals(forms, how.trust_pickle)
+    told, notes = rivals(forms, how.trust_pickle)
     return Result(
-        part.name, type(model).__name__, files, held, total, buffers, findings, missing, unexpected=unexpected
+        part.name,
+        type(model).__name__,
+        files,
+        held,
+        total,
+        buffers,
+        findings + told,
+        missing,
+        unexpected=unexpected,
+        notes=notes,
     )
 
 

@@ -69,11 +69,15 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     missing |= set(info["missing_keys"]) - judged
     allowed = sorted(known.missing - missing - judged)
-    findings += [finding for form in forms for finding in rivals(form, how.trust_pickle)]
-    resume = of_trainer(part, model)
-    lost = resume.read < resume.stored if resume else False
-    if lost and how.is_resume:
-        findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
+    notes: list[str] = []
+    for form in forms:
+        told = rivals(form, how.trust_pickle)
+        findings, notes = findings + told[0], notes + told[1]
+    if (resume := of_trainer(part, model)) is not None:
+        if how.is_resume and resume.read < resume.stored:
+            findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
+        else:
+            notes.append(str(resume))
     return Result(
         part.name,
         name,
@@ -86,7 +90,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
         allowed,
         sorted(info["unexpected_keys"]),
         problem,
-        notes=[str(resume)] if resume and not (lost and how.is_resume) else [],
+        notes,
     )
 
 
