@@ -62,7 +62,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
         problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
     files = list(dict.fromkeys(known.files))
     checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
-    undos = [partial(_undo, model), partial(_undo_anew, model)]
+    undos = [partial(undo, model), partial(undo_anew, model)]
     conversions = getattr(model, "_weight_conversions", None) or ()
     held, total, buffers, findings = compare(model, known, checkpoint, undos, conversions)
     judged = {finding.key for finding in findings}
@@ -147,18 +147,18 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
     return f"{part.label} cannot be loaded as {getattr(loader, '__name__', loader)}: {reason}"
 
 
-def _undo(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def undo(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Give tensors the names and the form back that they had in the files, as saving the model does."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, tensors))
 
 
-def _undo_anew(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def undo_anew(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """The same by the conversions of its class: an adapter that was loaded since leaves the model its own alone."""
     used = vars(model).pop("_weight_conversions", None)
     try:
-        return _undo(model, tensors)
+        return undo(model, tensors)
     finally:
         if used is not None:
             model._weight_conversions = used
