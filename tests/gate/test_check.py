@@ -301,7 +301,10 @@ def test_a_file_that_may_not_be_read(good: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert list(damage(good)) == ["model.safetensors cannot be read: Permission denied"]
+    assert list(damage(good)) == [
+        "generation_config.json cannot be read as a JSON object",
+        "model.safetensors cannot be read: Permission denied",
+    ]
 
 
 def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
@@ -362,6 +365,46 @@ def test_a_model_of_the_local_cache(good: Path, tmp_path: Path) -> None:
     done = run(script.format(options=["--revision", "bad"]).replace("sys.exit(", "print("), **where)
     assert "lm_head.weight  untied  transformer.wte.weight" in done.stdout
     assert done.stdout.endswith("\n1\n")
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_the_local_cache(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = wan_pipeline(tmp_path / "wan")
+    config_of(folder / "text_encoder", tie_word_embeddings=True)
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(folder / "transformer", max_shard_size="4KB")
+    cached(folder, tmp_path / "hub")
+    torch.save(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"), folder / "vae" / "diffusion_pytorch_model.bin")  # fmt: skip
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    cached(folder, tmp_path / "hub", "pickle")
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    script = "import torch; torch.__version__ = {torch!r}; from tiedquiet.__main__ import main; print(main(['check', 'some/model', '--revision', {revision!r}, *{options!r}]))"
+    done = run(script.format(torch="2.9.0", revision="main", options=[]), **where)
+    assert done.stdout.endswith(" tensors hold the files' bytes\n0\n"), done
+    assert f"transformer: WanTransformer3DModel: {len(model.state_dict())} of {len(model.state_dict())} " in done.stdout
+    done = run(script.format(torch="2.9.0", revision="pickle", options=[]), **where)
+    assert "vae: AutoencoderKLWan: cannot be checked: has no safetensors file, and torch 2.9.0 does not" in done.stdout
+    assert done.stdout.endswith("\n1\n")
+    done = run(script.format(torch="2.9.0", revision="pickle", options=["--trust-pickle"]), **where)
+    assert done.stdout.endswith("\n0\n")
+
+
+@pytest.mark.slow
+def test_a_pickle_on_the_hub_and_a_file_that_is_cut(good: Path, tmp_path: Path) -> None:
+    cached(as_bin(good), tmp_path / "hub")
+    as_bin_again = GPT2LMHeadModel.from_pretrained(good)
+    as_bin_again.save_pretrained(good)
+    cached(cut(good, 5000), tmp_path / "hub", "cut")
+    script = "import torch; torch.__version__ = {torch!r}; from tiedquiet.__main__ import main; print(main(['check', 'some/model', '--revision', {revision!r}]))"
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    assert run(script.format(torch=torch.__version__, revision="main"), **where).stdout.endswith("\n0\n")
+    done = run(script.format(torch="2.9.0", revision="main"), **where)
+    assert (done.stdout, done.stderr.count("\n")) == ("2\n", 1)
+    assert "it has no safetensors file, and torch 2.9.0 does not read pickles safely" in done.stderr
+    done = run(script.format(torch=torch.__version__, revision="cut"), **where)
+    assert "model.safetensors is truncated: its header promises" in done.stderr
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -171,6 +171,7 @@ def test_a_class_of_the_pipeline_s_own_module(tmp_path: Path, capsys: pytest.Cap
     [
         (["diffusers", "AutoencoderOfNobody"], "names AutoencoderOfNobody of diffusers, which is no class"),
         (["torch.nn", "Linear"], "names Linear of torch.nn, which is no class"),
+        (["shap_e", "VoidNeRFModel"], "is neither a model of transformers nor one of diffusers"),
         (["os", "system"], "names system of os, which is no class"),
         (["diffusers", "StableDiffusionPipeline"], "and it is not there"),
         (["diffusers", None], "names None of diffusers"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -16,6 +17,8 @@ from tests.checkpoints import gpt2
 from tests.gate.zoo import Zoo
 from tests.pages import ROOT, sections
 from tiedquiet.__main__ import main
+from tiedquiet.gate import classes
+from tiedquiet.gate.diagnosis import CannotCheck, damage
 
 # Runs in a process of its own, since an audit hook stays. What is imported beforehand is no business of a folder.
 WATCHED = """
@@ -159,8 +162,73 @@ def test_a_pickle_is_not_opened_with_an_old_torch_unless_it_is_trusted(
     monkeypatch.setattr(torch, "__version__", version)
     assert main(["check", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"tiedquiet: {tmp_path}: pytorch_model.bin is a pickle, and torch {version} does not")
+    assert error.startswith(
+        f"tiedquiet: {tmp_path}: pytorch_model.bin is a pickle, and torch {version} does not read pickles safely"
+    )
     assert "install torch 2.10 or newer" in error
     assert main(["check", str(tmp_path), "--trust-pickle"]) == 0
     monkeypatch.setattr(torch, "__version__", "2.10.0a0")
     assert main(["check", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("\0", r"\x00 is no name of a folder"),
+        ("a\ud800", "is no name of a folder"),
+        ("/dev/null", "is neither a folder nor"),
+    ],
+)
+def test_what_is_no_folder(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", name]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_json_file_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(100_000_001)
+    assert main(["check", str(tmp_path)]) == 2
+    assert "config.json has 100,000,001 bytes, which is too much for a JSON file" in capsys.readouterr().err
+
+
+def test_a_header_that_is_too_large_is_not_read_to_say_what_is_wrong(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((3 << 30).to_bytes(8, "little"))
+        file.truncate((3 << 30) + 8)
+    assert list(damage(tmp_path)) == [
+        "model.safetensors has a header of 3,221,225,472 bytes, and the format allows 100,000,000"
+    ]
+
+
+def test_a_class_that_its_library_cannot_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        @property
+        def Model(self) -> None:
+            raise RuntimeError("Failed to import:\nno module")
+
+    monkeypatch.setattr(classes, "_library", lambda _: Library())
+    with pytest.raises(CannotCheck, match="transformers cannot import Model: Failed to import: no module"):
+        classes.named("transformers", "Model")
+
+
+def test_without_diffusers_there_is_none_of_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert classes.named("diffusers", "UNet2DModel") is None
+    assert not classes.is_of_diffusers(torch.nn.Linear)
+
+
+def test_a_class_that_is_no_model(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(zoo.top / "good"), "--class", "GPT2Config"]) == 2
+    assert capsys.readouterr().err.endswith("cannot be loaded as GPT2Config: that is no model\n")
+
+
+def test_code_that_a_pipeline_s_model_names_runs_only_if_it_is_let(zoo: Zoo, tmp_path: Path) -> None:
+    folder = shutil.copytree(zoo.top / "pipe", tmp_path / "pipe")
+    path = folder / "text_encoder" / "config.json"
+    config = {**json.loads(path.read_text()), "attn_implementation": "somebody/kernel"}
+    path.write_text(json.dumps(config))
+    assert main(["check", str(folder)]) == 2
+    path.write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    assert main(["check", str(folder), "--trust-remote-code"]) == 0

@@ -63,7 +63,7 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
     path = folder / "generation_config.json"
     if path.is_file() and not isinstance(_json(path), dict):
-        yield f"{path.name} is damaged: it holds no JSON object"
+        yield f"{path.name} cannot be read as a JSON object"
     for path in _weights(folder):
         try:
             problem = _damage_of(path)

@@ -27,13 +27,17 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         CannotCheck: it cannot be loaded.
     """
     forms = weights_of(part.source, part.name, OF_DIFFUSERS, how.trust_pickle)
-    files = _files(part, kind, how, [str(path) for path in forms[0].files] if forms else [])
+    is_here = part.source.is_local
+    files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how)
     checkpoint = Checkpoint(None, files)
+    folder = part.source.folder(part.name) if is_here or not files else Path(files[0]).parent  # in the hub's cache
     try:
-        model = _load(part, kind, how, _dtype(how.dtype, checkpoint))
+        options: dict[str, Any] = {"torch_dtype": _dtype(how.dtype, checkpoint)}
+        if how.device != "cpu":
+            options["device_map"] = how.device
+        model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:
-        folder = Path(files[0]).parent if files else part.source.folder(part.name)
         damaged = next(damage(folder), "") if folder.is_dir() else ""
         raise CannotCheck(f"cannot be loaded: {explain(error, folder, how.trust, damaged)}") from error
     state = survey(model).state
@@ -61,27 +65,18 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     )
 
 
-def _files(part: Part, kind: Any, how: How, files: list[str]) -> list[str]:
-    """The files that are read; from the hub they are fetched now."""
-    if files or part.source.is_local:
-        return files
-    unsafe = not how.trust_pickle and pickles_are_unsafe()
-    for name in OF_DIFFUSERS[1:]:
-        if (path := part.source.file(name, part.name)) is not None:
-            if unsafe and not name.endswith(".safetensors"):
-                raise CannotCheck(f"{part.label}: {name} is a pickle, and {unsafe}")
-            return [str(path)]
-    index = part.source.read(OF_DIFFUSERS[0], part.name) or {}
-    shards = dict.fromkeys(index.get("weight_map", {}).values())
-    return [str(path) for name in shards if (path := part.source.file(name, part.name)) is not None]
-
-
-def _load(part: Part, kind: Any, how: How, dtype: Any) -> torch.nn.Module:
-    options: dict[str, Any] = {"torch_dtype": dtype, "revision": part.source.revision, "subfolder": part.name}
-    if how.device != "cpu":
-        options["device_map"] = how.device
-    model: torch.nn.Module = kind.from_pretrained(part.source.name, **{k: v for k, v in options.items() if v})
-    return model
+def _files(part: Part, how: How) -> list[str]:
+    """The files that a model on the hub is read from, fetched now."""
+    index = part.source.read(OF_DIFFUSERS[0], part.name)
+    names = list(OF_DIFFUSERS[1:]) if index is None else list(dict.fromkeys(index["weight_map"].values()))
+    unsafe = "" if how.trust_pickle else pickles_are_unsafe()
+    found: list[str] = []
+    for name in names:
+        if index is None and not found and unsafe and not name.endswith(".safetensors"):
+            raise CannotCheck(f"has no safetensors file, and {unsafe}")
+        if (index is not None or not found) and (path := part.source.file(name, part.name)) is not None:
+            found.append(str(path))
+    return found
 
 
 def _dtype(asked: str, checkpoint: Checkpoint) -> Any:

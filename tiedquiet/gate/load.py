@@ -137,6 +137,8 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
         folder = config.parent
     damaged = next((line for place in (folder, *folders_of(part)) if place for line in damage(place)), "")
     reason = explain(error, folder, how.trust, damaged)
+    if "use_safetensors" in options and "use_safetensors" in str(error):
+        reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
     if "ignore_mismatched_sizes" in str(error) and not damaged:
         with suppress(Exception):
             _, info = loader.from_pretrained(part.source.name, **options, ignore_mismatched_sizes=True)

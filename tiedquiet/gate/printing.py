@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 _MOST_OF_A_LINE = 2000
-_MOST_OF_A_CELL = 120
+_MOST_OF_A_CELL = 120  # names; the last cell of a row says why
+_MOST_OF_A_WHY = 600
 _MOST_ROWS = 50  # of one kind
 _COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
@@ -31,7 +32,7 @@ def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[s
     for row in rows:
         kinds.setdefault(row[kind], []).append(row)
     cells = [
-        tuple(printable(cell, _MOST_OF_A_CELL) for cell in row)
+        (*(printable(cell, _MOST_OF_A_CELL) for cell in row[:-1]), printable(row[-1], _MOST_OF_A_WHY))
         for alike in kinds.values()
         for row in (alike if every else alike[:_MOST_ROWS])
     ]

@@ -73,7 +73,7 @@ def pickles_are_unsafe() -> str:
     if version is None or tuple(map(int, version.groups())) >= _SAFE:
         return ""
     return (
-        f"torch {torch.__version__} does not open one safely (CVE-2025-32434, CVE-2026-24747); "
+        f"torch {torch.__version__} does not read pickles safely (CVE-2025-32434, CVE-2026-24747); "
         f"install torch {_SAFE[0]}.{_SAFE[1]} or newer, or trust the file with --trust-pickle"
     )
 
