@@ -232,3 +232,28 @@ def test_code_that_a_pipeline_s_model_names_runs_only_if_it_is_let(zoo: Zoo, tmp
     assert main(["check", str(folder)]) == 2
     path.write_text(json.dumps({**config, "attn_implementation": "eager"}))
     assert main(["check", str(folder), "--trust-remote-code"]) == 0
+
+
+def test_the_template_of_a_gguf_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe of CVE-2024-34359, which ran code where a chat template was filled in."""
+    gguf = pytest.importorskip("gguf")
+    mark = tmp_path / "RAN"
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_chat_template(f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}")
+    sizes = {"context_length": 16, "embedding_length": 8, "block_count": 1, "feed_forward_length": 16, "head_count": 2}
+    for name, size in {**sizes, "head_count_kv": 2, "vocab_size": 32, "rope_dimension_count": 4}.items():
+        getattr(writer, f"add_{name}")(size)
+    writer.add_layer_norm_rms_eps(1e-5)
+    shapes = {"token_embd": (32, 8), "output": (32, 8), "output_norm": (8,)}
+    shapes |= {f"blk.0.attn_{name}": (8, 8) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (16, 8), "blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16)}
+    shapes |= {"blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert main(["check", str(tmp_path / "model.gguf")]) == 1
+    assert "model.gguf is a GGUF file, whose values are changed while they are read" in capsys.readouterr().out
+    assert not mark.exists()
