@@ -95,8 +95,11 @@ def test_the_forms_that_a_model_of_diffusers_has(form: str, wan: Path, capsys: p
     else:
         half = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
         save_file(half, file_of(folder), {"format": "pt"})
+    capsys.readouterr()
     assert check(wan, "--json") == 0
-    found = components(capsys)["transformer"]
+    out, err = capsys.readouterr()
+    assert err == ""  # no bar either
+    (found,) = (component for component in json.loads(out)["components"] if component["component"] == "transformer")
     assert found["held"] == found["tensors"] == len(model.state_dict())
 
 
@@ -137,6 +140,34 @@ def test_names_of_older_releases(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert check(tmp_path, "--json") == 0
     found = components(capsys)["vae"]
     assert (found["held"], found["unexpected"], found["missing"]) == (len(stored), [], [])
+
+
+def test_one_model_of_diffusers(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(wan / "vae") == 0
+    assert capsys.readouterr().out.startswith("AutoencoderKLWan: 90 of 90 tensors hold the file's bytes")
+    assert check(wan / "vae", "--class", "AutoencoderKLWan") == 0
+    file_of(wan / "vae").write_bytes(b"junk")
+    assert check(wan / "vae") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_one_name_in_two_shards_and_a_prefix_that_nothing_maps(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = wan / "transformer"
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder)
+    stored = load_file(file_of(folder))
+    save_file({f"module.{name}": tensor for name, tensor in stored.items()}, file_of(folder), {"format": "pt"})
+    assert check(folder, "--json") == 1
+    (component,) = json.loads(capsys.readouterr().out)["components"]
+    assert {finding["verdict"] for finding in component["findings"]} == {"unread"}
+    assert len(component["findings"]) == len(stored)
+    file_of(folder).unlink()
+    model.save_pretrained(folder, max_shard_size="4KB")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, tensor = sorted(load_file(second).items())[0]
+    change(first, **{name.replace(".", "__"): tensor + 1})
+    assert check(folder, "--json") == 1
+    (component,) = json.loads(capsys.readouterr().out)["components"]
+    assert {finding["key"]: finding["verdict"] for finding in component["findings"]} == {name: "ambiguous"}
 
 
 def test_another_type_and_another_device(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:

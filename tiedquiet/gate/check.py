@@ -1,7 +1,9 @@
 """All that is checked of a folder or of a model on the hub: its one model, or each component of a pipeline."""
 
+from typing import Any
+
 from tiedquiet.gate import classes, components, load
-from tiedquiet.gate.components import Entry
+from tiedquiet.gate.components import Entry, Part
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
@@ -28,7 +30,9 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     if how.is_resume and (is_pipeline or source.gguf or source.file("trainer_state.json") is None):
         raise CannotCheck(f"{name} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume")
     if not is_pipeline:
-        return [load.check_model(components.the_part(source, cls, how.trust), how)], False
+        part = components.the_part(source, cls, how.trust)
+        kind = components.class_of_diffusers(part)
+        return [_of_diffusers(part, kind, how) if kind else load.check_model(part, how)], False
     if cls:
         raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
     results = [_component(source, entry, how) for entry in components.entries_of(source)]
@@ -39,15 +43,19 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     return results, True
 
 
+def _of_diffusers(part: Part, kind: Any, how: How) -> Result:
+    from tiedquiet.gate import diffusion  # it needs diffusers, which not everybody has
+
+    return diffusion.check_model(part, kind, how)
+
+
 def _component(source: Source, entry: Entry, how: How) -> Result:
     """What came out for one component; that it cannot be checked is an outcome here, and the others are checked."""
     name = entry.cls if isinstance(entry.cls, str) else repr(entry.cls)
     try:
         kind = components.class_of(entry)
         if classes.is_of_diffusers(kind):
-            from tiedquiet.gate import diffusion
-
-            return diffusion.check_model(components.part_of(source, entry, how.trust), kind, how)
+            return _of_diffusers(components.part_of(source, entry, how.trust), kind, how)
         if classes.is_of_transformers(kind):
             return load.check_model(components.part_of(source, entry, how.trust), how, kind)
         if classes.is_module(kind):

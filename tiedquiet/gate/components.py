@@ -91,6 +91,13 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     return part._replace(config=config)
 
 
+def class_of_diffusers(part: Part) -> Any:
+    """The class of a folder that is one model of diffusers; None where it is another library's."""
+    name = part.cls or part.config.get("_class_name")
+    found = None if name is None or part.source.gguf else classes.named("diffusers", name)
+    return found if classes.is_of_diffusers(found) else None
+
+
 def the_part(source: Source, cls: str | None, trust: bool) -> Part:
     """The one model of a folder, or of an adapter and its base model.
 

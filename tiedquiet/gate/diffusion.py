@@ -1,5 +1,7 @@
 """A model of diffusers (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, against its files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.weights import OF_DIFFUSERS, pickles_are_unsafe, weights_of
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.reading import ask_headers, find_unread, read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Verdict
@@ -35,14 +38,18 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         options: dict[str, Any] = {"torch_dtype": _dtype(how.dtype, checkpoint)}
         if how.device != "cpu":
             options["device_map"] = how.device
-        model = kind.from_pretrained(folder, **options)
+        with _without_bars():
+            model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:
         damaged = next(damage(folder), "") if folder.is_dir() else ""
         raise CannotCheck(f"cannot be loaded: {explain(error, folder, how.trust, damaged)}") from error
     state = survey(model).state
-    stored = state.keys() & in_files.keys()
-    known = Record(set(stored), state.keys() - stored, len(state), files=files)
+    reading = read(model, state.keys() - in_files.keys(), checkpoint)
+    unread = ask_headers(model, reading, [], getattr(model, "hf_quantizer", None) is not None)
+    find_unread(model, reading, unread, cure="Give them these names in the file")
+    stored = reading.stored
+    known = Record(stored, reading.missing, len(state), lasting=reading.found, files=files)
 
     def undo(tensors: dict[str, Any]) -> dict[str, Any]:
         return {in_files.get(name, name): tensor for name, tensor in tensors.items()}
@@ -63,6 +70,19 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         unexpected=unexpected,
         notes=notes,
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from diffusers.utils import logging as theirs
+
+    bars = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def _files(part: Part, how: How) -> list[str]:
