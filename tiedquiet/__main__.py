@@ -9,8 +9,11 @@ if mode.is_run_as_module() and not getattr(sys.flags, "safe_path", sys.flags.iso
 
 import argparse
 import os
-from contextlib import suppress
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 import tiedquiet
@@ -42,28 +45,50 @@ def main(arguments: list[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else arguments
     prepare(sys.stdout, sys.stderr)
+    with _interrupts() as interrupts:
+        try:
+            status = _main(given)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except (CannotCheck, _Misused) as error:
+            reason = str(error)
+        except ImportError as error:
+            reason = f"{error}; python -m pip install transformers torch accelerate brings what is needed"
+        except BrokenPipeError:
+            reason = "what reads its output has gone"
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):
+                raise
+            reason = stop.code.removeprefix("tiedquiet: ")
+        except OSError as error:
+            reason = f"the system refuses: {error}"
+        except Exception as error:
+            reason = f"this should not happen, please report it: {type(error).__name__}: {error}"
+        return _fail("interrupted" if interrupts else reason, given)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that came meanwhile: amid an import, Ctrl-C may come out as any other error."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with suppress(ValueError):  # in another thread there are no signals
+        if ours:
+            signal.signal(signal.SIGINT, note)
     try:
-        status = _main(given)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
-    except (CannotCheck, _Misused) as error:
-        reason = str(error)
-    except ImportError as error:
-        reason = f"{error}; python -m pip install transformers torch accelerate brings what is needed"
-    except BrokenPipeError:
-        reason = "what reads its output has gone"
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            raise
-        reason = stop.code.removeprefix("tiedquiet: ")
-    except OSError as error:
-        reason = f"the system refuses: {error}"
-    except Exception as error:
-        reason = f"this should not happen, please report it: {type(error).__name__}: {error}"
-    return _fail(reason, given)
+        yield noted
+    finally:
+        with suppress(ValueError):
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _main(arguments: list[str]) -> int:

@@ -247,6 +247,11 @@ def without_a_shard(folder: Path) -> Path:
     return folder
 
 
+def as_an_index(folder: Path, content: Any) -> Path:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    return write(folder / "model.safetensors.index.json", json.dumps(content))
+
+
 def changed(folder: Path, **changes: Any) -> Path:
     config_of(folder, **changes)
     return folder
@@ -271,6 +276,8 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: write(g / "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer"),
         (without_a_shard, "names model-00002-of-0000"),
         (lambda g: write(g / "model.safetensors.index.json", "[]") and cut(g, 0), "model.safetensors.index.json is damaged"),
+        (lambda g: as_an_index(g, {"metadata": {}, "weight_map": {}}), "model.safetensors.index.json is damaged: it names no files"),
+        (lambda g: as_an_index(g, {"weight_map": {"transformer.wte.weight": "a.safetensors"}}), "index.json has no metadata, for which transformers asks"),
         (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is truncated: the end of it is missing"),
         (lambda g: as_bin(g, keep=0), "pytorch_model.bin is empty"),
         (lambda g: as_bin(g, {"x": RunsCode()}), "pytorch_model.bin is a pickle that wants to run code when it is read"),

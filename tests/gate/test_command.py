@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -136,20 +138,62 @@ def test_a_disk_that_is_full(good: Path) -> None:
     assert done.stderr == "tiedquiet: the system refuses: [Errno 28] No space left on device\n"
 
 
+SLOW = """
+import time
+from pathlib import Path
+
+class Slow:
+    @staticmethod
+    def from_pretrained(*_, **__):
+        Path("ready").touch()
+        time.sleep(300)
+"""
+
+
 @pytest.mark.slow
-def test_ctrl_c() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TIEDQUIET", None)
-    fifo_free = "import sys, tiedquiet.__main__ as m\nprint('ready', flush=True)\nsys.exit(m.main(['demo']))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", fifo_free], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
+def test_ctrl_c(good: Path, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TIEDQUIET"} | {"PYTHONPATH": str(ROOT)}
+    (tmp_path / "slow_one.py").write_text(SLOW)
+    command = [sys.executable, "-m", "tiedquiet", "check", str(good), "--class", "slow_one.Slow"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (2, "tiedquiet: interrupted\n")
+
+
+def test_ctrl_c_that_comes_out_as_another_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does amid the imports of transformers."""
+
+    def fail(_: object) -> int:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("Could not import module")
+
+    monkeypatch.setattr(command, "check", fail)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["check", "x"]) == 2
+        assert capsys.readouterr().err == "tiedquiet: interrupted\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup` has it
+        assert main(["check", "x"]) == 2
+        assert "Could not import module" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_there_are_no_signals(good: Path) -> None:
+    found: list[int] = []
+    thread = Thread(target=lambda: found.append(main(["check", str(good / "nowhere")])))
+    thread.start()
+    thread.join()
+    assert found == [2]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,13 @@ def test_one_model_of_diffusers(wan: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("bars", [True, False])
+def test_the_bars_of_diffusers_are_as_before(bars: bool, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusers.utils.logging, "_tqdm_active", bars)
+    assert check(wan / "vae") == 0
+    assert diffusers.utils.logging.is_progress_bar_enabled() is bars
+
+
 def test_one_name_in_two_shards_and_a_prefix_that_nothing_maps(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = wan / "transformer"
     model = diffusers.WanTransformer3DModel.from_pretrained(folder)

@@ -19,6 +19,7 @@ from tests.pages import ROOT, sections
 from tiedquiet.__main__ import main
 from tiedquiet.gate import classes
 from tiedquiet.gate.diagnosis import CannotCheck, damage
+from tiedquiet.gate.source import is_inside
 
 # Runs in a process of its own, since an audit hook stays. What is imported beforehand is no business of a folder.
 WATCHED = """
@@ -184,6 +185,27 @@ def test_what_is_no_folder(name: str, says: str, capsys: pytest.CaptureFixture[s
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [
+        ("a.safetensors", True),
+        ("a/b.safetensors", True),
+        ("..a", True),
+        ("", False),
+        ("../a", False),
+        ("a/../../b", False),
+        ("/a", False),
+        ("a\\..\\..\\b", False),
+        ("C:a", False),
+        ("\\\\host\\share\\a", False),
+        ("a\0", False),
+    ],
+)
+def test_which_names_stay_in_a_folder(name: str, stays: bool) -> None:
+    """Asked of names in an index on the hub as well, of which no file is there yet."""
+    assert is_inside(name) is stays
 
 
 def test_a_json_file_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

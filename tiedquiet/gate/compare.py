@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
     Attributes:
         held: how many tensors of the model hold the files' bytes.
         total: how many the checkpoint delivered.
-        buffers: how many of the model's tensors are in no state dict.
+        buffers: how many of the model's tensors are in no state dict, and have values.
         findings: those of the load, and what the comparison adds to them, sorted by key.
     """
 
@@ -61,12 +61,13 @@ def compare(
     findings = {finding.key: finding for finding in proof_of(model, known).findings}
     lost = {key for key, finding in findings.items() if finding.verdict not in (*WELL, Verdict.UNPROVEN)}
     names = sorted(known.stored & state.keys())
+    buffers = sum(not tensor.is_meta for tensor in now.others.values())
     try:
         checkpoint.tensors  # noqa: B018 (it opens the files)
     except Exception as error:
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
-        return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
+        return Comparison(0, len(names), buffers, [*findings.values(), unread])
     open_ = {name: state[name] for name in names if name not in lost}
     on_disk = {name for name in open_ if known.place(name) is not None or is_moved(model, name)}
     comparing = _Comparing(model, open_, checkpoint, undos, on_disk)
@@ -79,7 +80,7 @@ def compare(
         source = findings.get(finding.source or "")
         if finding.verdict in WELL and source is not None and source.verdict not in WELL:
             findings[finding.key] = Finding(finding.key, source.verdict, finding.source, source.why, source.broken)
-    return Comparison(len(comparing.held), len(names), len(now.others), [findings[key] for key in sorted(findings)])
+    return Comparison(len(comparing.held), len(names), buffers, [findings[key] for key in sorted(findings)])
 
 
 class _Comparing:
