@@ -4,6 +4,7 @@
 >>> from transformers import AutoModel
 """
 
+import os
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -64,26 +65,42 @@ def disable() -> None:
     _unwrap()
 
 
-def check(model: "torch.nn.Module") -> Proof:
-    """Say what is known of a loaded model.
+def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None) -> Proof:
+    """Say what is known of a loaded model; with a path, compare it with the files there, byte for byte.
 
     Args:
         model: one that was loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`, DDP or PEFT
-            made of it, or a module that has several of them inside.
+            made of it, or a module that has several of them inside. With a path, any model.
+        path: a folder that the model was saved to, by `save_pretrained` or `Trainer.save_model`, say.
 
     Returns:
-        A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false.
+        A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false. With a path it says how many
+        tensors the files hold as the model does, now.
 
     Raises:
-        TypeError: it is a path; the message names the command that checks one.
+        TypeError: the model is a path; the message names the command that checks one.
+        ValueError: the path holds no weights, or they cannot be read.
     """
     if not hasattr(model, "named_modules"):
         kind = type(model).__name__
         raise TypeError(f"check takes a model, not {kind}; for files there is: python -m tiedquiet check PATH|HUB_ID")
     from tiedquiet.doors import wrapping  # it imports torch, which takes seconds and is needed only with a model
+
+    if path is not None:
+        from tiedquiet.gate import live
+        from tiedquiet.gate.diagnosis import CannotCheck
+
+        try:
+            return live.check(model, os.fspath(path))
+        except CannotCheck as error:
+            raise ValueError(str(error)) from error
     from tiedquiet.proof import judge
 
     return judge.proof(model, wrapping.inert_because())
 
 
-enable()
+try:
+    enable()
+except ValueError:
+    if not _modes.is_command_line():
+        raise

@@ -1,29 +1,109 @@
-"""The command line: `python -m tiedquiet check PATH|HUB_ID`, `info` and `demo`."""
+"""The command line: `tiedquiet check PATH|HUB_ID`, `info` and `demo`."""
+
+import sys
+
+from tiedquiet import mode
+
+if mode.is_run_as_module() and not getattr(sys.flags, "safe_path", sys.flags.isolated) and __name__ == "__main__":
+    del sys.path[0]  # the current folder, which may be that of strangers: from here on no module comes from it
 
 import argparse
-import sys
-from contextlib import suppress
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
+from typing import NoReturn
 
 import tiedquiet
-from tiedquiet import mode
 from tiedquiet.gate import command as gate
+from tiedquiet.gate import report
 from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.printing import coloured, prepare, printable
 
 TESTED = "5.0.0 to 5.24.0"  # releases of transformers; tests/compat has the list
 
 
+class _Misused(Exception):
+    """The call is wrong; the message says how."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Misused(f"{message}; {self.prog} --help says what there is")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0 all well, 1 something is loud, 2 it cannot be loaded or the call is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tiedquiet", description=tiedquiet.__doc__.splitlines()[0])
+    """Run the command line.
+
+    Returns:
+        0 all is well, 1 something is not, 2 it cannot be checked: then one line on stderr says why, whatever happened.
+
+    Raises:
+        SystemExit: help or the version was asked for, and printed; its status is 0.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    prepare(sys.stdout, sys.stderr)
+    with _interrupts() as interrupts:
+        try:
+            status = _main(given)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except (CannotCheck, _Misused) as error:
+            reason = str(error)
+        except ImportError as error:
+            reason = f"{error}; python -m pip install transformers torch accelerate brings what is needed"
+        except BrokenPipeError:
+            reason = "what reads its output has gone"
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):
+                raise
+            reason = stop.code.removeprefix("tiedquiet: ")
+        except OSError as error:
+            reason = f"the system refuses: {error}"
+        except Exception as error:
+            reason = f"this should not happen, please report it: {type(error).__name__}: {error}"
+        return _fail("interrupted" if interrupts else reason, given)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that came meanwhile: amid an import, Ctrl-C may come out as any other error."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with suppress(ValueError):  # in another thread there are no signals
+        if ours:
+            signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        with suppress(ValueError):
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _main(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="tiedquiet", description="Proves that a loaded model holds what its checkpoint stored.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"tiedquiet {tiedquiet.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|info|demo")
     check = commands.add_parser(
         "check",
         help="load a checkpoint and say whether the model holds what it stores",
-        description="Load a checkpoint with transformers, or each transformers model of a diffusers pipeline, and hold "
-        "every tensor of the model against the checkpoint's own files. Exit status: 0 all is well, 1 something is not, "
-        "2 it cannot be loaded.",
+        description="Load a checkpoint with transformers, or each model of a diffusers pipeline, and hold every tensor "
+        "of the model against the checkpoint's own files. Exit status: 0 all is well, 1 something is not, 2 it cannot "
+        "be checked.",
+        allow_abbrev=False,
     )
     gate.add_arguments(check)
     commands.add_parser(
@@ -34,23 +114,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
     options = parser.parse_args(arguments)
+    if sys.flags.optimize > 1:
+        raise _Misused("transformers makes its classes from docstrings, and python -OO drops these; use python -O")
     try:
-        if options.command == "demo":
-            from tiedquiet.demo import demo
+        mode.from_environment()
+    except ValueError as error:
+        if options.command != "info":
+            raise _Misused(str(error)) from error
+        return _info(str(error))
+    if options.command == "demo":
+        from tiedquiet.demo import demo
 
-            demo()
-            return 0
-        return _info() if options.command == "info" else gate.check(options)
-    except CannotCheck as error:
-        print(f"tiedquiet: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        needed = "python -m pip install transformers torch accelerate"
-        print(f"tiedquiet: {error}; {needed} brings what is needed", file=sys.stderr)
-        return 2
+        demo()
+        return 0
+    return _info() if options.command == "info" else gate.check(options)
 
 
-def _info() -> int:
+def _fail(reason: str, given: list[str]) -> int:
+    """Say in one line why nothing was checked; for machines in JSON as well."""
+    try:
+        if given[:1] == ["check"] and "--json" in given:
+            named = next((word for word in given[1:] if not word.startswith("-")), "")
+            print(report.as_json(2, named, gate.versions(), [], reason))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):  # nobody reads it, or the disk is full: Python must not try once more at its end
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    print(f"{coloured('tiedquiet', 'red', sys.stderr)}: {printable(reason)}", file=sys.stderr)
+    return 2
+
+
+def _info(problem: str = "") -> int:
     # Without these no model is loaded, and nothing is wrapped before they are imported.
     for name in ("transformers.modeling_utils", "transformers.trainer"):
         import_module(name)
@@ -60,7 +154,7 @@ def _info() -> int:
 
     for package, version in gate.versions().items():
         print(f"{package} {version or '(not installed)'}")
-    print(f"mode: {(now := mode.setting()).mode} ({now.origin})")
+    print(f"mode: {problem or f'{(now := mode.setting()).mode} ({now.origin})'}")
     print(f"tested with transformers {TESTED}")
     if reason := wrapping.inert_because():
         print(reason)
@@ -68,7 +162,7 @@ def _info() -> int:
     states = wrapping.states()
     for name, state, _ in states:
         print(f"{name}: {state}")
-    return int(mode.current() != "off" and not all(well for _, _, well in states))
+    return int(bool(problem) or (mode.current() != "off" and not all(well for _, _, well in states)))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ where a context says nothing.
 """
 
 import os
+import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 Mode = Literal["off", "on", "repair", "strict"]
@@ -100,6 +103,19 @@ def from_environment() -> Setting:
     """The mode that `TIEDQUIET` asks for, and where that came from; unset or empty means `on`."""
     value = os.environ.get(VARIABLE, "")
     return Setting(parse(value), f"{VARIABLE}={value}" if value else f"the default; {VARIABLE} is not set")
+
+
+def is_command_line() -> bool:
+    """Whether this process is tiedquiet's own command line, which says by itself, in a line, what is wrong."""
+    started: list[str] = getattr(sys, "argv", None) or [""]  # there is none yet while start-up files run
+    if started[0] == "-m":  # the package is imported, and then its __main__
+        return is_run_as_module()
+    return Path(started[0]).stem == "tiedquiet"
+
+
+def is_run_as_module() -> bool:
+    """Whether this process was started by `python -m tiedquiet`."""
+    return any(pair == ("-m", "tiedquiet") for pair in pairwise(sys.orig_argv))
 
 
 def is_main_process() -> bool:

@@ -131,9 +131,8 @@ def test_the_type_and_the_device(good: Path, capsys: pytest.CaptureFixture[str])
     assert "16 of 16 tensors" in capsys.readouterr().out
     assert check(good, "--device", "nonsense") == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit) as stop:
-        check(good, "--dtype", "int3")
-    assert stop.value.code == 2
+    assert check(good, "--dtype", "int3") == 2
+    assert "argument --dtype: invalid choice: 'int3'" in capsys.readouterr().err
 
 
 def test_without_architectures_a_head_was_not_checked(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,25 +189,26 @@ def test_fused_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "hold the file's bytes" in capsys.readouterr().out
 
 
-def test_each_transformers_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = wan_pipeline(tmp_path)
     status = check(pipeline, "--json")
     report = json.loads(capsys.readouterr().out)
-    (component,) = report["components"]
-    assert (component["component"], component["class"]) == ("text_encoder", "UMT5EncoderModel")
-    (found,) = component["findings"]
+    scheduler, encoder, *others = report["components"]
+    assert (scheduler["component"], scheduler["has_tensors"], scheduler["loud"]) == ("scheduler", False, False)
+    assert (encoder["component"], encoder["class"]) == ("text_encoder", "UMT5EncoderModel")
+    (found,) = encoder["findings"]
     assert found["key"] == "encoder.embed_tokens.weight"
     assert status == (0 if found["verdict"] == "tied" else 1)
-    assert report["not_checked"] == [
-        "transformer (WanTransformer3DModel of diffusers)",
-        "vae (AutoencoderKLWan of diffusers)",
-    ]
+    assert [component["class"] for component in others] == ["WanTransformer3DModel", "AutoencoderKLWan"]
+    for component in others:
+        (file,) = component["files"]
+        assert component["held"] == component["tensors"] == len(load_file(file))
     assert check(pipeline) == status
-    out = capsys.readouterr().out
-    assert out.startswith("text_encoder: UMT5EncoderModel: ")
-    assert out.endswith(
-        "not checked: transformer (WanTransformer3DModel of diffusers), vae (AutoencoderKLWan of diffusers)\n"
-    )
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "scheduler: FlowMatchEulerDiscreteScheduler: has no tensors"
+    assert out[1].startswith("text_encoder: UMT5EncoderModel: ")
+    held = sum(component["held"] for component in report["components"])
+    assert out[-1] == f"{4 - status} of 4 components are well; {held} of {held} tensors hold the files' bytes"
     assert check(pipeline, "--class", "UMT5EncoderModel") == 2
     assert "is a pipeline of several models" in capsys.readouterr().err
 
@@ -247,6 +247,11 @@ def without_a_shard(folder: Path) -> Path:
     return folder
 
 
+def as_an_index(folder: Path, content: Any) -> Path:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    return write(folder / "model.safetensors.index.json", json.dumps(content))
+
+
 def changed(folder: Path, **changes: Any) -> Path:
     config_of(folder, **changes)
     return folder
@@ -261,7 +266,7 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: g / "model.safetensors", "is a file; give the folder that it is in"),
         (lambda g: write(g / "config.json", "{"), "cannot be read"),
         (lambda g: write(g / "config.json", "[]"), "holds no JSON object"),
-        (lambda g: write(g / "model_index.json", "{}"), "is a pipeline without a model of transformers"),
+        (lambda g: write(g / "model_index.json", "{}"), "is a pipeline, and its model_index.json names no component"),
         (lambda g: changed(g, architectures=["NoSuchModel"]), "config.json names NoSuchModel, which transformers"),
         (lambda g: changed(g, vocab_size=80), "transformer.wte.weight is 64 by 16 in the file and 80 by 16 in the model"),
         (lambda g: cut(g, 5000), "model.safetensors is truncated: its header promises"),
@@ -271,6 +276,8 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: write(g / "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer"),
         (without_a_shard, "names model-00002-of-0000"),
         (lambda g: write(g / "model.safetensors.index.json", "[]") and cut(g, 0), "model.safetensors.index.json is damaged"),
+        (lambda g: as_an_index(g, {"metadata": {}, "weight_map": {}}), "model.safetensors.index.json is damaged: it names no files"),
+        (lambda g: as_an_index(g, {"weight_map": {"transformer.wte.weight": "a.safetensors"}}), "index.json has no metadata, for which transformers asks"),
         (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is truncated: the end of it is missing"),
         (lambda g: as_bin(g, keep=0), "pytorch_model.bin is empty"),
         (lambda g: as_bin(g, {"x": RunsCode()}), "pytorch_model.bin is a pickle that wants to run code when it is read"),
@@ -301,13 +308,16 @@ def test_a_file_that_may_not_be_read(good: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert list(damage(good)) == ["model.safetensors cannot be read: Permission denied"]
+    assert list(damage(good)) == [
+        "generation_config.json cannot be read as a JSON object",
+        "model.safetensors cannot be read: Permission denied",
+    ]
 
 
 def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
     (good / "model.safetensors.index.json").write_text("[]")
-    (good / "a.bin.index.json").write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
-    (good / "b.bin.index.json").write_text(json.dumps({"weight_map": {"x": "one.bin", "y": "two.bin"}}))
+    (good / "a.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "model.safetensors"}}))
+    (good / "b.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "one.bin", "y": "two.bin"}}))
     cut(good, 0)
     assert [line.partition(":")[0] for line in damage(good)] == [
         "b.bin.index.json names one.bin, two.bin, which are not there",
@@ -317,7 +327,7 @@ def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
 
 
 def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
-    assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "'list' object has no attribute 'keys'"  # fmt: skip
+    assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "AttributeError: 'list' object has no attribute 'keys'"  # fmt: skip
     assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip
     assert explain(AttributeError("'X' object has no attribute 'all_tied_weights_keys'"), None, False).startswith("X.__init__ does")  # fmt: skip
     assert explain(KeyError(), None, False) == "KeyError"
@@ -362,6 +372,46 @@ def test_a_model_of_the_local_cache(good: Path, tmp_path: Path) -> None:
     done = run(script.format(options=["--revision", "bad"]).replace("sys.exit(", "print("), **where)
     assert "lm_head.weight  untied  transformer.wte.weight" in done.stdout
     assert done.stdout.endswith("\n1\n")
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_the_local_cache(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    folder = wan_pipeline(tmp_path / "wan")
+    config_of(folder / "text_encoder", tie_word_embeddings=True)
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(folder / "transformer", max_shard_size="4KB")
+    cached(folder, tmp_path / "hub")
+    torch.save(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"), folder / "vae" / "diffusion_pytorch_model.bin")  # fmt: skip
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    cached(folder, tmp_path / "hub", "pickle")
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    script = "import torch; torch.__version__ = {torch!r}; from tiedquiet.__main__ import main; print(main(['check', 'some/model', '--revision', {revision!r}, *{options!r}]))"
+    done = run(script.format(torch="2.9.0", revision="main", options=[]), **where)
+    assert done.stdout.endswith(" tensors hold the files' bytes\n0\n"), done
+    assert f"transformer: WanTransformer3DModel: {len(model.state_dict())} of {len(model.state_dict())} " in done.stdout
+    done = run(script.format(torch="2.9.0", revision="pickle", options=[]), **where)
+    assert "vae: AutoencoderKLWan: cannot be checked: has no safetensors file, and torch 2.9.0 does not" in done.stdout
+    assert done.stdout.endswith("\n1\n")
+    done = run(script.format(torch="2.9.0", revision="pickle", options=["--trust-pickle"]), **where)
+    assert done.stdout.endswith("\n0\n")
+
+
+@pytest.mark.slow
+def test_a_pickle_on_the_hub_and_a_file_that_is_cut(good: Path, tmp_path: Path) -> None:
+    cached(as_bin(good), tmp_path / "hub")
+    as_bin_again = GPT2LMHeadModel.from_pretrained(good)
+    as_bin_again.save_pretrained(good)
+    cached(cut(good, 5000), tmp_path / "hub", "cut")
+    script = "import torch; torch.__version__ = {torch!r}; from tiedquiet.__main__ import main; print(main(['check', 'some/model', '--revision', {revision!r}]))"
+    where = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    assert run(script.format(torch=torch.__version__, revision="main"), **where).stdout.endswith("\n0\n")
+    done = run(script.format(torch="2.9.0", revision="main"), **where)
+    assert (done.stdout, done.stderr.count("\n")) == ("2\n", 1)
+    assert "it has no safetensors file, and torch 2.9.0 does not read pickles safely" in done.stderr
+    done = run(script.format(torch=torch.__version__, revision="cut"), **where)
+    assert "model.safetensors is truncated: its header promises" in done.stderr
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from tiedquiet.proof.judge import is_padding, proof_of
 from tiedquiet.proof.memory import holds, plain, same
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import is_moved, survey
 from tiedquiet.verdict import WELL, Finding, Verdict
 
 Tensors = dict[str, torch.Tensor]
@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
     Attributes:
         held: how many tensors of the model hold the files' bytes.
         total: how many the checkpoint delivered.
-        buffers: how many of the model's tensors are in no state dict.
+        buffers: how many of the model's tensors are in no state dict, and have values.
         findings: those of the load, and what the comparison adds to them, sorted by key.
     """
 
@@ -61,13 +61,16 @@ def compare(
     findings = {finding.key: finding for finding in proof_of(model, known).findings}
     lost = {key for key, finding in findings.items() if finding.verdict not in (*WELL, Verdict.UNPROVEN)}
     names = sorted(known.stored & state.keys())
+    buffers = sum(not tensor.is_meta for tensor in now.others.values())
     try:
         checkpoint.tensors  # noqa: B018 (it opens the files)
     except Exception as error:
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
-        return Comparison(0, len(names), len(now.others), [*findings.values(), unread])
-    comparing = _Comparing(model, {n: state[n] for n in names if n not in lost}, checkpoint, undos, known.altered)
+        return Comparison(0, len(names), buffers, [*findings.values(), unread])
+    open_ = {name: state[name] for name in names if name not in lost}
+    on_disk = {name for name in open_ if known.place(name) is not None or is_moved(model, name)}
+    comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered)
     comparing.make_again(conversions)
     found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
@@ -77,7 +80,7 @@ def compare(
         source = findings.get(finding.source or "")
         if finding.verdict in WELL and source is not None and source.verdict not in WELL:
             findings[finding.key] = Finding(finding.key, source.verdict, finding.source, source.why, source.broken)
-    return Comparison(len(comparing.held), len(names), len(now.others), [findings[key] for key in sorted(findings)])
+    return Comparison(len(comparing.held), len(names), buffers, [findings[key] for key in sorted(findings)])
 
 
 class _Comparing:
@@ -87,11 +90,11 @@ class _Comparing:
         state: Tensors,
         checkpoint: Checkpoint,
         undos: Sequence[Undo],
+        on_disk: Collection[str],
         altered: Collection[str],
     ) -> None:
-        self._altered = altered
         self._model, self._state, self._checkpoint, self._undo = model, state, checkpoint, undos[0]
-        self._undos = undos
+        self._undos, self._on_disk, self._altered = undos, on_disk, altered
         self.held: set[str] = set()
         self._claimed: set[str] = set()  # names in the files
         self._prefixes: dict[tuple[int, torch.dtype], dict[bytes, list[str]]] = {}
@@ -200,7 +203,8 @@ class _Comparing:
     def _explain(self, name: str) -> Finding:
         tensor, pieces = self._state[name], plain(self._state[name])
         if tensor.is_meta:
-            return Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, or it has none")
+            why = "its values stay on disk" if name in self._on_disk else "it has no values: it is on meta"
+            return Finding(name, Verdict.UNPROVEN, None, why)
         if len(pieces) != 1:
             return Finding(name, Verdict.UNPROVEN, None, f"a {type(tensor).__name__} does not show its values")
         back = self._undone([name])

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 _POINTER = b"version https://git-lfs"
+MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
 
 
 class CannotCheck(Exception):
@@ -40,20 +41,29 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         )
     if "trust_remote_code" in message and not trust:
         return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
-    first = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(first[0].split()).rstrip(".:")
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()] or [""]
+    of_two = lines[0].endswith(":") and len(lines) > 1  # "Validation error for field 'n_head':", and then what it is
+    said = [lines[of_two].rstrip(".:")]
+    if not of_two and (not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not lines[0]):
+        said.insert(0, type(error).__name__)  # the message alone says little: "'metadata'"
+    return ": ".join(filter(None, (*_pickle_read(error), *said)))
 
 
 def damage(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder, a line each."""
     for path in sorted(folder.glob("*.index.json")):
-        try:
-            named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            yield f"{path.name} is damaged: it names no files"
+        index = _json(path)
+        if reason := damaged_index(index):
+            yield f"{path.name} is damaged: {reason}"
             continue
-        if absent := sorted(name for name in named if not (folder / str(name)).is_file()):
+        if not isinstance(index.get("metadata"), dict):
+            yield f"{path.name} has no metadata, for which transformers asks"
+        named = set(index["weight_map"].values())
+        if absent := sorted(name for name in named if not (folder / name).is_file()):
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+    path = folder / "generation_config.json"
+    if path.is_file() and not isinstance(_json(path), dict):
+        yield f"{path.name} cannot be read as a JSON object"
     for path in _weights(folder):
         try:
             problem = _damage_of(path)
@@ -63,8 +73,23 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} {problem}"
 
 
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def damaged_index(index: Any) -> str:
+    """What is wrong with what an index of shards holds; empty where nothing is."""
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        return "it names no files"
+    return ""
+
+
 def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
 
 
 def _damage_of(path: Path) -> str:
@@ -80,12 +105,22 @@ def _damage_of(path: Path) -> str:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
             return f"is truncated or not a safetensors file: it has {size:,} bytes, not even its header"
+        if length > MOST:
+            return f"has a header of {length:,} bytes, and the format allows {MOST:,}"
         try:
             entries = json.loads(file.read(length))
             end = 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return "is damaged: its header cannot be read"
-    return f"is truncated: its header promises {end:,} bytes, and it has {size:,}" if size < end else ""
+    if size < end:
+        return f"is truncated: its header promises {end:,} bytes, and it has {size:,}"
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return ""
+    except Exception as error:
+        return f"is damaged: {' '.join(str(error).split())}"
 
 
 # Modelling files that were written for transformers 4
@@ -118,15 +153,25 @@ def _of_the_code(error: BaseException) -> str:
     return ""
 
 
-def _models(error: BaseException) -> Iterator[Any]:
-    """The models that the code was working on, the innermost first."""
-    trace = error.__traceback__
-    frames: list[FrameType] = []
+def _frames(error: BaseException) -> list[FrameType]:
+    """Where the code was, the innermost last."""
+    frames, trace = [], error.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
+    return frames
+
+
+def _pickle_read(error: BaseException) -> list[str]:
+    """The name of the file that `torch.load` was reading, which its errors do not say."""
+    calls = [frame for frame in _frames(error) if frame.f_globals.get("__name__") == "torch.serialization"]
+    return [f"{Path(str(frame.f_locals['f'])).name} cannot be read" for frame in calls if "f" in frame.f_locals][:1]
+
+
+def _models(error: BaseException) -> Iterator[Any]:
+    """The models that the code was working on, the innermost first."""
     base = sys.modules["transformers"].PreTrainedModel
-    for frame in reversed(frames):
+    for frame in reversed(_frames(error)):
         yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if isinstance(v, base))
 
 

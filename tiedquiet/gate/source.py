@@ -1,35 +1,73 @@
-"""What `check` is pointed at: a folder or a model on the hub, the models in it, and the class to load each as."""
+"""What `check` is pointed at, a folder or a model on the hub, and the files in it.
+
+Whoever made it may have put anything there: a link to another place, a pipe that never ends, a name with `..` in it.
+"""
 
 import json
+import os
+from collections.abc import Iterator
 from functools import partial
-from importlib import import_module
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.diagnosis import MOST, CannotCheck
+
+# Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`.
+_KERNELS = ("attn_implementation", "experts_implementation")
 
 
 class Source:
-    """A folder, or a model on the hub."""
+    """A folder, or a model on the hub.
+
+    Raises:
+        CannotCheck: it is a file that is no checkpoint by itself.
+    """
 
     def __init__(self, name: str, revision: str | None) -> None:
+        if not _can_be_a_path(name):
+            raise CannotCheck(f"{name} is no name of a folder, and none of a model on the hub")
         path = Path(name)
         self.name, self.revision, self.gguf = name, revision, ""
-        self.is_local, self._unreachable = path.exists(), False
+        self.is_local, self._unreachable = os.path.lexists(path), False
         if path.is_file() and path.suffix == ".gguf":
             self.name, self.gguf = str(path.parent), path.name
         elif path.is_file():
             raise CannotCheck(f"{name} is a file; give the folder that it is in")
+        elif self.is_local and not path.is_dir():
+            raise CannotCheck(f"{name} is neither a folder nor a file")
         elif path.is_dir() and not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
             self.gguf = found[0].name
             if len(found) > 1:
                 raise CannotCheck(f"{name} holds {len(found)} GGUF files; name one of them")
 
-    def file(self, name: str, part: str = "") -> Path | None:
-        """A file of it on this machine, downloaded if need be; None where it has none."""
+    def folder(self, part: str = "") -> Path:
+        """The folder itself, or that of a part of a pipeline.
+
+        Raises:
+            CannotCheck: the part's name leads out of it.
+        """
+        path = Path(self.name, part)
+        if part and not is_inside(part):
+            raise CannotCheck(f"model_index.json names {part}, which leads out of the folder")
         if self.is_local:
-            path = Path(self.name, part, name)
-            return path if path.is_file() else None
+            self._keep_inside(path)
+        return path
+
+    def file(self, name: str, part: str = "") -> Path | None:
+        """A file of it on this machine, downloaded if need be; None where it has none.
+
+        Raises:
+            CannotCheck: it leads out of the folder, is no regular file, or cannot be downloaded.
+        """
+        folder = self.folder(part)
+        if self.is_local:
+            path = folder / name
+            if not os.path.lexists(path):
+                return None
+            self._keep_inside(path)
+            if not path.is_file():
+                raise CannotCheck(f"{path} is not a regular file")
+            return path
         from huggingface_hub import errors, hf_hub_download
 
         get = partial(hf_hub_download, subfolder=part or None, revision=self.revision)
@@ -54,103 +92,69 @@ class Source:
         return f"{self.name} is neither a folder nor in the local cache, and the hub cannot be reached: {why}"
 
     def read(self, name: str, part: str = "") -> dict[str, Any] | None:
-        """A JSON file of it; None where it has none."""
+        """A JSON file of it; None where it has none.
+
+        Raises:
+            CannotCheck: it cannot be read, or holds something else.
+        """
         path = self.file(name, part)
-        if path is None:
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CannotCheck(f"{path} cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise CannotCheck(f"{path} holds no JSON object")
-        return content
+        return None if path is None else read_json(path)
+
+    def _keep_inside(self, path: Path) -> None:
+        root, target = (Path(os.path.realpath(place)) for place in (self.name, path))
+        if not any(target.is_relative_to(place) for place in (root, *_blobs(root))):
+            raise CannotCheck(f"{path} leads out of the folder, to {target}; copy what it leads to into the folder")
 
 
-class Part(NamedTuple):
-    """A model to load: all of the source, or the part of a pipeline that lies in a subfolder."""
-
-    source: Source
-    name: str
-    config: dict[str, Any]
-    cls: str | None
-
-    @property
-    def label(self) -> str:
-        """What a line about it begins with."""
-        return f"{self.source.name}/{self.name}" if self.name else self.source.name
-
-
-def parts_of(source: Source, cls: str | None) -> tuple[list[Part], list[str]]:
-    """The models that are looked at, and the names of the parts that are not.
-
-    Args:
-        source: what was named.
-        cls: the class that it is to be loaded as; None for the one that it names.
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds.
 
     Raises:
-        CannotCheck: there is none.
+        CannotCheck: it is too large, cannot be read, or holds no object.
     """
-    if (index := source.read("model_index.json")) is not None:
-        if cls:
-            raise CannotCheck(f"{source.name} is a pipeline of several models; --class is for a folder of one")
-        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-        parts, others = [], []
-        for name, (library, kind) in sorted(entries.items()):
-            config = source.read("config.json", name) if kind else None
-            if library == "transformers" and config is not None:
-                parts.append(Part(source, name, config, kind))
-            elif config is not None:
-                others.append(f"{name} ({kind} of {library})")
-        if not parts:
-            raise CannotCheck(f"{source.name} is a pipeline without a model of transformers")
-        return parts, others
-    if source.gguf:
-        return [Part(source, "", {}, cls)], []
-    if (adapter := source.read("adapter_config.json")) is not None and source.file("config.json") is None:
-        base = adapter.get("base_model_name_or_path")
-        try:
-            origin = Source(str(base), None)
-            if (config := origin.read("config.json")) is None:
-                raise CannotCheck(origin.absence())
-        except CannotCheck as error:
-            raise CannotCheck(f"{source.name} is an adapter, and its base model is not available: {error}") from error
-        return [Part(source, "", config, cls)], []
-    if (config := source.read("config.json")) is None:
-        raise CannotCheck(source.absence())
-    return [Part(source, "", config, cls)], []
-
-
-def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
-    """What has the `from_pretrained` to call; and what has to be said about that, empty where the config names it.
-
-    Raises:
-        CannotCheck: there is no such class, or it is code that must not run.
-    """
-    import transformers
-
-    name = part.cls or next(iter(part.config.get("architectures") or ()), None)
-    if not name:
-        return transformers.AutoModel, "config.json names no class in `architectures`"
-    own = part.config.get("auto_map") or {}
-    auto = next((key for key, value in own.items() if str(value).rpartition(".")[2] == name), "")
-    if trust and hasattr(transformers, auto):
-        return getattr(transformers, auto), ""
-    if hasattr(transformers, name):
-        return getattr(transformers, name), ""
-    if auto:
-        code = str(own[auto]).rpartition("--")[2].rpartition(".")[0]
-        raise CannotCheck(
-            f"{part.label}: its class {name} is code that ships with it ({code}.py); "
-            "--trust-remote-code allows it to run"
-        )
-    module, _, last = name.rpartition(".")
     try:
-        return getattr(import_module(module), last), ""
-    except (ImportError, AttributeError, ValueError) as error:
-        if part.cls:
-            raise CannotCheck(f"{part.label}: there is no class {name} to load it as") from error
-        raise CannotCheck(
-            f"{part.label}: config.json names {name}, which transformers {transformers.__version__} does not have; "
-            "name another class with --class"
-        ) from error
+        if (size := path.stat().st_size) > MOST:
+            raise CannotCheck(f"{path} has {size:,} bytes, which is too much for a JSON file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise CannotCheck(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CannotCheck(f"{path} holds no JSON object")
+    return content
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in the folder that it starts from, on any system."""
+    kinds = PurePosixPath(name), PureWindowsPath(name)
+    return _can_be_a_path(name) and not any(p.anchor or p.drive or ".." in p.parts for p in kinds)
+
+
+def _can_be_a_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def kernels(config: object) -> Iterator[str]:
+    """The kernels of the hub that a config names, at any depth: transformers fetches such code, and runs it."""
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                named = inner.values() if isinstance(inner, dict) else [inner]
+                if key.lstrip("_") in _KERNELS:
+                    yield from (name for name in named if isinstance(name, str) and "/" in name)
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _blobs(root: Path) -> Iterator[Path]:
+    """Where the hub's cache keeps the files to which the links in a snapshot lead."""
+    for place in root.parents:
+        if place.name == "snapshots" and place.parent.name.startswith("models--"):
+            yield place.parent / "blobs"

@@ -1,0 +1,51 @@
+"""What lies beside the file that a loader reads, and holds other values: one of the two is out of date."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tiedquiet.gate.weights import Weights, pickles_are_unsafe
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import same
+from tiedquiet.verdict import Finding, Verdict
+
+
+def rivals(forms: Sequence[Weights], trust: bool = False) -> tuple[list[Finding], list[str]]:
+    """Hold the other forms of a folder's weights against the one that is read.
+
+    Args:
+        forms: what the folder holds them in, that which is read first.
+        trust: open a pickle with any torch.
+
+    Returns:
+        A finding for each that differs, and a note for each that is newer and must not be opened.
+    """
+    findings, notes = [], []
+    for first, other in ((forms[0], other) for other in forms[1:] if forms[0].files and other.files):
+        if other.is_pickle and not trust and pickles_are_unsafe():
+            if _written(other) > _written(first):
+                notes.append(
+                    f"{other.name} is newer than {first.name}, which is read; it was not opened: it is a pickle"
+                )
+        elif differs := _difference(first, other):
+            why = f"{first.name} is read, and {other.name} beside it {differs}"
+            findings.append(Finding("", Verdict.AMBIGUOUS, first.name, why, True, "Delete the one that is out of date"))
+    return findings, notes
+
+
+def _difference(first: Weights, other: Weights) -> str:
+    """How the values of two forms differ, as a clause; empty where they do not, or one of them is damaged."""
+    ours, theirs = (Checkpoint(None, [str(path) for path in form.files]) for form in (first, other))
+    try:
+        both = [name for name in theirs.tensors if name in ours.tensors]
+        changed = sum(not same(ours.tensors[name](), theirs.tensors[name]()) for name in both)
+        others = len(theirs.tensors) - len(both)
+    except Exception:  # nobody reads it
+        return ""
+    age = "newer" if _written(other) > _written(first) else "older"
+    if changed:
+        return f"is {age} and has other values for {changed:,} of {len(both):,} tensors"
+    return f"is {age} and has {others:,} tensor{'s' * (others > 1)} under other names" if others and not both else ""
+
+
+def _written(form: Weights) -> float:
+    return max(Path(path).stat().st_mtime for path in form.files)

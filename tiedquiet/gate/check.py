@@ -1,0 +1,67 @@
+"""All that is checked of a folder or of a model on the hub: its one model, or each component of a pipeline."""
+
+from typing import Any
+
+from tiedquiet.gate import classes, components, load
+from tiedquiet.gate.components import Entry, Part
+from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.load import How
+from tiedquiet.gate.report import Result
+from tiedquiet.gate.source import Source
+
+
+def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[list[Result], bool]:
+    """Check what a name stands for.
+
+    Args:
+        name: a folder, a `.gguf` file, or a model's name on the hub.
+        revision: branch, tag or commit on the hub.
+        cls: the class to load it as; None for the one that it names.
+        how: how to load it.
+
+    Returns:
+        What came out for each component, and whether it is a pipeline.
+
+    Raises:
+        CannotCheck: nothing of it can be checked.
+    """
+    source = Source(name, revision)
+    is_pipeline = components.is_pipeline(source)
+    if how.is_resume and (is_pipeline or source.gguf or source.file("trainer_state.json") is None):
+        raise CannotCheck(f"{name} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume")
+    if not is_pipeline:
+        part = components.the_part(source, cls, how.trust)
+        kind = components.class_of_diffusers(part)
+        return [_of_diffusers(part, kind, how) if kind else load.check_model(part, how)], False
+    if cls:
+        raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
+    results = [_component(source, entry, how) for entry in components.entries_of(source)]
+    looked_at = [result for result in results if result.has_tensors]
+    if all(result.error for result in looked_at):
+        why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
+        raise CannotCheck(f"{name}: nothing of this pipeline can be checked: {why}")
+    return results, True
+
+
+def _of_diffusers(part: Part, kind: Any, how: How) -> Result:
+    from tiedquiet.gate import diffusion  # it needs diffusers, which not everybody has
+
+    return diffusion.check_model(part, kind, how)
+
+
+def _component(source: Source, entry: Entry, how: How) -> Result:
+    """What came out for one component; that it cannot be checked is an outcome here, and the others are checked."""
+    name = entry.cls if isinstance(entry.cls, str) else repr(entry.cls)
+    try:
+        kind = components.class_of(entry)
+        if classes.is_of_diffusers(kind):
+            return _of_diffusers(components.part_of(source, entry, how.trust), kind, how)
+        if classes.is_of_transformers(kind):
+            return load.check_model(components.part_of(source, entry, how.trust), how, kind)
+        if classes.is_module(kind):
+            raise CannotCheck(f"{name} is neither a model of transformers nor one of diffusers")
+        if source.is_local and not source.folder(entry.name).is_dir():
+            raise CannotCheck("model_index.json names it, and it is not there")
+    except CannotCheck as error:
+        return Result(entry.name, name, error=str(error).removeprefix(f"{source.name}/{entry.name} "))
+    return Result(entry.name, name, has_tensors=False)

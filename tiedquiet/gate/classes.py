@@ -1,0 +1,86 @@
+"""Which class a name stands for. A name that a checkpoint gives is looked up among models, and never imported."""
+
+import os
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from tiedquiet.gate.diagnosis import CannotCheck
+
+
+def named(library: str, name: object) -> Any:
+    """A class that a library of models has under a name; None where it has none.
+
+    Args:
+        library: `transformers`, `diffusers`, or what a pipeline's index calls a part of `diffusers.pipelines`.
+        name: any value of a config.
+
+    Raises:
+        CannotCheck: the library has it and cannot import it.
+    """
+    place = _library(library)
+    if place is None or not isinstance(name, str) or not name.isidentifier():
+        return None
+    try:
+        found = getattr(place, name, None)
+    except Exception as error:
+        raise CannotCheck(f"{library} cannot import {name}: {' '.join(str(error).split())}") from error
+    return found if isinstance(found, type) else None
+
+
+def is_of_transformers(kind: object) -> bool:
+    """Whether it is one of transformers' models, or one that is made from these."""
+    from transformers import PreTrainedModel
+
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+
+
+def is_of_diffusers(kind: object) -> bool:
+    """Whether it is one of diffusers' models."""
+    diffusers = _library("diffusers")
+    return diffusers is not None and isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+
+
+def is_module(kind: object) -> bool:
+    """Whether it has tensors at all."""
+    import torch
+
+    return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
+
+
+def automatic(name: object) -> Any:
+    """One of transformers' `Auto` classes by its name; None for any other."""
+    found = named("transformers", name)
+    return found if found is not None and found.__module__.startswith("transformers.models.auto.") else None
+
+
+def by_user(name: str) -> Any:
+    """What the user named: a class of transformers, or any other with its module, also from the current folder.
+
+    Raises:
+        CannotCheck: there is none.
+    """
+    if (found := named("transformers", name.removeprefix("transformers."))) is not None:
+        return found
+    module, _, last = name.rpartition(".")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(import_module(module), last)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CannotCheck(f"there is no class {name} to load it as") from error
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _library(name: str) -> Any:
+    if name == "transformers":
+        return import_module(name)
+    try:
+        diffusers = import_module("diffusers")
+    except ImportError:
+        return None
+    if name == "diffusers":
+        return diffusers
+    found = getattr(diffusers.pipelines, name, None) if name.isidentifier() else None
+    return found if isinstance(found, ModuleType) else None

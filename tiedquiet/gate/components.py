@@ -1,0 +1,194 @@
+"""The models in what `check` is pointed at, and the class to load each as."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tiedquiet.gate import classes
+from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.source import Source, kernels
+
+
+class Part(NamedTuple):
+    """A model to load: all of the source, or the part of a pipeline that lies in a subfolder.
+
+    Attributes:
+        source: where it lies.
+        name: the subfolder; empty for all of it.
+        config: what its config holds; that of its base model where it is an adapter.
+        cls: the name of the class that the user gave to load it as.
+        base: the base model of an adapter.
+    """
+
+    source: Source
+    name: str
+    config: dict[str, Any]
+    cls: str | None
+    base: Source | None = None
+
+    @property
+    def label(self) -> str:
+        """What a line about it begins with."""
+        return f"{self.source.name}/{self.name}" if self.name else self.source.name
+
+
+class Entry(NamedTuple):
+    """What a pipeline's index says of a component."""
+
+    name: str
+    library: Any
+    cls: Any
+
+
+def is_pipeline(source: Source) -> bool:
+    """Whether it is a folder of several models, with an index of them."""
+    return not source.gguf and source.file("model_index.json") is not None
+
+
+def entries_of(source: Source) -> list[Entry]:
+    """The components that a pipeline's index names, by name; a component that is switched off is none.
+
+    Raises:
+        CannotCheck: the index cannot be read, or names nothing.
+    """
+    index = source.read("model_index.json") or {}
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    named = [Entry(name, *value) for name, value in sorted(pairs.items()) if value != [None, None]]
+    if not (found := [entry for entry in named if not entry.name.startswith("_")]):
+        raise CannotCheck(f"{source.name} is a pipeline, and its model_index.json names no component")
+    return found
+
+
+def class_of(entry: Entry) -> Any:
+    """The class of a component; it is looked up, and never imported by its name.
+
+    Raises:
+        CannotCheck: there is none.
+    """
+    library, name = entry.library, entry.cls
+    found = classes.named(library, name) if isinstance(library, str) else None
+    if found is None:
+        raise CannotCheck(f"model_index.json names {name} of {library}, which is no class that is installed")
+    return found
+
+
+def part_of(source: Source, entry: Entry, trust: bool) -> Part:
+    """A component that is a model.
+
+    Args:
+        source: the pipeline.
+        entry: what its index says of the component.
+        trust: whether code that comes with it may run.
+
+    Raises:
+        CannotCheck: it is not there, or its config cannot be read.
+    """
+    part = Part(source, entry.name, {}, None)
+    if (config := source.read("config.json", entry.name)) is None:
+        raise CannotCheck("model_index.json names it, and it is not there: it has no config.json")
+    if not trust:
+        _check_names(part, config)
+    return part._replace(config=config)
+
+
+def class_of_diffusers(part: Part) -> Any:
+    """The class of a folder that is one model of diffusers; None where it is another library's."""
+    name = part.cls or part.config.get("_class_name")
+    found = None if name is None or part.source.gguf else classes.named("diffusers", name)
+    return found if classes.is_of_diffusers(found) else None
+
+
+def the_part(source: Source, cls: str | None, trust: bool) -> Part:
+    """The one model of a folder, or of an adapter and its base model.
+
+    Args:
+        source: what was named; no pipeline.
+        cls: the class that it is to be loaded as; None for the one that it names.
+        trust: whether code that comes with it may run.
+
+    Raises:
+        CannotCheck: there is none.
+    """
+    part = Part(source, "", {}, cls)
+    if source.gguf:
+        return part
+    own = source.read("config.json")
+    if own is None and (adapter := source.read("adapter_config.json")) is not None:
+        if adapter.get("megatron_config") and not trust:
+            raise CannotCheck(
+                f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
+                "--trust-remote-code allows it"
+            )
+        base = adapter.get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise CannotCheck(f"{source.name} is an adapter, and its adapter_config.json names no base model")
+        try:
+            origin = Source(base, None)
+            if (own := origin.read("config.json")) is None:
+                raise CannotCheck(origin.absence())
+        except CannotCheck as error:
+            raise CannotCheck(f"{source.name} is an adapter, and its base model is not available: {error}") from error
+        part = part._replace(base=origin)
+    if own is None:
+        raise CannotCheck(source.absence())
+    if not trust:
+        _check_names(part, own)
+    return part._replace(config=own)
+
+
+def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
+    """What has the `from_pretrained` to call; and what has to be said about that, empty where the config names it.
+
+    Raises:
+        CannotCheck: there is no such class, or it is code that must not run.
+    """
+    import transformers
+
+    own = part.config.get("auto_map")
+    own = own if isinstance(own, dict) else {}
+    name = part.cls
+    if name is None:
+        listed = part.config.get("architectures")
+        if not listed:
+            return transformers.AutoModel, "config.json names no class in `architectures`"
+        name = listed[0] if isinstance(listed, list) else None
+        if not isinstance(name, str):
+            raise CannotCheck(f"{part.label}: `architectures` in config.json is no list of names: {listed!r}")
+    auto = next((key for key, value in own.items() if str(value).rpartition(".")[2] == name), "")
+    if trust and (found := classes.automatic(auto)) is not None:
+        return found, ""
+    found = classes.named("transformers", name)
+    if classes.is_of_transformers(found):
+        return found, ""
+    if auto:
+        code = str(own[auto]).rpartition("--")[2].rpartition(".")[0]
+        raise CannotCheck(
+            f"{part.label}: its class {name} is code that ships with it ({code}.py); "
+            "--trust-remote-code allows it to run"
+        )
+    if part.cls is not None:
+        return _by_user(part, name), ""
+    what = "which is no model" if found is not None else f"which transformers {transformers.__version__} does not have"
+    raise CannotCheck(f"{part.label}: config.json names {name}, {what}; name another class with --class")
+
+
+def folders_of(part: Part) -> Iterator[Path]:
+    """The folders on this machine from which a part is loaded."""
+    for source in filter(None, (part.source, part.base)):
+        if source.is_local:
+            yield source.folder(part.name if source is part.source else "")
+
+
+def _by_user(part: Part, name: str) -> Any:
+    try:
+        return classes.by_user(name)
+    except CannotCheck as error:
+        raise CannotCheck(f"{part.label}: {error}") from error
+
+
+def _check_names(part: Part, config: dict[str, Any]) -> None:
+    if (kernel := next(kernels(config), None)) is not None:
+        raise CannotCheck(
+            f"{part.label}: config.json names {kernel}, compiled code that transformers fetches from the hub and runs; "
+            "--trust-remote-code allows it"
+        )

@@ -1,0 +1,170 @@
+"""A model of transformers, loaded as users load it, and held against its files."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tiedquiet.gate.components import Part, folders_of, loader_of
+from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
+from tiedquiet.gate.report import Result
+from tiedquiet.gate.weights import OF_ADAPTERS, OF_TRANSFORMERS, Weights, pickles_are_unsafe, weights_of
+from tiedquiet.verdict import Finding, Verdict
+
+
+@dataclass(frozen=True)
+class How:
+    """How a model is to be loaded.
+
+    Attributes:
+        dtype: the type, or `auto` for the file's.
+        device: where to.
+        trust: whether code that comes with the checkpoint may run.
+        trust_pickle: whether a pickle may be opened with a torch that does not do so safely.
+        is_resume: whether a Trainer has to read all of it.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust: bool = False
+    trust_pickle: bool = False
+    is_resume: bool = False
+
+
+def check_model(part: Part, how: How, kind: Any = None) -> Result:
+    """Load a model of transformers, and compare every tensor with the files that it was read from.
+
+    Args:
+        part: what to load.
+        how: how to load it.
+        kind: the class to load it as; None for the one that its config names, or the user.
+
+    Raises:
+        CannotCheck: it cannot be loaded.
+    """
+    from tiedquiet.gate.beside import rivals
+    from tiedquiet.gate.compare import compare
+    from tiedquiet.gate.resume import of_trainer
+    from tiedquiet.proof import record
+    from tiedquiet.proof.files import Checkpoint
+
+    loader, problem = (kind, "") if kind else loader_of(part, how.trust)
+    forms = _forms(part, how)
+    model, info = _load(part, loader, how)
+    known = record.of(model)
+    name = type(model).__name__
+    if known is None:
+        raise CannotCheck(
+            f"{part.label}: {name} was not loaded by `from_pretrained` of transformers, so nothing can be said"
+        )
+    if problem:
+        problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
+    files = list(dict.fromkeys(known.files))
+    checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
+    undos = [partial(undo, model), partial(undo_anew, model)]
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    held, total, buffers, findings = compare(model, known, checkpoint, undos, conversions)
+    judged = {finding.key for finding in findings}
+    missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
+    missing |= set(info["missing_keys"]) - judged
+    allowed = sorted(known.missing - missing - judged)
+    notes: list[str] = []
+    for form in forms:
+        told = rivals(form, how.trust_pickle)
+        findings, notes = findings + told[0], notes + told[1]
+    if (resume := of_trainer(part, model)) is not None:
+        if how.is_resume and resume.read < resume.stored:
+            findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
+        else:
+            notes.append(str(resume))
+    return Result(
+        part.name,
+        name,
+        files,
+        held,
+        total,
+        buffers,
+        findings,
+        sorted(missing),
+        allowed,
+        sorted(info["unexpected_keys"]),
+        problem,
+        notes,
+    )
+
+
+def _forms(part: Part, how: How) -> list[list[Weights]]:
+    """What the folders hold weights in, the forms that are read first; raises where they must not be opened."""
+    if part.source.gguf:
+        return []
+    own = part.config.get("transformers_weights")
+    names = (own, *OF_TRANSFORMERS) if isinstance(own, str) else OF_TRANSFORMERS
+    if part.base is None:
+        return [weights_of(part.source, part.name, names, how.trust_pickle)]
+    base = weights_of(part.base, "", names, how.trust_pickle)
+    return [base, weights_of(part.source, "", OF_ADAPTERS, how.trust_pickle)]
+
+
+def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {
+        "dtype": how.dtype,
+        "device_map": how.device,
+        "output_loading_info": True,
+        "trust_remote_code": how.trust,  # said in any case: where it is not, transformers asks
+    }
+    optional = {"subfolder": part.name, "revision": part.source.revision, "gguf_file": part.source.gguf}
+    options |= {name: value for name, value in optional.items() if value}
+    if not part.source.is_local and not how.trust_pickle and pickles_are_unsafe():
+        options["use_safetensors"] = True
+    try:
+        loaded = loader.from_pretrained(part.source.name, **options)
+    except Exception as error:
+        raise CannotCheck(_reason(part, loader, how, options, error)) from error
+    import torch
+
+    if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
+        raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is no model")
+    return loaded
+
+
+def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: Exception) -> str:
+    if part.source.gguf:
+        kind = f"{Path(part.source.name, part.source.gguf)} is a GGUF file, which cannot be loaded here"
+        return f"{kind}: {explain(error, None, how.trust)}"
+    folder = next(folders_of(part), None)
+    if folder is None and (config := part.source.file("config.json", part.name)):
+        folder = config.parent
+    damaged = next((line for place in (folder, *folders_of(part)) if place for line in damage(place)), "")
+    reason = explain(error, folder, how.trust, damaged)
+    if "use_safetensors" in options and "use_safetensors" in str(error):
+        reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
+    if "ignore_mismatched_sizes" in str(error) and not damaged:
+        with suppress(Exception):
+            _, info = loader.from_pretrained(part.source.name, **options, ignore_mismatched_sizes=True)
+            reason = "; ".join(
+                f"{key} is {_shape(stored)} in the file and {_shape(wanted)} in the model"
+                for key, stored, wanted in sorted(info["mismatched_keys"])
+            )
+    return f"{part.label} cannot be loaded as {getattr(loader, '__name__', loader)}: {reason}"
+
+
+def undo(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Give tensors the names and the form back that they had in the files, as saving the model does."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def undo_anew(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same by the conversions of its class: an adapter that was loaded since leaves the model its own alone."""
+    used = vars(model).pop("_weight_conversions", None)
+    try:
+        return undo(model, tensors)
+    finally:
+        if used is not None:
+            model._weight_conversions = used
+
+
+def _shape(shape: Any) -> str:
+    return " by ".join(map(str, shape)) or "a scalar"

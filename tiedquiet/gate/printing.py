@@ -1,0 +1,65 @@
+"""What strangers wrote, made fit to be printed: a name may move a cursor, begin a line in a log, or fill it."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_MOST_OF_A_LINE = 2000
+_MOST_OF_A_CELL = 120  # names; the last cell of a row says why
+_MOST_OF_A_WHY = 600
+_MOST_ROWS = 50  # of one kind
+_COLOURS = {"red": "31", "green": "32", "yellow": "33"}
+
+
+def printable(text: object, most: int = _MOST_OF_A_LINE) -> str:
+    """Text as one line: whatever is not printable is escaped, and what is too long is cut."""
+    given = str(text)
+    if len(given) > most:
+        given = given[: most - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in given)
+
+
+def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[str]:
+    """Rows in columns; of a kind the first fifty, and a line that counts the rest.
+
+    Args:
+        rows: any, of equal length; their text is that of strangers.
+        kind: the column that says which kind a row is of.
+        every: leave none out.
+    """
+    kinds: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        kinds.setdefault(row[kind], []).append(row)
+    cells = [
+        (*(printable(cell, _MOST_OF_A_CELL) for cell in row[:-1]), printable(row[-1], _MOST_OF_A_WHY))
+        for alike in kinds.values()
+        for row in (alike if every else alike[:_MOST_ROWS])
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width).rstrip()
+    for name, alike in kinds.items():
+        if not every and len(alike) > _MOST_ROWS:
+            yield f"  and {len(alike) - _MOST_ROWS:,} more {name}; --all lists them"
+
+
+def coloured(text: str, colour: str, stream: Any = None) -> str:
+    """Text in a colour, where the stream is a terminal that has colours and `NO_COLOR` is not set."""
+    stream = sys.stdout if stream is None else stream
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not _is_terminal(stream)
+    return text if plain else f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def prepare(*streams: Any) -> None:
+    """Let no stream fail for a letter that its encoding does not have."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
