@@ -383,6 +383,9 @@ BAD = {
     "frames": (["--num_frames", "10"], "takes 4k+1 frames, such as 9 or 13"),
     "height": (["--height", "65"], "--height 65: must be a multiple of 16"),
     "guidance": (["--guidance_scale", "0.5"], "1 is no guidance"),
+    "a second scale of one": ([*TEACHER[:2], "--pretrained_model_name_or_path", "{bad}/one", "--sample_guidance_scale_2", "3"], "has one transformer, which --sample_guidance_scale guides"),
+    "less than no guidance": (["--sample_guidance_scale_2", "0.5"], "1 is no guidance"),
+    "the second expert alone": (["--sample_guidance_scale", "1", "--sample_guidance_scale_2", "3"], "guides both experts or none"),
     "validation": (["--validation_steps", "1"], "needs --validation_prompts"),
     "two kinds of data": (["--train_data_dir", "{bad}/jsonl", "--prompts_file", "{bad}/a_file"], "choose one"),
     "output is a file": (["--output_dir", "{bad}/a_file"], "a_file: is a file, not a folder"),
@@ -438,7 +441,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "noise/noise.mp4": "not a film",
         "short/metadata.csv": "file_name,text\nshort.png,a prompt\n",
         "run/args.json": json.dumps(
-            {**options.settings(parse(DOC, [])), "student_blocks": 6, "task_weight": 0.0, "seed": 7}
+            {
+                **options.settings(parse(DOC, ["--sample_guidance_scale_2", "3"])),
+                "student_blocks": 6,
+                "task_weight": 0.0,
+                "seed": 7,
+            }
         ),
         f"run/{CHECKPOINT}/x": "",
         f"lost/{CHECKPOINT}/x": "",
@@ -1241,6 +1249,6 @@ def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:
     evaluate.write_card(Teacher(str(TINY_WAN)), args, {"teacher": {"psnr": 20.0}}, tmp_path)
     card = (tmp_path / "student/README.md").read_text()
     assert "base_model: someone/wan\n---\n" in card
-    assert "pipe(prompt, height=480, width=832, num_frames=81).frames" in card
+    assert "pipe(prompt, height=480, width=832, num_frames=81, guidance_scale=5.0).frames" in card
     assert "| teacher | 20.0 dB |" in card
     assert str(tmp_path) not in card

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TWO
 from tests.test_distill import IN_TWO_PROCESSES, SHORT, VELOCITY, copied, experts, run, same, weights
 from tiedquiet.distill import evaluate, pipeline, plan, train
-from tiedquiet.distill.data import Data, noise_of
+from tiedquiet.distill.data import Data, noise_of, sample
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
@@ -141,6 +141,37 @@ def test_under_fsdp_the_second_stage_learns_as_under_ddp(tmp_path: Path, prompts
         begun = Teacher(str(TINY_WAN)).expert(expert, torch.float32).state_dict()
         moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
         assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.03 * moved
+
+
+def test_each_expert_of_wan_2_2_is_guided_by_its_own_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the teacher's paths, where it is the judge of the second stage, and in the pipeline that draws its clips."""
+    args = parse(DOC, ["--sample_guidance_scale", "4", "--sample_guidance_scale_2", "2", "--cache_dir", str(tmp_path)])
+    teacher, asked = Teacher(str(TINY_WAN)), list[float]()
+    monkeypatch.setattr(Distillation, "guidance", lambda self, x, t, text, empty, scale: (asked.append(scale), x)[1])
+    for expert in experts():
+        model = teacher.expert(expert, torch.float32)
+        one = Distillation(args, model, model, expert, model, pipeline.nodes(teacher.scheduler, 2))
+        x, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 16, 64)
+        one.matching(x, 0, text, text, torch.tensor([0.5]), x)
+    assert asked == [4, 2]
+
+    data = Data(args, PROMPTS[:1], [])
+    data.look(teacher, torch.float32)
+    data.texts = [torch.randn(3, 64), torch.randn(2, 64)]
+    pipe = teacher.pipeline(torch.device("cpu"), torch.float32)
+    pipe.scheduler = pipeline.few_steps(teacher.scheduler, 2)
+    path = sample(pipe, data, [0], [data.seeds[0]], 2, pipeline.guidance(args), 2)
+    scheduler, x = pipeline.few_steps(teacher.scheduler, 2), path[:, 0]
+    scheduler.set_timesteps(2)
+    for expert, t, scale, reached in zip(experts(), scheduler.timesteps, (4, 2), path[0, 1:], strict=True):
+        model, ends = teacher.expert(expert, torch.float32).eval(), [data.text([n]) for n in (0, 1)]
+        with torch.no_grad():
+            towards, away = (model(x, t.expand(1), text, return_dict=False)[0] for text in ends)
+        x = scheduler.step(guided(towards, away, scale), t, x, return_dict=False)[0]
+        torch.testing.assert_close(x[0], reached, rtol=1e-3, atol=1e-3)
+    args.sample_guidance_scale_2 = 4.0
+    (before, _), (after, _) = ((data.latents.folder, data.look(teacher, torch.float32)) for _ in range(2))
+    assert before != after
 
 
 def test_a_sample_is_kept_for_what_it_is(tmp_path: Path) -> None:

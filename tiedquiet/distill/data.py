@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tiedquiet.distill.losses import segment_velocity
 from tiedquiet.distill.options import beside, fail, needs_paths, write_text
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, guidance, nodes, padded
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
@@ -190,8 +190,8 @@ class Data:
         if self.clips:
             made_by = {"teacher": key, **shape}
         else:
-            how = ("num_inference_steps", "sample_guidance_scale", "negative_prompt", "student_steps")
-            made_by |= {name: getattr(args, name) for name in how} | shape
+            how = ("num_inference_steps", "negative_prompt", "student_steps")
+            made_by |= {name: getattr(args, name) for name in how} | guidance(args) | shape
         self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
         self.nodes, self.form = nodes(teacher.scheduler, args.student_steps or 1), teacher.latents(args)
         self.bytes_each = math.prod(self.form) * max(1, args.student_steps) * (4 if self.clips else dtype.itemsize)
@@ -242,8 +242,8 @@ class Data:
             for start in range(0, len(share), size):
                 batch = share[start : start + size]
                 prompts, seeds = [self.which[n] for n in batch], [self.seeds[n] for n in batch]
-                scale = args.sample_guidance_scale
-                path = sample(pipe, self, prompts, seeds, args.num_inference_steps, scale, args.student_steps)
+                steps = args.num_inference_steps
+                path = sample(pipe, self, prompts, seeds, steps, guidance(args), args.student_steps)
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
                     self.latents.put(self.names[n], made.to(dtype).cpu())
                 bar.update(len(batch))
@@ -323,7 +323,7 @@ def sample(
     prompts: Sequence[int],
     seeds: Sequence[int],
     steps: int,
-    guidance: float,
+    scales: dict[str, float],
     segments: int = 0,
 ) -> Tensor:
     """Latents of one clip for each prompt, each from a seed of its own, and how the pipeline came to them.
@@ -334,7 +334,7 @@ def sample(
         prompts: numbers into `data.prompts`.
         seeds: one for each.
         steps: how many the scheduler takes.
-        guidance: the scale of classifier-free guidance; 1 is none.
+        scales: of classifier-free guidance, as the pipeline calls them; 1 is none.
         segments: into how many the path is cut; 0 keeps its ends alone.
 
     Returns:
@@ -356,7 +356,7 @@ def sample(
         width=args.width,
         num_frames=args.num_frames,
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        **scales,
         latents=noise,
         max_sequence_length=args.max_sequence_length,
         callback_on_step_end=keep,

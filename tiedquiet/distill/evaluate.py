@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.lora import file_name, with_lora
 from tiedquiet.distill.options import beside, stages, write_text
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, load_student, new_student
+from tiedquiet.distill.pipeline import NO_GUIDANCE, Expert, Teacher, few_steps, guidance, load_student, new_student
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
 
 matplotlib.use("Agg")
@@ -59,14 +59,14 @@ class Arm:
 
     Attributes:
         steps: how many.
-        guidance: the scale of classifier-free guidance; 1 is none.
+        scales: of classifier-free guidance, as the pipeline calls them; 1 is none.
         blocks: of each transformer.
         euler: whether it takes the steps of a student of few steps, instead of those of the teacher's scheduler.
         students: makes what takes the place of the experts, by their names.
     """
 
     steps: int
-    guidance: float
+    scales: dict[str, float]
     blocks: int
     euler: bool
     students: Callable[[], dict[str, WanTransformer3DModel]] = dict
@@ -158,7 +158,7 @@ class Judge:
         for number, batch in enumerate([self.plan[:1], *batches]):
             prompts, seeds = zip(*batch, strict=True)
             marks = [time.perf_counter()]
-            latents = sample(pipe, self.data, prompts, seeds, 1 if number == 0 else arm.steps, arm.guidance)[:, -1]
+            latents = sample(pipe, self.data, prompts, seeds, 1 if number == 0 else arm.steps, arm.scales)[:, -1]
             marks.append(self._now())
             made = decode(pipe.vae, latents).cpu()
             marks.append(self._now())
@@ -166,7 +166,7 @@ class Judge:
                 clips.append(made)
                 spent = [total + end - begin for total, begin, end in zip(spent, marks, marks[1:], strict=False)]
         count = len(self.plan)
-        passes = arm.steps * arm.blocks * (2 if arm.guidance > 1 else 1)
+        passes = arm.steps * arm.blocks * (2 if arm.scales["guidance_scale"] > 1 else 1)
         return torch.cat(clips), {"block_passes": passes, "seconds": spent[0] / count, "vae_seconds": spent[1] / count}
 
     def _now(self) -> float:
@@ -188,28 +188,28 @@ class Judge:
                 students[other.name] = load_student(self.teacher, other, place, self.dtype)
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
-        steps, guidance = self.student_sampling()
+        steps, scales = self.student_sampling()
         if args.student_steps:
             pipe.scheduler = few_steps(self.teacher.scheduler, steps)
         seeds = [SEEDS[0] * 1_000 + n for n in numbers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            latents = sample(pipe, self.data, numbers, seeds, steps, guidance)[:, -1]
+            latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
         (args.output_dir / "validation").mkdir(exist_ok=True)
         write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
 
-    def student_sampling(self) -> tuple[int, float]:
-        """Steps and guidance scale of the student; one that learnt the guided teacher needs no guidance of its own."""
+    def student_sampling(self) -> tuple[int, dict[str, float]]:
+        """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""
         args = self.data.args
         if args.student_steps:
-            return args.student_steps, 1.0
-        return args.num_inference_steps, 1.0 if args.guidance_scale > 1 else float(args.sample_guidance_scale)
+            return args.student_steps, NO_GUIDANCE
+        return args.num_inference_steps, NO_GUIDANCE if args.guidance_scale > 1 else guidance(args)
 
     def arms(self, experts: Sequence[Expert]) -> dict[str, Arm]:
         """What is compared; the first is what the others are held against."""
         args, blocks = self.data.args, self.teacher.transformer["num_layers"]
-        many, guided = args.num_inference_steps, args.sample_guidance_scale
-        steps, guidance = self.student_sampling()
+        many, guided = args.num_inference_steps, guidance(args)
+        steps, scales = self.student_sampling()
         few = bool(args.student_steps)
 
         def untrained() -> dict[str, WanTransformer3DModel]:
@@ -231,12 +231,12 @@ class Judge:
         arms = {f"teacher, {counted(many)}": Arm(many, guided, blocks, False)}
         if few and steps != many:
             arms[f"teacher, {counted(steps)}"] = Arm(steps, guided, blocks, True)
-        arms[f"untrained, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, untrained)
+        arms[f"untrained, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, untrained)
         for stage in stages(args)[:-1]:
-            arms[f"{stage}, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, partial(after, stage))
-        arms[f"student, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, trained)
+            arms[f"{stage}, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, partial(after, stage))
+        arms[f"student, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, trained)
         if not few and many > FEW:
-            arms[f"student, {counted(FEW)}"] = Arm(FEW, guidance, args.student_blocks, True, trained)
+            arms[f"student, {counted(FEW)}"] = Arm(FEW, scales, args.student_blocks, True, trained)
         return arms
 
     def report(self, experts: Sequence[Expert]) -> dict[str, Any]:
@@ -323,7 +323,9 @@ def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, f
     if args.max_sequence_length != 512:  # the pipeline's own; padded otherwise, a prompt is another one to the student
         call += f", max_sequence_length={args.max_sequence_length}"
     if args.student_steps:
-        call += f", num_inference_steps={args.student_steps}, guidance_scale=1.0"
+        call += f", num_inference_steps={args.student_steps}"
+    scales = NO_GUIDANCE if args.student_steps or args.guidance_scale > 1 else guidance(args)
+    call += "".join(f", {name}={scale}" for name, scale in scales.items())
     hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *(["pretrained_model_name_or_path"] * args.tiny)}
     told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
     base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"

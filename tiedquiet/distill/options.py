@@ -137,6 +137,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
+    add("--sample_guidance_scale_2", type=weight, help="that of Wan2.2's low-noise expert (default: the same)")
     # The loss.
     add("--task_weight", type=weight,
         help="against noise - x0, beside the teacher's (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
@@ -212,7 +213,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         SystemExit: with status 2, after one line.
     """
     name = args.pretrained_model_name_or_path
-    if args.expert != "both" and index.get("boundary_ratio") is None:
+    one = index.get("boundary_ratio") is None
+    if args.expert != "both" and one:
         fail(f"--expert {args.expert}: {name} has one transformer, not a high- and a low-noise expert")
     blocks = transformer["num_layers"]
     args.student_blocks = args.student_blocks or (blocks if args.student_steps else max(1, blocks // 2))
@@ -252,8 +254,15 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.flow_shift == 0:
         fail("--flow_shift 0: must be above 0; 3 to 12 are usual")
-    if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
-        fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
+    if one and args.sample_guidance_scale_2 is not None:
+        fail(f"--sample_guidance_scale_2: {name} has one transformer, which --sample_guidance_scale guides")
+    if not one and args.sample_guidance_scale_2 is None:
+        args.sample_guidance_scale_2 = args.sample_guidance_scale
+    scales = (args.guidance_scale, args.sample_guidance_scale, args.sample_guidance_scale_2)
+    if any(scale is not None and scale < 1 for scale in scales):
+        fail("--guidance_scale, --sample_guidance_scale and its _2: 1 is no guidance, less has no meaning")
+    if not one and args.sample_guidance_scale == 1 < args.sample_guidance_scale_2:
+        fail("--sample_guidance_scale_2: WanPipeline guides both experts or none, and --sample_guidance_scale is 1")
     if args.student_attention == "flash3" and args.mixed_precision != "bf16":
         fail("--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16")
     if args.validation_steps and not args.validation_prompts:

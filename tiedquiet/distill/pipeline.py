@@ -24,6 +24,7 @@ import tiedquiet
 from tiedquiet.distill.lora import FILE, with_lora, write_lora
 from tiedquiet.distill.options import fail, is_main_process
 
+NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
 
 
@@ -263,6 +264,12 @@ def check_nodes(teacher: Teacher, trained: Sequence[Expert], args: Namespace) ->
         f"whose timesteps are {empty[0].low:g} to {empty[0].high:g}; {', '.join(work) or 'no number'} would do"
         + "".join(f", or --expert {side[n]} to train {teacher.experts[n].name} alone" for n in others)
     )
+
+
+def guidance(args: Namespace) -> dict[str, float]:
+    """How the teacher is guided when it samples, as `WanPipeline` takes it; Wan2.2's experts have a scale each."""
+    scales = {"guidance_scale": args.sample_guidance_scale, "guidance_scale_2": args.sample_guidance_scale_2}
+    return {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def compute_dtype(args: Namespace) -> torch.dtype:

@@ -74,6 +74,7 @@ from tiedquiet.distill.pipeline import (
     Teacher,
     check_nodes,
     compute_dtype,
+    guidance,
     load_student,
     new_student,
     save_weights,
@@ -189,7 +190,9 @@ class Distillation:
         clip = clip_of(x, at, self.velocity(self.student, x, timesteps, text))
         with torch.no_grad():
             again, timesteps = renoised(clip, sigma, noise), sigma * self.expert.steps
-            real = self.guidance(again, timesteps, text, empty, self.args.sample_guidance_scale)
+            scales = list(guidance(self.args).values())  # a second one is that of Wan2.2's low-noise expert
+            scale = scales[-1 if self.expert.name == "transformer_2" else 0]
+            real = self.guidance(again, timesteps, text, empty, scale)
             fake = self.velocity(self.critic, again, timesteps, text)
         matched = distribution_matching_loss(clip, clip_of(again, sigma, real), clip_of(again, sigma, fake))
         return matched, clip.detach()
