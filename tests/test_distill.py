@@ -35,7 +35,7 @@ from transformers import UMT5Config
 
 from tests.conftest import TWO
 from tiedquiet.distill import evaluate, options, pipeline, speed, train
-from tiedquiet.distill.checkpoint import checkpoints
+from tiedquiet.distill.checkpoint import alone_in, checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
 from tiedquiet.distill.losses import velocity_loss
 from tiedquiet.distill.options import TINY_WAN, parse
@@ -1101,6 +1101,44 @@ def test_ctrl_c_while_the_samples_are_drawn_says_what_is_there(
     assert (tmp_path / "out/student/model_index.json").stat().st_mtime_ns == written
     assert (tmp_path / "out/student/README.md").exists()
     assert not (tmp_path / "out/checkpoints").exists()
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from tiedquiet.distill.checkpoint import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_kept_out_of_the_folder_and_a_crash_leaves_no_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, pipe = tmp_path / "out", subprocess.PIPE
+    command = [sys.executable, "-c", HOLDS, str(out)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        with pytest.raises(SystemExit) as ended:
+            main(["--output_dir", str(out)])
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{out}: another run is in there (process {first.pid} on " in line
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert main(["--output_dir", str(out), "--plan"]) == 0  # writes nothing
+        with monkeypatch.context() as patched:
+            patched.setenv("RANK", "1")  # the first process holds it for all
+            with alone_in(out):
+                pass
+        first.kill()
+    with alone_in(out):
+        assert f"process {os.getpid()} on " in (out / ".lock").read_text()
+    # A file system without locks: it is said, and the run goes on.
+    monkeypatch.setattr("fcntl.flock", lambda *args: (_ for _ in ()).throw(OSError(38, "Function not implemented")))
+    with alone_in(out):
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_does_not_resume(

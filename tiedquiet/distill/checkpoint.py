@@ -1,16 +1,21 @@
 """What makes an interrupted run go on as if nothing had happened: checkpoints, and signals that wait for one."""
 
 import contextlib
+import os
 import shutil
 import signal
+import socket
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
-from tiedquiet.distill.options import fail, must_match, stages
+from tiedquiet.distill.options import fail, is_main_process, must_match, stages
 
 
 class Progress:
@@ -53,6 +58,38 @@ def noticing_signals() -> Iterator[list[int]]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder; the first process locks it for all of its run.
+
+    The lock is the operating system's, on `.lock`: it ends with the process, however that ends. The file stays, and
+    means nothing by itself.
+
+    Raises:
+        SystemExit: with status 2, after one line that says who is in there.
+    """
+    if sys.platform == "win32" or not is_main_process():
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(
+                f"{folder}: another run is in there ({file.read() or 'it has just begun'}); choose another --output_dir"
+            )
+        except OSError as error:  # some network file systems have none
+            tqdm.write(f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:

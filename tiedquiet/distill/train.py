@@ -25,7 +25,6 @@ adapters.
 
 import contextlib
 import json
-import logging
 import math
 import os
 import re
@@ -33,12 +32,11 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import diffusers
 import torch
@@ -53,9 +51,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
+from tiedquiet.distill.checkpoint import Progress, Stopped, alone_in, noticing_signals, resume_from, save_checkpoint
+from tiedquiet.distill.console import words_above_the_bar
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
 from tiedquiet.distill.lora import FILE, Adapter
@@ -211,27 +209,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """All of a tensor, also where FSDP gives each process a part; all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextlib.contextmanager
-def words_above_the_bar() -> Iterator[None]:
-    """Warnings and log lines, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
-    loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
-    console = [one for one in loggers if any(getattr(it, "stream", None) is sys.stderr for it in one.handlers)]
-    with warnings.catch_warnings(), logging_redirect_tqdm(console):
-        warnings.showwarning = _write_warning
-        yield
-
-
-def _write_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    tqdm.write(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), file=sys.stderr)
 
 
 def train(
@@ -498,12 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     check_nodes(teacher, experts, args)
     clips = read_metadata(args) if args.train_data_dir else []
     prompts = [text for _, text in clips] or read_prompts(args)
-    out, work = args.output_dir, args.output_dir / "checkpoints"
-    resume = resume_from(args, names)
-    last = stages(args)[-1]
-    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
-        print(f"{out / 'student'} is finished")
-        return 0
+    resume_from(args, names)  # refuses before anything is written
     data = Data(args, prompts, [path for path, _ in clips])
     data.look(teacher, compute_dtype(args))
     check_space(args, teacher, names, data)
@@ -520,7 +492,9 @@ def main(argv: list[str] | None = None) -> int:
         log_with=args.report_to,
         # The others wait while one writes and samples; torch gives up on them after ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
     )
     if accelerator.distributed_type is DistributedType.FSDP:
         if args.use_ema or args.validation_steps:
@@ -529,11 +503,36 @@ def main(argv: list[str] | None = None) -> int:
             fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
         if not accelerator.is_fsdp2:
             fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+    with alone_in(args.output_dir):
+        return distil(args, accelerator, teacher, experts, data, start)
+
+
+def distil(
+    args: Namespace, accelerator: Accelerator, teacher: Teacher, experts: list[Expert], data: Data, start: float
+) -> int:
+    """What `main` has checked: all stages of all experts, then the student and what it is worth.
+
+    Args:
+        args: the settings.
+        accelerator: says where and in which precision.
+        teacher: the pipeline.
+        experts: those of the teacher's that get a student.
+        data: knows its prompts and caches.
+        start: when it began, by `time.perf_counter`.
+
+    Returns:
+        The exit status.
+    """
+    names = [expert.name for expert in experts]
+    out, work, last = args.output_dir, args.output_dir / "checkpoints", stages(args)[-1]
+    resume = resume_from(args, names)  # once more: until the folder was locked, another run may have been in it
+    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
+        accelerator.print(f"{out / 'student'} is finished")
+        return 0
     dtype = compute_dtype(args)
     set_seed(args.seed)
     told = settings(args)
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
