@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -92,9 +93,11 @@ def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
             fail(f"{file}: {error}")
     clips = []
     for number, row in enumerate(rows, 1):
-        name, text = row.get("file_name"), row.get(args.caption_column)
-        if not name or not text:
-            fail(f"{file}: row {number} needs file_name and {args.caption_column}")
+        told = row if isinstance(row, dict) else {}
+        name, text = told.get("file_name"), told.get(args.caption_column)
+        if not (isinstance(name, str) and isinstance(text, str) and name and text):
+            needs = f"needs file_name and {args.caption_column}, both texts"
+            fail(f"{file}: row {number} {needs}; it is {json.dumps(row)[:80]}")
         if not (folder / name).is_file():
             fail(f"{file}: row {number}: no file {folder / name}")
         clips.append((folder / name, text))
@@ -120,11 +123,15 @@ def read_prompts(args: Namespace) -> list[str]:
     return prompts
 
 
+class UselessClip(Exception):
+    """A clip that cannot be read, or is too short."""
+
+
 def read_clip(path: Path, args: Namespace) -> Tensor:
     """The first frames of a clip at `FPS`, scaled and cut to size: (3, frames, height, width), -1 to 1.
 
     Raises:
-        SystemExit: with status 2, after one line, if it cannot be read or is too short.
+        UselessClip: after which the next one can be read.
     """
     frames: list[Tensor] = []
     try:
@@ -138,9 +145,11 @@ def read_clip(path: Path, args: Namespace) -> Tensor:
                 if len(frames) == args.num_frames:
                     break
     except (OSError, ValueError, ImportError) as error:
-        fail(f"{path}: cannot be read: {str(error).splitlines()[0]}")
+        raise UselessClip(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     if len(frames) < args.num_frames or frames[0].ndim != 3:
-        fail(f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}")
+        raise UselessClip(
+            f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}"
+        )
     clip = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale = max(args.height / clip.shape[-2], args.width / clip.shape[-1])
     size = [max(side, round(was * scale)) for side, was in zip((args.height, args.width), clip.shape[-2:], strict=True)]
@@ -219,6 +228,13 @@ class Data:
             (self.encode if self.clips else self.sample)(unsampled, teacher, device, dtype, quiet)
         accelerator.free_memory()
         accelerator.wait_for_everyone()
+        if useless := set(self.lacking()):  # clips alone can be; all processes have looked at all of them
+            kept = [n for n in range(len(self.names)) if n not in useless]
+            if not kept:
+                fail(f"--train_data_dir {args.train_data_dir}: none of its clips can be used, see above")
+            self.names, self.which = [self.names[n] for n in kept], [self.which[n] for n in kept]
+            if not quiet:
+                tqdm.write(f"{len(kept)} clips are used, {len(useless)} are left out", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
@@ -229,7 +245,12 @@ class Data:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         for n in tqdm(share, "latents of the clips", disable=quiet):
-            latents = vae.encode(read_clip(self.clips[n], self.args)[None].to(device)).latent_dist.mode()
+            try:
+                clip = read_clip(self.clips[n], self.args)
+            except UselessClip as why:
+                tqdm.write(f"left out: {why}", file=sys.stderr)
+                continue
+            latents = vae.encode(clip[None].to(device)).latent_dist.mode()
             self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu())
 
     def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
