@@ -1,5 +1,6 @@
 """Student and critic as two adapters on one frozen base, which without them is the teacher: what lets 14 B fit."""
 
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ class Adapter:
         with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
             (Path(beside) / place.name).mkdir()
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, Path(beside) / place.name / FILE)
+            if place.exists():  # of fewer steps
+                shutil.rmtree(place)
             (Path(beside) / place.name).replace(place)
 
 

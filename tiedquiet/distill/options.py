@@ -45,6 +45,8 @@ FREE_ON_RESUME = {
     "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
 }  # fmt: skip
 
+MAY_GROW = {"max_train_steps", "distribution_matching_steps"}
+
 
 def fail(message: str) -> NoReturn:
     """Say in one line what is wrong, once in a distributed run, and end with status 2."""
@@ -147,7 +149,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # The steps.
     add("--train_batch_size", type=positive, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--max_train_steps", type=count, help="optimizer steps for each expert, of the first stage")
+    add("--max_train_steps", type=count,
+        help="optimizer steps for each expert, of the first stage; a run that goes on may have more")  # fmt: skip
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=count)
@@ -169,9 +172,9 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the blocks of teacher and student")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
-    add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
+    add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
     add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="go on where a run of the same settings stopped")
     add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
     add("--validation_prompts", nargs="+", default=[])
     add("--report_to", help="a tracker that accelerate knows: tensorboard, wandb, ...")
@@ -193,6 +196,11 @@ def stages(args: argparse.Namespace) -> list[str]:
     if not args.student_steps:
         return ["velocity"]
     return ["segments"] * bool(args.max_train_steps) + ["matching"] * bool(args.distribution_matching_steps)
+
+
+def steps_of(args: argparse.Namespace, stage: str) -> int:
+    """How many steps each expert's student takes in a stage."""
+    return int(args.distribution_matching_steps if stage == "matching" else args.max_train_steps)
 
 
 def needs_paths(args: argparse.Namespace) -> bool:
@@ -309,8 +317,11 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text)
 
 
-def must_match(args: argparse.Namespace, before: Path) -> None:
+def must_match(args: argparse.Namespace, before: Path) -> bool:
     """Stop unless the run that wrote `before` (its `args.json`) had the same settings, in as many processes.
+
+    Returns:
+        Whether there are more steps than there were; fewer there cannot be.
 
     Raises:
         SystemExit: with status 2, after one line.
@@ -320,6 +331,12 @@ def must_match(args: argparse.Namespace, before: Path) -> None:
     except (OSError, ValueError, TypeError) as error:
         fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so nothing tells what that run was")
     now = settings(args)
-    for key in now.keys() - FREE_ON_RESUME:
-        if then.get(key) != now[key]:
-            fail(f"--resume_from_checkpoint: that run had --{key} {then.get(key)}, this one has {now[key]}")
+    grown = False
+    for key in sorted(now.keys() - FREE_ON_RESUME):
+        was = then.get(key)
+        if key in MAY_GROW and isinstance(was, int) and was <= now[key]:
+            grown |= was < now[key]
+        elif was != now[key]:
+            only = "; it may only grow" if key in MAY_GROW else ""
+            fail(f"--resume_from_checkpoint: that run had --{key} {was}, this one has {now[key]}{only}")
+    return grown

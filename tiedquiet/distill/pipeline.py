@@ -325,6 +325,8 @@ def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: 
     """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
         assembled(config, state).save_pretrained(Path(beside) / place.name)
+        if place.exists():  # of fewer steps
+            shutil.rmtree(place)
         (Path(beside) / place.name).replace(place)
 
 

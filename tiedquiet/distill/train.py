@@ -52,7 +52,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from tiedquiet.distill.checkpoint import Progress, Stopped, alone_in, noticing_signals, resume_from, save_checkpoint
+from tiedquiet.distill.checkpoint import (
+    Progress,
+    Stopped,
+    alone_in,
+    is_finished,
+    noticing_signals,
+    resume_from,
+    save_checkpoint,
+)
 from tiedquiet.distill.console import words_above_the_bar
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
@@ -65,7 +73,7 @@ from tiedquiet.distill.losses import (
     renoised,
     velocity_loss,
 )
-from tiedquiet.distill.options import check, fail, parse, settings, stages, write_text
+from tiedquiet.distill.options import check, fail, parse, settings, stages, steps_of, write_text
 from tiedquiet.distill.pipeline import (
     Expert,
     Nodes,
@@ -275,7 +283,7 @@ def train(
         speed_up([earlier] if earlier else [], [frozen], args)
     else:
         speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
-    steps = args.distribution_matching_steps if matching else args.max_train_steps
+    steps = steps_of(args, stage)
 
     def learner(model: Any, rate: float) -> tuple[Any, Any, Any]:
         optimizer: Any = torch.optim.AdamW(
@@ -431,7 +439,7 @@ def train(
             bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()})
             accelerator.log({f"{expert.name}/{key}": value for key, value in progress.losses[-1].items()}, step=done)
             place = folder / f"checkpoint-{done}"
-            if stop or (args.checkpointing_steps and done % args.checkpointing_steps == 0):
+            if stop or (args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == steps)):
                 save_checkpoint(accelerator, place, args.checkpoints_total_limit)
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
@@ -452,7 +460,7 @@ def train(
         ema.copy_to(student.parameters())
     state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
     if accelerator.is_main_process:
-        (folder / "losses.json").write_text(json.dumps(progress.losses))
+        write_text(folder / "losses.json", json.dumps(progress.losses))
         if args.lora_rank:
             student.save(folder / "student")
         else:
@@ -526,7 +534,8 @@ def distil(
     names = [expert.name for expert in experts]
     out, work, last = args.output_dir, args.output_dir / "checkpoints", stages(args)[-1]
     resume = resume_from(args, names)  # once more: until the folder was locked, another run may have been in it
-    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
+    finished = (out / "student").exists() and (not work.exists() or (out / "metrics.json").exists())
+    if args.resume_from_checkpoint and finished:
         accelerator.print(f"{out / 'student'} is finished")
         return 0
     dtype = compute_dtype(args)
@@ -534,6 +543,7 @@ def distil(
     told = settings(args)
     if accelerator.is_main_process:
         write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
+        (out / "metrics.json").unlink(missing_ok=True)  # written last, it tells that a run is finished
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
 
@@ -554,8 +564,9 @@ def distil(
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    for expert, stage in ((expert, stage) for expert in experts for stage in stages(args)):
-        if not (work / expert.name / stage / "student").exists():
+    # Stage by stage, so that validation has a student of every expert as soon as it can.
+    for stage, expert in ((stage, expert) for stage in stages(args) for expert in experts):
+        if not is_finished(work / expert.name / stage, steps_of(args, stage)):
             point = resume[expert.name, stage]
             try:
                 train(args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate)
@@ -581,7 +592,8 @@ def distil(
         metrics["phases"] = phases
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-        shutil.rmtree(work)
+        if not args.checkpointing_steps:
+            shutil.rmtree(work)
         print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); beside it pictures, metrics.json, args.json")
     accelerator.wait_for_everyone()
     accelerator.end_training()
