@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import UMT5Config
 
 from tests.conftest import TWO
-from tiedquiet.distill import evaluate, options, pipeline, speed, train
+from tiedquiet.distill import evaluate, options, output, pipeline, report, speed, train
 from tiedquiet.distill.checkpoint import Progress, alone_in, checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
 from tiedquiet.distill.losses import velocity_loss
@@ -846,7 +846,8 @@ def test_the_saved_student_is_the_trained_module(tmp_path: Path) -> None:
         for parameter in trained.parameters():
             parameter.mul_(1.01)
     pipeline.save_weights(trained.config, trained.state_dict(), tmp_path / "weights")
-    pipeline.write_pipeline(teacher, {"transformer_2": tmp_path / "weights"}, tmp_path / "student")
+    args = parse(DOC, ["--student_dtype", "float32", "--student_steps", "0"])
+    output.write_pipeline(args, teacher, {"transformer_2": tmp_path / "weights"}, tmp_path / "student")
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
     inputs = (torch.randn(1, 16, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, 64))
     with torch.no_grad():
@@ -856,26 +857,26 @@ def test_the_saved_student_is_the_trained_module(tmp_path: Path) -> None:
 
 
 def test_a_student_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, target = Teacher(str(TINY_WAN)), tmp_path / "student"
+    teacher, target, args = Teacher(str(TINY_WAN)), tmp_path / "student", parse(DOC, ["--student_steps", "0"])
     copytree, copied = shutil.copytree, []
 
-    def fails_later(source: Path, place: Path) -> None:
+    def fails_later(source: Path, place: Path, **how: Any) -> None:
         if copied:
             raise OSError("disk full")
-        copied.append(copytree(source, place))
+        copied.append(copytree(source, place, **how))
 
-    monkeypatch.setattr(pipeline.shutil, "copytree", fails_later)
+    monkeypatch.setattr(output.shutil, "copytree", fails_later)
     with pytest.raises(OSError, match="disk full"):
-        pipeline.write_pipeline(teacher, {}, target)
+        output.write_pipeline(args, teacher, {}, target)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    pipeline.write_pipeline(teacher, {}, target)
+    output.write_pipeline(args, teacher, {}, target)
     (target / "mine").write_text("")
     with pytest.raises(FileExistsError, match="student"):
-        pipeline.write_pipeline(teacher, {}, target)
+        output.write_pipeline(args, teacher, {}, target)
     assert (target / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    pipeline.write_pipeline(Teacher(str(target)), {}, tmp_path / "its_own")  # its config tells the truth already
+    output.write_pipeline(args, Teacher(str(target)), {}, tmp_path / "its_own")  # its config tells the truth already
     assert json.loads((tmp_path / "its_own/text_encoder/config.json").read_text())["tie_word_embeddings"] is True
 
 
@@ -1104,9 +1105,9 @@ def test_clips_are_read_at_16_frames_a_second(tmp_path: Path) -> None:
 
 def test_a_large_film_is_no_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = [torch.rand(2, 5, 3, 64, 64)]
-    assert evaluate.write_film(film, tmp_path / "a.gif") == tmp_path / "a.gif"
-    monkeypatch.setattr(evaluate, "GIF_LIMIT", 1000)
-    assert evaluate.write_film(film, tmp_path / "b.gif") == tmp_path / "b.mp4"
+    assert report.write_film(film, tmp_path / "a.gif") == tmp_path / "a.gif"
+    monkeypatch.setattr(report, "GIF_LIMIT", 1000)
+    assert report.write_film(film, tmp_path / "b.gif") == tmp_path / "b.mp4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "b.mp4"]
     assert (tmp_path / "b.mp4").read_bytes()[4:8] == b"ftyp"
 
@@ -1283,7 +1284,17 @@ def test_the_average_is_kept_in_float32_and_gradients_are_not_clipped_to_nothing
 ) -> None:
     """Where all is computed in bfloat16: an average of that precision would stay where it began."""
     argv = [*SHORT, *prompts, "--samples_per_prompt", "1", "--expert", "low", "--lr_warmup_steps", "0"]
-    argv += ["--use_ema", "--mixed_precision", "bf16", "--max_grad_norm", "0", "--output_dir", str(tmp_path / "out")]
+    argv += [
+        "--student_dtype",
+        "float32",
+        "--use_ema",
+        "--mixed_precision",
+        "bf16",
+        "--max_grad_norm",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main(argv) == 0
     begun = Teacher(str(TINY_WAN)).expert(experts()[1], torch.bfloat16).float().state_dict()
     average = weights(tmp_path / "out", "transformer_2")
@@ -1337,21 +1348,21 @@ def test_the_curves_are_in_fixed_order_and_every_shown_prompt_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(evaluate, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     step = {"task": 1.0, "lr": 0.1, "loss": 3.0, "seconds": 1.0, "velocity": 2.0}
-    evaluate.draw_loss({"transformer": [step, step]}, tmp_path / "loss.png")
+    report.draw_loss({"transformer": [step, step]}, tmp_path / "loss.png")
     (axis,) = figures[0].axes
     assert [line.get_label() for line in axis.lines] == ["loss", "velocity", "task"]
     assert [line.get_color() for line in axis.lines] == ["black", "tab:blue", "tab:orange"]
     assert axis.get_ylabel() == "mean squared error"
     clips = torch.rand(2, 5, 3, 8, 8)
-    evaluate.draw_samples({"teacher": clips, "student": clips}, PROMPTS[:2], tmp_path / "samples.png")
+    report.draw_samples({"teacher": clips, "student": clips}, PROMPTS[:2], tmp_path / "samples.png")
     axes = figures[1].axes
     assert [axis.get_ylabel().replace("\n", " ") for axis in axes if axis.get_ylabel()] == PROMPTS[:2]
     assert [axis.get_title() for axis in axes if axis.get_title()] == ["teacher", "student"]
     # Nothing is cut off or written over something else, however long a prompt is and however narrow a clip.
     long = ["a prompt as people write them for Wan, " * 8, PROMPTS[0]]
-    evaluate.draw_samples({f"{arm}, 24 steps": clips[:, :1] for arm in ("untrained", "teacher")}, long, tmp_path / "x")
+    report.draw_samples({f"{arm}, 24 steps": clips[:, :1] for arm in ("untrained", "teacher")}, long, tmp_path / "x")
     figure = figures[2]
     figure.canvas.draw()
     texts = [text for axis in figure.axes for text in (axis.title, axis.yaxis.label) if text.get_text()]
@@ -1379,7 +1390,7 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
 
 
 def test_the_table_has_straight_columns() -> None:
-    told = evaluate.table({"teacher": {"adherence": 0.964}, "again": {"adherence": 1.0, "psnr": 100.0}})
+    told = report.table({"teacher": {"adherence": 0.964}, "again": {"adherence": 1.0, "psnr": 100.0}})
     assert told.splitlines() == [
         "|         | adherence |     psnr |",
         "| ------- | --------: | -------: |",
@@ -1392,7 +1403,7 @@ def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:
     args = parse(DOC, ["--pretrained_model_name_or_path", "someone/wan", "--prompts_file", str(tmp_path / "p.txt")])
     args.student_blocks = 3
     (tmp_path / "student").mkdir()
-    evaluate.write_card(Teacher(str(TINY_WAN)), args, {"teacher": {"psnr": 20.0}}, tmp_path)
+    output.write_card(Teacher(str(TINY_WAN)), args, {"teacher": {"psnr": 20.0}}, tmp_path)
     card = (tmp_path / "student/README.md").read_text()
     assert "base_model: someone/wan\n---\n" in card
     assert "pipe(prompt, height=480, width=832, num_frames=81, guidance_scale=5.0).frames" in card

@@ -1,14 +1,19 @@
-"""What else is said while a bar is shown."""
+"""What is said beside what is meant: warnings while a bar is shown, and the errors of disks."""
 
 import contextlib
 import logging
+import re
+import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tiedquiet.distill.options import fail
 
 
 @contextlib.contextmanager
@@ -30,3 +35,19 @@ def _write_warning(
     line: str | None = None,
 ) -> None:
     tqdm.write(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), file=sys.stderr)
+
+
+def in_one_line(main: Callable[[], int]) -> int:
+    """Run it, with one line instead of a traceback where the world is not as it should be; returns the exit status."""
+    try:
+        return main()
+    except KeyboardInterrupt:  # outside training, which saves a checkpoint
+        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:  # a full or read-only disk, at any moment
+        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
+    except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
+        refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
+        if not refused:
+            raise
+        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")

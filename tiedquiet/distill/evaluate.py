@@ -3,30 +3,25 @@
 import copy
 import json
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
-import matplotlib
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.lora import file_name, with_lora
-from tiedquiet.distill.options import beside, stages, write_text
+from tiedquiet.distill.options import stages
+from tiedquiet.distill.output import write_card
 from tiedquiet.distill.pipeline import NO_GUIDANCE, Expert, Teacher, few_steps, guidance, load_student, new_student
+from tiedquiet.distill.report import draw_loss, draw_samples, table, write_film
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SEEDS = (1_000, 1_001, 1_002, 1_003)  # of the clips that are judged
 FEW = 4  # at which a student that learnt the velocity is judged as well
@@ -35,21 +30,6 @@ SHOWN = {  # in the pictures: every colour, shape and direction
     "a green square moving up",
     "a blue triangle moving right",
     "a yellow circle moving down",
-}
-GIF_LIMIT = 4_000_000  # bytes; what is larger is written as mp4
-PARTS = {  # of loss.png
-    "loss": "black", "velocity": "tab:blue", "task": "tab:orange",
-    "matching": "black", "segments": "tab:blue", "critic": "tab:red",
-}  # fmt: skip
-COLUMNS = {  # of the table, and how each is shown
-    "adherence": "{:.1%}",
-    "psnr": "{:.1f} dB",
-    "spread_of_place": "{:.2f}",
-    "spread_of_size": "{:.2f}",
-    "speed_of_motion": "{:.2f}",
-    "block_passes": "{:.0f}",
-    "seconds": "{:.3f}",
-    "vae_seconds": "{:.3f}",
 }
 
 
@@ -224,7 +204,8 @@ class Judge:
             place = args.output_dir / "student"
             if args.lora_rank:
                 bases = {expert.name: self.teacher.expert(expert, self.dtype) for expert in experts}
-                return {n: with_lora(base, place / file_name(n), "transformer") for n, base in bases.items()}
+                states = {n: WanPipeline.lora_state_dict(place, weight_name=file_name(n)) for n in bases}
+                return {n: with_lora(base, states[n], "transformer") for n, base in bases.items()}
             names = [expert.name for expert in experts]
             return {n: WanTransformer3DModel.from_pretrained(place, subfolder=n, dtype=self.dtype) for n in names}
 
@@ -296,150 +277,3 @@ class Judge:
             self.teacher.embed(data.prompts, repair, args.max_sequence_length, self.device, self.dtype, broken=True)
         )
         return Judge(self.teacher, data, self.device, self.dtype)
-
-
-def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The measures, a line for each arm; Markdown, so that it can be put into a report as it is."""
-    used = [column for column in COLUMNS if any(column in measured for measured in metrics.values())]
-    rows = [["", *(column.replace("_", " ") for column in used)]]
-    rows += [[arm, *(COLUMNS[c].format(of[c]) if c in of else "" for c in used)] for arm, of in metrics.items()]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        f"| {arm:{widths[0]}} | {' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths[1:], strict=True))} |"
-        for arm, *cells in rows
-    ]
-    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-LOAD_LORA = """pipe = WanPipeline.from_pretrained("{teacher}")
-pipe.scheduler = UniPCMultistepScheduler.from_pretrained("this folder", subfolder="scheduler")
-pipe.load_lora_weights("this folder")"""
-
-
-def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
-    """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
-    call = f"prompt, height={args.height}, width={args.width}, num_frames={args.num_frames}"
-    if args.max_sequence_length != 512:  # the pipeline's own; padded otherwise, a prompt is another one to the student
-        call += f", max_sequence_length={args.max_sequence_length}"
-    if args.student_steps:
-        call += f", num_inference_steps={args.student_steps}"
-    scales = NO_GUIDANCE if args.student_steps or args.guidance_scale > 1 else guidance(args)
-    call += "".join(f", {name}={scale}" for name, scale in scales.items())
-    hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *(["pretrained_model_name_or_path"] * args.tiny)}
-    told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
-    base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"
-    pictures = [path for path in sorted(out.glob("samples.*")) if path.suffix in (".png", ".gif")]
-    settings = "\n".join(f"{name}: {value}" for name, value in sorted(told.items()) if not isinstance(value, Path))
-    for picture in pictures:
-        (out / "student" / picture.name).write_bytes(picture.read_bytes())
-    shown = "\n\n".join(f"![{' | '.join(metrics)}]({picture.name})" for picture in pictures)
-    pipe = 'pipe = WanPipeline.from_pretrained("this folder")'
-    imports = "UniPCMultistepScheduler, " if args.lora_rank else ""
-    of_blocks = f"{args.student_blocks} of the teacher's {teacher.transformer['num_layers']} blocks"
-    if args.lora_rank:
-        pipe = LOAD_LORA.format(teacher="its teacher" if args.tiny else args.pretrained_model_name_or_path)
-        if file := next((out / "student").glob("transformer_2_*"), None):
-            pipe += f'\npipe.load_lora_weights("this folder", weight_name="{file.name}", load_into_transformer_2=True)'
-        of_blocks = f"An adapter of rank {args.lora_rank}"
-    card = f"""---
-library_name: diffusers
-pipeline_tag: text-to-video
-tags:
-- text-to-video
-- distillation
-{base}---
-
-# A student of {Path(args.pretrained_model_name_or_path).name if not args.tiny else "the tiny Wan teacher of tiedquiet"}
-
-{of_blocks}, distilled with `tiedquiet.distill`.
-
-```python
-from diffusers import {imports}WanPipeline
-
-{pipe}
-frames = pipe({call}).frames
-```
-
-{table(metrics)}
-
-PSNR is to the first line's clip from the same seed; spread and speed are parts of the first line's; seconds are of one
-clip, denoising and decoding apart.
-
-{shown}
-
-Settings:
-
-```
-{settings}
-```
-"""
-    write_text(out / "student" / "README.md", card)
-
-
-def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """First, middle and last frame of every clip, a column of three for each of `columns`."""
-    frames = next(iter(columns.values())).shape[1]
-    chosen = sorted({0, frames // 2, frames - 1})
-    labels = [textwrap.fill(caption, 24) for caption in captions]
-    height = max(1.2, *(0.13 * len(label.splitlines()) for label in labels))  # inches that the longest prompt needs
-    figure, axes = plt.subplots(
-        len(labels),
-        len(columns) * len(chosen),
-        figsize=(1.2 * len(columns) * len(chosen) + 1.6, height * len(labels) + 0.6),
-        squeeze=False,
-    )
-    for row, label in enumerate(labels):
-        for column, (name, clips) in enumerate(columns.items()):
-            for place, frame in enumerate(chosen):
-                axis = axes[row][column * len(chosen) + place]
-                axis.imshow(clips[row, frame].permute(1, 2, 0).clamp(0, 1).numpy())
-                axis.set(xticks=[], yticks=[])
-                if row == 0 and place == len(chosen) // 2:
-                    axis.set_title(textwrap.fill(name, 14 * len(chosen)), fontsize=9)
-        axes[row][0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
-    figure.tight_layout()
-    save(figure, path)
-
-
-def draw_loss(losses: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """The loss and its parts, step by step, one panel for each expert."""
-    figure, axes = plt.subplots(1, len(losses), figsize=(5 * len(losses), 3.2), squeeze=False)
-    for axis, (name, steps) in zip(axes[0], losses.items(), strict=True):
-        parts = [name for name in PARTS if name in steps[0]]
-        for part in parts if len(parts) > 2 else parts[:1]:  # a loss of one term is that term
-            values = [step[part] for step in steps]
-            axis.plot(range(1, len(steps) + 1), values, label=part, color=PARTS[part], lw=1)
-        axis.set(title=name, xlabel="step", ylabel="mean squared error", yscale="log")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a picture, complete or not at all."""
-    with beside(path) as part:
-        figure.savefig(part, dpi=110)
-    plt.close(figure)
-
-
-def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
-    """The clips, a row for each of `columns`, as an animation; as mp4 where a gif would be over `GIF_LIMIT`.
-
-    Returns:
-        Where it was written.
-    """
-    rows = [torch.cat([*clips.clamp(0, 1)], dim=-1) for clips in columns]  # side by side: (frames, 3, height, width)
-    frames = (torch.cat(rows, dim=-2).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    zoom = max(1, math.ceil(96 / columns[0].shape[-2]))
-    frames = np.repeat(np.repeat(frames, zoom, 1), zoom, 2)
-    # Told from one frame: a gif of full size takes minutes only to be found too large.
-    large = len(frames) * len(iio.imwrite("<bytes>", frames[len(frames) // 2], extension=".gif")) > GIF_LIMIT
-    if large:
-        path = path.with_suffix(".mp4")
-    with beside(path) as part:
-        if large:
-            iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
-        else:
-            iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
-    return path

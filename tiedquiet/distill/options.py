@@ -43,6 +43,7 @@ WAN = {
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
+    "student_dtype", "standalone", "export",
 }  # fmt: skip
 
 MAY_GROW = {"max_train_steps", "distribution_matching_steps"}
@@ -114,6 +115,10 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora_rank", type=count, default=0, metavar="R",
         help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
         "load_lora_weights takes what is written")  # fmt: skip
+    add("--student_dtype", choices=["bfloat16", "float32"], default="bfloat16",
+        help="what the student is written in; it learns in float32 (default: bfloat16)")  # fmt: skip
+    add("--standalone", action="store_true",
+        help="copy the weights that were not trained, text encoder and VAE, instead of linking them")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
@@ -175,6 +180,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
     add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="go on where a run of the same settings stopped")
+    add("--export", type=Path, metavar="CHECKPOINT",
+        help="only write what a run's checkpoint holds as OUTPUT_DIR/student; nothing is trained")  # fmt: skip
     add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
     add("--validation_prompts", nargs="+", default=[])
     add("--report_to", help="a tracker that accelerate knows: tensorboard, wandb, ...")

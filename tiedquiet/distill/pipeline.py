@@ -1,9 +1,7 @@
 """The teacher's pipeline folder in, with every tie of its text encoder proven; the student's pipeline folder out."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from argparse import Namespace
@@ -17,11 +15,12 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import tiedquiet
-from tiedquiet.distill.lora import FILE, with_lora, write_lora
+from tiedquiet.distill.lora import FILE, with_lora
 from tiedquiet.distill.options import fail, is_main_process
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
@@ -317,7 +316,7 @@ def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTran
 def load_student(teacher: Teacher, expert: Expert, folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     """The student that a stage left in a folder, whole or as an adapter of the teacher."""
     if (adapter := folder / "student" / FILE).exists():
-        return with_lora(teacher.expert(expert, dtype), adapter)
+        return with_lora(teacher.expert(expert, dtype), load_file(adapter))
     return WanTransformer3DModel.from_pretrained(folder / "student", dtype=dtype)
 
 
@@ -355,44 +354,3 @@ def few_steps(config: Mapping[str, Any], steps: int, order: int = 1) -> UniPCMul
 def size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, steps: int = 0) -> None:
-    """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
-
-    Of adapters, the folder has these, and the scheduler of their steps: they go with the teacher.
-
-    Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
-    first embedding was made, and transformers 5.0 to 5.2 would leave it untied otherwise.
-
-    Args:
-        teacher: everything but the experts comes from there.
-        trained: the folders of the trained experts, by the names of the teacher's; others are copied.
-        target: the folder to make.
-        steps: how many the student was trained for; its scheduler takes them. 0 keeps the teacher's scheduler.
-
-    Raises:
-        FileExistsError: `target` is there already; nothing is written.
-    """
-    if target.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as beside:
-        made = Path(beside) / target.name
-        made.mkdir()
-        index = dict(teacher.index)
-        if all((folder / FILE).exists() for folder in trained.values()) and trained:
-            write_lora(dict(trained), made)
-            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
-            made.rename(target)
-            return
-        for name in teacher.parts:
-            shutil.copytree(trained.get(name, teacher.folder / name), made / name)
-        if steps:
-            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
-            index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
-        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        config = made / "text_encoder" / "config.json"
-        told = json.loads(config.read_text())
-        if told.get("tie_word_embeddings") is False:
-            config.write_text(json.dumps({**told, "tie_word_embeddings": True}, indent=2) + "\n")
-        made.rename(target)

@@ -200,24 +200,27 @@ def space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> 
 
     Args:
         args: the settings.
-        teacher: everything but the trained experts is copied from there; nothing is for adapters.
+        teacher: with `--standalone` everything but the trained experts is copied from there; nothing is for adapters.
         experts: the names of those that are trained.
         data: knows what its caches lack.
     """
-    # Kept in float32, in the stages' folders and in the end; a checkpoint has Adam's two moments as well, and in the
+    # Kept in float32 in the stages' folders; a checkpoint has Adam's two moments as well, and in the
     # second stage the critic and its own. While one is written, the oldest over the limit is still there.
     if args.lora_rank:
-        copied, student = 0, 4 * adapter(args, teacher.transformer)
+        copied, student = False, 4 * adapter(args, teacher.transformer)
         critic = student
     else:
-        copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
+        copied = args.standalone
         student = 4 * parameters({**teacher.transformer, "num_layers": args.student_blocks})
         critic = 4 * parameters(teacher.transformer)
     states = [3 * (student + (critic if stage == "matching" else 0)) for stage in stages(args)]
     kept = args.checkpoints_total_limit * sum(states) if args.checkpointing_steps else 0
-    written = len(experts) * ((1 + len(stages(args))) * student + kept + max(states))
+    written = len(experts) * (len(stages(args)) * student + kept + max(states))
+    written += len(experts) * student // (2 if args.student_dtype == "bfloat16" else 1)
+    if copied:
+        written += sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
     return {
-        "--output_dir": (args.output_dir, copied + written),
+        "--output_dir": (args.output_dir, written),
         "--cache_dir": (args.cache_dir, len(data.lacking()) * data.bytes_each),
     }
 

@@ -27,7 +27,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -46,7 +45,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -61,7 +59,7 @@ from tiedquiet.distill.checkpoint import (
     resume_from,
     save_checkpoint,
 )
-from tiedquiet.distill.console import words_above_the_bar
+from tiedquiet.distill.console import in_one_line, words_above_the_bar
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
 from tiedquiet.distill.lora import FILE, Adapter
@@ -74,6 +72,7 @@ from tiedquiet.distill.losses import (
     velocity_loss,
 )
 from tiedquiet.distill.options import check, fail, parse, settings, stages, steps_of, write_text
+from tiedquiet.distill.output import export, write_pipeline
 from tiedquiet.distill.pipeline import (
     Expert,
     Nodes,
@@ -84,7 +83,6 @@ from tiedquiet.distill.pipeline import (
     load_student,
     new_student,
     save_weights,
-    write_pipeline,
 )
 from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.speed import check_kernels, shard, speed_up
@@ -212,11 +210,6 @@ class Distillation:
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the GPU without waiting for what it is busy with."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def whole(tensor: Any) -> Tensor:
-    """All of a tensor, also where FSDP gives each process a part; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(
@@ -408,7 +401,7 @@ def train(
             optimizer.zero_grad()
             if ema:
                 ema.step(student.parameters())
-            told["norm"] = whole(norm).float()
+            told["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()  # of FSDP's parts
 
             for again in range(args.critic_steps if matching else 0):
                 for part, (clip, text, sigma, noise) in enumerate(drawn):
@@ -475,6 +468,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, argv)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
+    if args.export:
+        return export(args)
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision, args.flow_shift)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     check_kernels(args)
@@ -580,7 +575,7 @@ def distil(
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
                 trained = {name: work / name / last / "student" for name in names}
-                write_pipeline(teacher, trained, out / "student", args.student_steps)
+                write_pipeline(args, teacher, trained, out / "student")
             ended("writing the student")
             metrics = judge.report(experts)
             ended("samples and pictures")
@@ -602,15 +597,4 @@ def distil(
 
 def run() -> int:
     """`main`, with one line instead of a traceback where the world is not as it should be; returns the exit status."""
-    try:
-        return main()
-    except KeyboardInterrupt:  # outside training, which saves a checkpoint
-        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except OSError as error:  # a full or read-only disk, at any moment
-        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
-    except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
-        refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
-        if not refused:
-            raise
-        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")
+    return in_one_line(main)
