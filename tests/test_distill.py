@@ -22,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
@@ -160,7 +162,16 @@ def test_a_run_leaves_a_pipeline_pictures_and_measurements(
         "validation/transformer-velocity-2.gif",
     ):
         assert iio.imread(out / picture).std() > 1, picture
-    assert list((out / "logs").rglob("events*"))
+    (events,) = {path.parent for path in (out / "logs").rglob("events*") if path.stat().st_size > 10_000}
+    tracked = EventAccumulator(str(events), size_guidance={"images": 0, "scalars": 0}).Reload()
+    films = {tag: tracked.Images(tag) for tag in tracked.Tags()["images"]}
+    assert {tag: [film.step for film in its] for tag, its in films.items()} == {
+        "transformer/velocity": [2],
+        "transformer_2/velocity": [3 + 2],  # it counts on
+    }
+    film = out / "validation/transformer-velocity-2.gif"
+    assert films["transformer/velocity"][0].encoded_image_string == film.read_bytes()
+    assert [event.step for event in tracked.Scalars("transformer_2/velocity/total")] == [4, 5, 6]
     kept = [path.name for path in checkpoints(out / "checkpoints/transformer_2/velocity")]
     assert kept == ["checkpoint-2", "checkpoint-3"]  # as asked for, and the last
     assert not list(out.rglob(".part*"))
@@ -1101,6 +1112,20 @@ def test_clips_are_read_at_16_frames_a_second(tmp_path: Path) -> None:
     assert seen["16.gif"] == [0, 1, 2, 3, 4]
     assert seen["32.gif"] == [0, 2, 4, 6, 8]
     assert seen["32.mp4"] == [0, 1, 2, 3, 4]
+
+
+def test_a_large_film_is_tracked_as_a_small_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "GIF_LIMIT", 60_000)
+    film = report.write_film([torch.rand(2, 5, 3, 64, 64)], tmp_path / "a.gif")
+    assert film.suffix == ".mp4"
+    tracker = TensorBoardTracker("run", tmp_path / "logs")
+    tracker.start()
+    report.track_film([tracker, Namespace(name="another")], film, "films", 7)
+    tracker.finish()
+    (shown,) = EventAccumulator(str(tmp_path / "logs/run"), size_guidance={"images": 0}).Reload().Images("films")
+    assert len(shown.encoded_image_string) < 60_000
+    assert iio.imread(shown.encoded_image_string, extension=".gif").shape == (5, shown.height, shown.width, 3)
+    assert (shown.height, shown.width) == (64, 128)  # of 128 and 256
 
 
 def test_a_large_film_is_no_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

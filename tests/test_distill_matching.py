@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,31 @@ def test_matching_alone_needs_no_paths(tmp_path: Path, prompts: list[str], monke
         moved = weights(out, expert.name)
         name = "blocks.0.ffn.net.2.weight"
         assert (moved[name] - begun[name]).abs().mean() > 2e-4
+
+
+@pytest.mark.slow
+def test_validation_shows_the_students_of_both_experts(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the last stage that each has finished left it; the teacher's own only before the first one."""
+    shown, pipeline_of, load = list[tuple[str, ...]](), Teacher.pipeline, evaluate.load_student
+    left: list[str] = []
+
+    def note(self: Teacher, *args: Any, **students: Any) -> Any:
+        shown.append((*sorted(students), *left))
+        left.clear()
+        return pipeline_of(self, *args, **students)
+
+    monkeypatch.setattr(Teacher, "pipeline", note)
+    monkeypatch.setattr(evaluate, "load_student", lambda *args: (left.append(args[2].name), load(*args))[1])
+    monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
+    argv = [*SHORT, *prompts, "--max_train_steps", "1", "--distribution_matching_steps", "1", "--use_ema"]
+    argv += ["--validation_prompts", PROMPTS[0], "--validation_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 0
+    first, second = "transformer", "transformer_2"
+    assert shown[1:] == [
+        (first,), (first, second, "segments"), (first, second, "segments"), (first, second, "matching"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

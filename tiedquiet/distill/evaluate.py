@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,17 +156,22 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> None:
+    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> Path:
         """Sample `--validation_prompts` with an expert's student as it is, into `OUTPUT_DIR/validation`.
 
-        The other expert is its finished student where there is one, as the two will be used.
+        The other expert is its own student, as the two will be used, and as the last stage that it has finished left
+        it; only before the first such stage it is the teacher's.
+
+        Returns:
+            The film.
         """
         args = self.data.args
         students = {expert.name: student.eval()}
         for other in self.teacher.experts:
-            place = args.output_dir / "checkpoints" / other.name / stages(args)[-1]
-            if other != expert and (place / "student").exists():
-                students[other.name] = load_student(self.teacher, other, place, self.dtype)
+            folder = args.output_dir / "checkpoints" / other.name
+            left = [folder / stage for stage in stages(args) if (folder / stage / "student").exists()]
+            if other != expert and left:
+                students[other.name] = load_student(self.teacher, other, left[-1], self.dtype)
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
         steps, scales = self.student_sampling()
@@ -175,8 +181,9 @@ class Judge:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
         (args.output_dir / "validation").mkdir(exist_ok=True)
-        write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
+        film = write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
+        return film
 
     def student_sampling(self) -> tuple[int, dict[str, float]]:
         """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""

@@ -104,13 +104,48 @@ def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
     frames = (torch.cat(rows, dim=-2).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     zoom = max(1, math.ceil(96 / columns[0].shape[-2]))
     frames = np.repeat(np.repeat(frames, zoom, 1), zoom, 2)
-    # Told from one frame: a gif of full size takes minutes only to be found too large.
-    large = len(frames) * len(iio.imwrite("<bytes>", frames[len(frames) // 2], extension=".gif")) > GIF_LIMIT
-    if large:
+    if large := gif_size(frames) > GIF_LIMIT:
         path = path.with_suffix(".mp4")
     with beside(path) as part:
         if large:
             iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
         else:
-            iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
+            part.write_bytes(as_gif(frames, fps))
     return path
+
+
+def gif_size(frames: np.ndarray) -> int:
+    """Bytes of a gif, told from one frame: one of full size takes minutes only to be found too large."""
+    return len(frames) * len(as_gif(frames[len(frames) // 2 :][:1], 1))
+
+
+def as_gif(frames: np.ndarray, fps: float) -> bytes:
+    """(frames, height, width, 3) as an animation."""
+    return bytes(iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0))
+
+
+def track_film(trackers: Sequence[Any], film: Path, name: str, step: int) -> None:
+    """Show a film where accelerate's tracker can show one: tensorboard and wandb.
+
+    Args:
+        trackers: of the accelerator.
+        film: as `write_film` wrote it.
+        name: the title.
+        step: when.
+    """
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            with iio.imopen(film, "r") as file:
+                frames = np.stack(list(file.iter()))
+            while film.suffix != ".gif" and gif_size(frames) > GIF_LIMIT:  # tensorboard shows nothing else that moves
+                frames = frames[:, ::2, ::2]
+            told = film.read_bytes() if film.suffix == ".gif" else as_gif(frames, 16)
+            height, width = frames.shape[1:3]
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=told)
+            tracker.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        elif tracker.name == "wandb":  # pragma: no cover - a package that the tests do without
+            import wandb
+
+            tracker.log({name: wandb.Video(str(film), format=film.suffix[1:])}, step=step)

@@ -197,6 +197,20 @@ def speed_up(
             block.compile(options=options)
 
 
+def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:
+    """Stop where FSDP cannot do what was asked for.
+
+    Raises:
+        SystemExit: with status 2, after one line.
+    """
+    if args.use_ema or args.validation_steps:
+        fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+    if args.lora_rank:
+        fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
+    if not accelerator.is_fsdp2:
+        fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+
+
 def shard(frozen: Sequence[WanTransformer3DModel], accelerator: Accelerator) -> None:
     """Under FSDP: spread what is frozen over all GPUs, too, and leave every rounding of the student to autocast.
 

@@ -85,7 +85,8 @@ from tiedquiet.distill.pipeline import (
     save_weights,
 )
 from tiedquiet.distill.plan import check_space, plan
-from tiedquiet.distill.speed import check_kernels, shard, speed_up
+from tiedquiet.distill.report import track_film
+from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up
 
 
 class Distillation:
@@ -222,7 +223,8 @@ def train(
     work: Path,
     resume: Path | None,
     progress: Progress,
-    validate: Callable[[Expert, WanTransformer3DModel, str], None],
+    validate: Callable[[Expert, WanTransformer3DModel, str], Path],
+    steps_before: int,
 ) -> None:
     """One stage of one expert; leaves the student in `work/EXPERT/STAGE/student`, its losses in `losses.json`.
 
@@ -237,6 +239,7 @@ def train(
         resume: the checkpoint to go on from.
         progress: registered with the accelerator.
         validate: called with the expert, its student and the name of a film every `--validation_steps`.
+        steps_before: of other stages and experts; trackers want to count on.
 
     Raises:
         Stopped: after a signal; a checkpoint was saved.
@@ -430,7 +433,8 @@ def train(
                 {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - clock}
             )
             bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()})
-            accelerator.log({f"{expert.name}/{key}": value for key, value in progress.losses[-1].items()}, step=done)
+            tracked = {f"{expert.name}/{stage}/{key}": value for key, value in progress.losses[-1].items()}
+            accelerator.log(tracked, step=steps_before + done)
             place = folder / f"checkpoint-{done}"
             if stop or (args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == steps)):
                 save_checkpoint(accelerator, place, args.checkpoints_total_limit)
@@ -444,7 +448,8 @@ def train(
                     if args.lora_rank:
                         student.activate()
                     shown = frozen if args.lora_rank else accelerator.unwrap_model(one.student)
-                    validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    film = validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
                     if ema:
                         ema.restore(student.parameters())
                 accelerator.wait_for_everyone()
@@ -500,12 +505,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
     )
     if accelerator.distributed_type is DistributedType.FSDP:
-        if args.use_ema or args.validation_steps:
-            fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
-        if args.lora_rank:
-            fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
-        if not accelerator.is_fsdp2:
-            fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+        check_fsdp(args, accelerator)
     with alone_in(args.output_dir):
         return distil(args, accelerator, teacher, experts, data, start)
 
@@ -526,8 +526,7 @@ def distil(
     Returns:
         The exit status.
     """
-    names = [expert.name for expert in experts]
-    out, work, last = args.output_dir, args.output_dir / "checkpoints", stages(args)[-1]
+    names, out, work = [expert.name for expert in experts], args.output_dir, args.output_dir / "checkpoints"
     resume = resume_from(args, names)  # once more: until the folder was locked, another run may have been in it
     finished = (out / "student").exists() and (not work.exists() or (out / "metrics.json").exists())
     if args.resume_from_checkpoint and finished:
@@ -552,29 +551,32 @@ def distil(
             torch.cuda.reset_peak_memory_stats()
 
     if accelerator.is_main_process:
-        for line in plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device):
-            print(f"plan: {line}")
+        lines = plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device)
+        print(*(f"plan: {line}" for line in lines), sep="\n")
     data.prepare(teacher, accelerator, dtype)
     ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     # Stage by stage, so that validation has a student of every expert as soon as it can.
+    steps_before = 0
     for stage, expert in ((stage, expert) for stage in stages(args) for expert in experts):
         if not is_finished(work / expert.name / stage, steps_of(args, stage)):
             point = resume[expert.name, stage]
             try:
-                train(args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate)
+                train(
+                    args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate, steps_before
+                )
             except Stopped as stopped:
                 accelerator.end_training()
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
-
+        steps_before += steps_of(args, stage)
     ended("training")
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
-                trained = {name: work / name / last / "student" for name in names}
+                trained = {name: work / name / stages(args)[-1] / "student" for name in names}
                 write_pipeline(args, teacher, trained, out / "student")
             ended("writing the student")
             metrics = judge.report(experts)
