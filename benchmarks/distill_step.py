@@ -137,7 +137,7 @@ def settings(arm: dict[str, Any]) -> Namespace:
     """The example's own settings for such a run."""
     from tiedquiet.distill.options import parse
 
-    args = parse("", ["--pretrained_model_name_or_path", "none", "--mixed_precision", "bf16", "--task_weight", "0.05"])
+    args = parse("", ["--pretrained_model_name_or_path", "none", "--student_steps", "0", "--task_weight", "0.05"])
     vars(args).update(arm)
     return args
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TWO
 from tests.test_distill import IN_TWO_PROCESSES, SHORT, VELOCITY, copied, experts, run, same, weights
 from tiedquiet.distill import evaluate, pipeline, plan, train
-from tiedquiet.distill.data import Data, noise_of, sample
+from tiedquiet.distill import prompts as prompts_of_ours
+from tiedquiet.distill.data import Data, noise_of, read_prompts, sample
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
@@ -219,7 +220,15 @@ def test_one_more_prompt_costs_its_own_paths(
     argv = [*SHORT, *prompts, "--output_dir", str(tmp_path / "out")]
     teacher = shutil.copytree(TINY_WAN, tmp_path / "a/teacher")
     as_tiny = ["--height", "64", "--width", "64", "--num_frames", "5", "--max_sequence_length", "16"]
-    as_tiny += ["--student_steps", "2", "--sample_guidance_scale", "3", "--pretrained_model_name_or_path"]
+    as_tiny += [
+        "--student_steps",
+        "2",
+        "--sample_guidance_scale",
+        "3",
+        "--mixed_precision",
+        "no",
+        "--pretrained_model_name_or_path",
+    ]
 
     def paths() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("paths-*/*.safetensors")}
@@ -305,6 +314,24 @@ def test_another_shift_is_the_teachers_own_as_well() -> None:
     assert pipeline.nodes(other.scheduler, 2).timesteps.tolist() == [999, 750]
     assert {expert.shift for expert in other.experts} == {3.0}
     assert other.key() != teacher.key()
+
+
+def test_a_real_teacher_has_500_prompts_to_start_with(tmp_path: Path) -> None:
+    """They are what their script prints, and vary as the page says."""
+    args = parse(DOC, ["--pretrained_model_name_or_path", "someone/wan"])
+    shipped = read_prompts(args)
+    assert shipped == prompts_of_ours.prompts()
+    assert len(set(shipped)) == 500
+    subjects = [subject for subject, *_ in prompts_of_ours.SCENES]
+    assert len(set(subjects)) == 50
+    assert all(sum(p.startswith(subject) for p in shipped) == 10 for subject in subjects)
+    assert {sum(camera in p for p in shipped) for camera in prompts_of_ours.CAMERAS} == {35, 36}
+    for _, motions, places, kind in prompts_of_ours.SCENES:
+        assert all(any(word in p for p in shipped) for word in (*motions, *places))
+        assert kind in prompts_of_ours.LIGHTS
+    assert 21.5 < sum(len(p.split()) for p in shipped) / 500 < 22.5
+    assert (args.student_steps, args.distribution_matching_steps, args.mixed_precision) == (2, 500, "bf16")
+    assert parse(DOC, ["--train_data_dir", str(tmp_path)]).student_steps == 0
 
 
 def test_wan_is_led_away_from_its_own_negative_prompt() -> None:

@@ -26,6 +26,7 @@ from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, guidance, nod
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
+WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
 DECODED_AT_ONCE = 4  # more is slower on a CPU, and a long clip fills a GPU by itself
 
 
@@ -107,13 +108,13 @@ def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
 
 
 def read_prompts(args: Namespace) -> list[str]:
-    """The prompts of `--prompts_file`, or those of the tiny teacher.
+    """The prompts of `--prompts_file`, or those that ship: of the tiny teacher, or for a real one.
 
     Raises:
         SystemExit: with status 2, after one line, if there are none.
     """
     if args.prompts_file is None:
-        return list(PROMPTS)
+        return list(PROMPTS) if args.tiny else WAN_PROMPTS.read_text(encoding="utf-8").splitlines()
     try:
         prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -32,12 +32,14 @@ TINY = {
     "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 600,
     "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 40,
     "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4, "negative_prompt": "",
+    "mixed_precision": "no",
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
     "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5, "negative_prompt": NEGATIVE,
+    "mixed_precision": "bf16",
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
@@ -109,7 +111,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
-        "learns the teacher's velocity and takes as many steps (default: 2 with the tiny teacher, else 0)")  # fmt: skip
+        "learns the teacher's velocity and takes as many steps (default: 2, of clips 0)")  # fmt: skip
     add("--student_blocks", type=positive,
         help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
     add("--lora_rank", type=count, default=0, metavar="R",
@@ -123,8 +125,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
     add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
-        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: the tiny "
-        "teacher's 300, else 0)")  # fmt: skip
+        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: 500, the tiny "
+        "teacher's 300)")  # fmt: skip
     add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
     add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
     add("--matching_learning_rate", type=weight, help="of the student in the second stage")
@@ -132,7 +134,9 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # Data: a folder of clips, or latents that the teacher samples for prompts.
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
     add("--caption_column", default="text", help="where the metadata has the prompt")
-    add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
+    add("--prompts_file", type=Path,
+        help="one prompt a line; the teacher samples for them (default: 500 that ship with the package, the tiny "
+        "teacher's 48)")  # fmt: skip
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
     add("--negative_prompt", help="what guidance leads away from (default: Wan's own, with the tiny teacher none)")
     add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
@@ -167,7 +171,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=weight, default=0.999)
     add("--seed", type=int, default=0)
     # Memory and speed.
-    add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
+    add("--mixed_precision", choices=["no", "bf16"],
+        help="bf16: compute in it, teacher stored in it (default: bf16, with the tiny teacher no)")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
@@ -191,9 +196,9 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.tiny = tiny
     if args.student_steps is None:
-        args.student_steps = 2 if tiny and not args.train_data_dir else 0
+        args.student_steps = 0 if args.train_data_dir else 2
     if args.distribution_matching_steps is None:
-        args.distribution_matching_steps = 300 if tiny and args.student_steps else 0
+        args.distribution_matching_steps = (300 if tiny else 500) if args.student_steps else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
     return args
 
@@ -284,8 +289,6 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:
         fail("--train_data_dir and --prompts_file: the clips bring their own prompts, choose one")
-    if not args.tiny and not args.train_data_dir and not args.prompts_file:
-        fail("say what to train on: --train_data_dir, or --prompts_file to let the teacher sample")
     for folder in (args.output_dir, args.cache_dir):
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir():

@@ -4,10 +4,8 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two 
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
     python -m tiedquiet.distill \
-        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --prompts_file prompts.txt --output_dir wan-2-steps \
-        --student_steps 2 --distribution_matching_steps 500 --lora_rank 64 \
-        --mixed_precision bf16 --gradient_checkpointing attention --compile \
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir wan-2-steps \
+        --lora_rank 64 --gradient_checkpointing attention --compile \
         --checkpointing_steps 100 --resume_from_checkpoint latest       # --plan first: what it will take
 
     accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
