@@ -133,7 +133,6 @@ def test_matching_alone_has_an_adapter_too(tmp_path: Path, prompts: list[str], m
     ("flags", "words"),
     [
         (["--student_blocks", "3"], "adapters sit on all the teacher's blocks"),
-        (["--teacher_attention", "float8"], "teacher and student are one model"),
         (["--student_steps", "0", "--student_blocks", "6", "--distribution_matching_steps", "0"], "of few steps"),
     ],
 )

@@ -201,6 +201,32 @@ def test_each_expert_of_wan_2_2_is_guided_by_its_own_scale(monkeypatch: pytest.M
     assert before != after
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler has warnings of its own
+def test_paths_are_sampled_by_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both experts, where training is compiled; the paths stay what they are."""
+    teacher, compiled, paths = Teacher(str(TINY_WAN)), list[bool](), list[torch.Tensor]()
+    pipeline_of = Teacher.pipeline
+    pipes: list[Any] = []
+    monkeypatch.setattr(Teacher, "pipeline", lambda *args, **kw: (pipes.append(pipeline_of(*args, **kw)), pipes[-1])[1])
+    for flags in ([], ["--compile"]):
+        args = parse(DOC, [*flags, "--samples_per_prompt", "1", "--cache_dir", str(tmp_path / str(len(flags)))])
+        args.num_inference_steps = 4
+        data = Data(args, PROMPTS[:1], [])
+        data.look(teacher, torch.float32)
+        data.texts = [torch.ones(3, 64), torch.zeros(2, 64)]
+        data.sample([0], teacher, torch.device("cpu"), torch.float32, True)
+        paths.append(data.latents.get(data.names[0]))
+        models = (pipes[-1].transformer, pipes[-1].transformer_2)
+        compiled.append(all(block._compiled_call_impl is not None for model in models for block in model.blocks))
+    assert compiled == [False, True]
+    torch.testing.assert_close(*paths, rtol=1e-3, atol=1e-3)
+    # Attention in 8 bits gives other paths, which are kept apart.
+    args.teacher_attention, before = "float8", data.latents.folder
+    data.look(teacher, torch.float32)
+    assert data.latents.folder != before
+
+
 def test_a_sample_is_kept_for_what_it_is(tmp_path: Path) -> None:
     """One more prompt, another order and another seed leave the others' noise and names as they were."""
     few = Data(parse(DOC, ["--samples_per_prompt", "2"]), PROMPTS[:2], [])

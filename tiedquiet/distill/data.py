@@ -23,6 +23,7 @@ from tqdm import tqdm
 from tiedquiet.distill.losses import segment_velocity
 from tiedquiet.distill.options import beside, fail, needs_paths, write_text
 from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, guidance, nodes, padded
+from tiedquiet.distill.speed import speed_up
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
@@ -200,7 +201,7 @@ class Data:
         if self.clips:
             made_by = {"teacher": key, **shape}
         else:
-            how = ("num_inference_steps", "negative_prompt", "student_steps")
+            how = ("num_inference_steps", "negative_prompt", "student_steps", "teacher_attention")
             made_by |= {name: getattr(args, name) for name in how} | guidance(args) | shape
         self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
         self.nodes, self.form = nodes(teacher.scheduler, args.student_steps or 1), teacher.latents(args)
@@ -257,6 +258,8 @@ class Data:
     def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
         """Latents that the teacher samples for the prompts; the whole path at its nodes for a student of few steps."""
         args, pipe, size = self.args, teacher.pipeline(device, dtype), self.args.train_batch_size
+        experts = (getattr(pipe, expert.name) for expert in teacher.experts)
+        speed_up(list(experts), [], args)  # as in training, which does not take as many hours
         if args.student_steps:
             pipe.scheduler = few_steps(teacher.scheduler, args.student_steps, order=2)
         what = "paths of the teacher" if args.student_steps else "latents from the teacher"
@@ -269,6 +272,7 @@ class Data:
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
                     self.latents.put(self.names[n], made.to(dtype).cpu())
                 bar.update(len(batch))
+        torch.compiler.reset()  # what training compiles is counted against a limit
 
     def segments(self, paths: Tensor, expert: Expert, generator: torch.Generator) -> dict[str, Tensor]:
         """For each path a segment of it that starts on an expert's side: its start, and the velocity that crosses it.

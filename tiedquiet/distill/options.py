@@ -176,10 +176,11 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
-        help="float8: self-attention's products in 8 bits; needs a Hopper GPU and the package fa3-fwd")  # fmt: skip
+        help="float8: self-attention's products in 8 bits, with --lora_rank in the teacher's paths alone; needs a "
+        "Hopper GPU and the package fa3-fwd")  # fmt: skip
     add("--student_attention", choices=["native", "flash3"], default="native",
         help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
-    add("--compile", action="store_true", help="compile the blocks of teacher and student")
+    add("--compile", action="store_true", help="compile the blocks of teacher and student, for paths and training")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
     add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
@@ -266,8 +267,6 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
     if args.lora_rank:
         if args.student_blocks != blocks:
             fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
-        if args.teacher_attention == "float8":
-            fail("--lora_rank: teacher and student are one model, so --teacher_attention float8 has to stay away")
         if not args.student_steps:
             fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
