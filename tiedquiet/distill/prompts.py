@@ -2,8 +2,8 @@
 
     python -m tiedquiet.distill.prompts > my-prompts.txt
 
-No model wrote them, and no list of others' was read: they are put together from the words below. Each of the 50 scenes
-is a subject with what it can do and where. From each scene come ten prompts; its motions and places, and over all
+They are put together from the words below, which were written for this; nothing was taken from anybody's list. Each of
+the 50 scenes is a subject with what it can do and where, and gives ten prompts. Its motions and places, and over all
 scenes the cameras and the lights that go with a place, are dealt out in turn from a shuffled pack, so that each is used
 about equally often. The same seed gives the same list. `prompts.txt` beside this file is what it prints.
 """

@@ -15,10 +15,9 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two 
 
 Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
 teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side; with
---distribution_matching_steps, its own clips are then moved to where the teacher would have them. Without
---student_steps, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
-student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as
-adapters.
+--distribution_matching_steps, its own clips are then moved to where the teacher would have them. With --student_steps 0
+latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each student learns
+the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as adapters.
 """
 
 import contextlib
