@@ -29,7 +29,6 @@ from diffusers.optimization import get_scheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -632,9 +631,7 @@ def test_another_process_waits_for_the_first_to_say_it(
 
 
 @pytest.mark.parametrize(("capability", "words"), [((8, 0), "needs a Hopper GPU"), ((9, 0), "pip install fa3-fwd")])
-@pytest.mark.parametrize("asked", ["--teacher_attention float8", "--student_attention flash3 --mixed_precision bf16"])
 def test_other_kernels_need(
-    asked: str,
     capability: tuple[int, int],
     words: str,
     tmp_path: Path,
@@ -642,25 +639,18 @@ def test_other_kernels_need(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The GPU that they run on, and a package."""
+    asked = ["--teacher_attention", "float8"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        main([*asked.split(), "--output_dir", str(tmp_path / "out")])
-    assert f"{' '.join(asked.split()[:2])}: needs " in (said := capsys.readouterr().err)
+        main([*asked, "--output_dir", str(tmp_path / "out")])
+    assert "--teacher_attention float8: needs " in (said := capsys.readouterr().err)
     assert words in said
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
-    speed.check_kernels(parse(DOC, asked.split()))
-
-
-def test_flash_attention_needs_16_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--student_attention", "flash3", "--output_dir", str(tmp_path / "out")])
-    assert (
-        "--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16" in capsys.readouterr().err
-    )
+    speed.check_kernels(parse(DOC, asked))
 
 
 def test_the_expert_is_chosen_by_timestep() -> None:
@@ -811,20 +801,6 @@ def test_self_attention_by_other_kernels_is_self_attention() -> None:
     for block in learner.blocks:
         block.attn1.set_processor(SelfAttention(attend))
     torch.testing.assert_close(gradients(), native)
-
-
-def test_flash_attention_is_traced_with_its_gradients() -> None:
-    """As the compiler sees it; what it computes, the benchmark of a step holds against torch's own on a GPU."""
-    with FakeTensorMode():
-        query = torch.randn(2, 24, 3, 16, requires_grad=True)
-        key, value = torch.randn(2, 24, 3, 16), torch.randn(2, 24, 3, 16, dtype=torch.bfloat16, requires_grad=True)
-        out = speed.flash3(query, key, value)
-        assert (out.shape, out.dtype) == (value.shape, torch.bfloat16)
-        out.sum().backward()
-        assert query.grad is not None
-        assert value.grad is not None
-        assert (query.grad.shape, query.grad.dtype) == (query.shape, torch.float32)
-        assert (value.grad.shape, value.grad.dtype) == (value.shape, torch.bfloat16)
 
 
 def test_guidance_distillation_learns_the_guided_velocity() -> None:

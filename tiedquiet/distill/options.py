@@ -113,7 +113,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
         "learns the teacher's velocity and takes as many steps (default: 2, of clips 0)")  # fmt: skip
     add("--student_blocks", type=positive,
-        help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
+        help="blocks per student (default: all the teacher's; half to learn its velocity)")  # fmt: skip
     add("--lora_rank", type=count, default=0, metavar="R",
         help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
         "load_lora_weights takes what is written")  # fmt: skip
@@ -178,13 +178,11 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_attention", choices=["native", "float8"], default="native",
         help="float8: self-attention's products in 8 bits, with --lora_rank in the teacher's paths alone; needs a "
         "Hopper GPU and the package fa3-fwd")  # fmt: skip
-    add("--student_attention", choices=["native", "flash3"], default="native",
-        help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student, for paths and training")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
     add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
-    add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
+    add("--checkpoints_total_limit", type=positive, default=2, help="of each stage of each expert; the oldest go")
     add("--resume_from_checkpoint", metavar="latest|PATH", help="go on where a run of the same settings stopped")
     add("--export", type=Path, metavar="CHECKPOINT",
         help="only write what a run's checkpoint holds as OUTPUT_DIR/student; nothing is trained")  # fmt: skip
@@ -282,8 +280,6 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         fail("--guidance_scale, --sample_guidance_scale and its _2: 1 is no guidance, less has no meaning")
     if not one and args.sample_guidance_scale == 1 < args.sample_guidance_scale_2:
         fail("--sample_guidance_scale_2: WanPipeline guides both experts or none, and --sample_guidance_scale is 1")
-    if args.student_attention == "flash3" and args.mixed_precision != "bf16":
-        fail("--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16")
     if args.validation_steps and not args.validation_prompts:
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:

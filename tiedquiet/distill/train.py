@@ -43,7 +43,6 @@ from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -83,7 +82,7 @@ from tiedquiet.distill.pipeline import (
 )
 from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.report import track_film
-from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up
+from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up, whole
 
 
 class Distillation:
@@ -401,7 +400,7 @@ def train(
             optimizer.zero_grad()
             if ema:
                 ema.step(student.parameters())
-            told["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()  # of FSDP's parts
+            told["norm"] = whole(norm).float()
 
             for again in range(args.critic_steps if matching else 0):
                 for part, (clip, text, sigma, noise) in enumerate(drawn):
