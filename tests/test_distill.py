@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transformers import UMT5Config
 
 from tests.conftest import TWO
+from tests.pages import blocks
 from tiedquiet.distill import evaluate, options, output, pipeline, report, speed, train
 from tiedquiet.distill.checkpoint import Progress, alone_in, checkpoints
 from tiedquiet.distill.data import Cache, Data, read_clip
@@ -1373,6 +1374,20 @@ def test_the_curves_are_in_fixed_order_and_every_shown_prompt_is_named(
     assert all(figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1 for box in boxes)
     assert all(figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1 for box in boxes)
     assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[n + 1 :])
+
+
+def test_every_flag_on_the_pages_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """And what `--help` recommends is what the page does."""
+    with pytest.raises(SystemExit):
+        parse(DOC, ["--help"])
+    told, root = capsys.readouterr().out, Path(__file__).parents[1]
+    example = (root / "docs/example.md").read_text()
+    flags = set(re.findall(r"(?<=--)[a-z_0-9]+", example + (root / "docs/distill.md").read_text()))
+    of_others = {"help", "paths", "jobs"}  # those of benchmarks
+    assert flags - of_others <= set(re.findall(r"^  --([a-z_0-9]+)", told, re.MULTILINE))
+    (command,) = (block.text for block in blocks(root / "docs/example.md", "") if "--lora_rank" in block.text)
+    words = command.replace("\\", "").split()
+    assert " ".join(words) in " ".join(told.replace("\\", "").split())
 
 
 @pytest.mark.parametrize("package", ["diffusers", "tqdm"])

@@ -235,6 +235,7 @@ class Data:
             if not kept:
                 fail(f"--train_data_dir {args.train_data_dir}: none of its clips can be used, see above")
             self.names, self.which = [self.names[n] for n in kept], [self.which[n] for n in kept]
+            self.clips = [self.clips[n] for n in kept]
             if not quiet:
                 tqdm.write(f"{len(kept)} clips are used, {len(useless)} are left out", file=sys.stderr)
 

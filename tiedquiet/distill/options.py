@@ -111,7 +111,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
-        "learns the teacher's velocity and takes as many steps (default: 2, of clips 0)")  # fmt: skip
+        "learns the teacher's velocity and takes as many steps (default: 2; 0 with --train_data_dir)")  # fmt: skip
     add("--student_blocks", type=positive,
         help="blocks per student (default: all the teacher's; half to learn its velocity)")  # fmt: skip
     add("--lora_rank", type=count, default=0, metavar="R",
@@ -125,8 +125,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
     add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
-        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: 500, the tiny "
-        "teacher's 300)")  # fmt: skip
+        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: 500; with the "
+        "tiny teacher 300)")  # fmt: skip
     add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
     add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
     add("--matching_learning_rate", type=weight, help="of the student in the second stage")
@@ -135,10 +135,10 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
     add("--caption_column", default="text", help="where the metadata has the prompt")
     add("--prompts_file", type=Path,
-        help="one prompt a line; the teacher samples for them (default: 500 that ship with the package, the tiny "
-        "teacher's 48)")  # fmt: skip
+        help="one prompt a line; the teacher samples for them (default: 500 that ship with the package; with "
+        "the tiny teacher its 48)")  # fmt: skip
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", help="what guidance leads away from (default: Wan's own, with the tiny teacher none)")
+    add("--negative_prompt", help="what guidance leads away from (default: Wan's own; with the tiny teacher none)")
     add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
     add(
         "--flow_shift",
@@ -172,7 +172,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     # Memory and speed.
     add("--mixed_precision", choices=["no", "bf16"],
-        help="bf16: compute in it, teacher stored in it (default: bf16, with the tiny teacher no)")  # fmt: skip
+        help="bf16: compute in it, teacher stored in it (default: bf16; with the tiny teacher no)")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
