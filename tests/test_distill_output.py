@@ -72,6 +72,14 @@ def test_across_file_systems_the_links_are_symbolic(tmp_path: Path, monkeypatch:
     WanPipeline.from_pretrained(student)
 
 
+def test_a_teacher_in_the_hubs_cache_is_linked_past_its_own_links(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to("blob")
+    made = Path(output.link_weights(str(tmp_path / "model.safetensors"), str(tmp_path / "ours.safetensors")))
+    assert not made.is_symlink()
+    assert made.samefile(tmp_path / "blob")
+
+
 def test_a_student_that_stands_alone(tmp_path: Path) -> None:
     student = written(tmp_path, "--standalone", "--student_dtype", "float32")
     state = load_file(student / "transformer/diffusion_pytorch_model.safetensors")
@@ -122,14 +130,22 @@ def test_the_last_checkpoint_exported_is_the_student(
         pipe = WanPipeline.from_pretrained(other / "student")
         assert pipe.text_encoder.encoder.embed_tokens.weight is pipe.text_encoder.shared.weight
     card = (other / "student/README.md").read_text()
-    assert "Exported: transformer_2 after 2 steps of matching, transformer as it was after matching." in card
+    assert "Exported: transformer_2 at step 2 of matching, transformer as it was after matching." in card
     assert "student_steps: 2" in card
     assert str(tmp_path) not in card
-    # An earlier one is another student, and one of the first stage has the other expert's of the whole run.
+    # An earlier one is another student; where another expert has none yet, it is the teacher's.
     before = last.with_name("checkpoint-1")
     assert main(["--export", str(before), "--output_dir", str(tmp_path / "before")]) == 0
     name = next(path.relative_to(other) for path in other.rglob("*.safetensors") if "transformer_2" in str(path))
     assert not same(load_file(other / name), load_file(tmp_path / "before" / name))
+    shutil.rmtree(out / "checkpoints/transformer")
+    assert main(["--export", str(before), "--output_dir", str(tmp_path / "alone")]) == 0
+    card = (tmp_path / "alone/student/README.md").read_text()
+    assert "Exported: transformer_2 at step 1 of matching, transformer the teacher's." in card
+    if "--lora_rank" not in flags:
+        assert same(
+            weights(tmp_path / "alone"), load_file(TINY_WAN / "transformer/diffusion_pytorch_model.safetensors")
+        )
     for where, words in (
         (["--export", str(last), "--output_dir", str(other)], "has a run or a student of its own"),
         (["--export", str(last), "--output_dir", str(out)], "has a run or a student of its own"),

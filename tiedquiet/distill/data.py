@@ -260,7 +260,7 @@ class Data:
         """Latents that the teacher samples for the prompts; the whole path at its nodes for a student of few steps."""
         args, pipe, size = self.args, teacher.pipeline(device, dtype), self.args.train_batch_size
         experts = (getattr(pipe, expert.name) for expert in teacher.experts)
-        speed_up(list(experts), [], args)  # as in training, which does not take as many hours
+        speed_up(list(experts), [], args)  # as in training: most of a run's hours may be spent here
         if args.student_steps:
             pipe.scheduler = few_steps(teacher.scheduler, args.student_steps, order=2)
         what = "paths of the teacher" if args.student_steps else "latents from the teacher"
@@ -273,7 +273,8 @@ class Data:
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
                     self.latents.put(self.names[n], made.to(dtype).cpu())
                 bar.update(len(batch))
-        torch.compiler.reset()  # what training compiles is counted against a limit
+        if args.compile:
+            torch.compiler.reset()  # what training compiles is counted against a limit
 
     def segments(self, paths: Tensor, expert: Expert, generator: torch.Generator) -> dict[str, Tensor]:
         """For each path a segment of it that starts on an expert's side: its start, and the velocity that crosses it.

@@ -106,8 +106,12 @@ def export(args: Namespace) -> int:
         trained[expert] = Path(beside) / "student"
         read_checkpoint(run, teacher, place, trained[expert])
         write_pipeline(run, teacher, trained, target)
-    after = f"{expert} after {place.name.split('-')[-1]} steps of {stage}"
-    others = [f"{name} as it was after {trained[name].parent.name}" for name in trained if name != expert]
+    after = f"{expert} at step {place.name.split('-')[-1]} of {stage}"
+    others = [
+        f"{e.name} as it was after {trained[e.name].parent.name}" if e.name in trained else f"{e.name} the teacher's"
+        for e in teacher.experts
+        if e.name != expert
+    ]
     write_card(teacher, run, {}, args.output_dir, "Exported: " + ", ".join([after, *others]) + ".")
     print(f"student: {target} ({', '.join([after, *others])})")
     return 0
