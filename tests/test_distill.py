@@ -296,6 +296,11 @@ def test_a_run_may_grow(
     assert not same(
         weights(tmp_path / "out", "transformer_2"), load_file(next(tmp_path.glob("before/transformer_2/*.safetensors")))
     )
+    # Nor can a first stage be put before a second one.
+    alone = [*common, str(tmp_path / "alone"), "--distribution_matching_steps", "1", "--checkpointing_steps", "1"]
+    assert main([*alone, "--max_train_steps", "0"]) == 0
+    shutil.rmtree(tmp_path / "alone/student")
+    assert "the second stage goes on from what the first one left" in refused(*alone, "--max_train_steps", "2")
     # Of a run that kept none there is nothing to go on from.
     with pytest.raises(SystemExit):
         main(
@@ -612,7 +617,7 @@ def test_bad_input_leaves_no_traceback(bad: Path, tmp_path: Path, capsys: pytest
 
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    monkeypatch.setattr(options.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1_000_000))
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "out")])
     assert "GB, 0.0 GB are free" in capsys.readouterr().err
@@ -1266,7 +1271,7 @@ def test_the_space_for_checkpoints_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
+    monkeypatch.setattr(options.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
     for kept, stage in ((1_000, VELOCITY), (3_000, VELOCITY), (3_000, [])):
         argv = ["--checkpointing_steps", "1", "--checkpoints_total_limit", str(kept), "--expert", "low"]
         with pytest.raises(SystemExit):

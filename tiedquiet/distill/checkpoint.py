@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from tiedquiet.distill.options import fail, is_main_process, must_match, stages, steps_of
+from tiedquiet.distill.options import fail, is_main_process, must_match, put, stages, steps_of
 
 
 class Progress:
@@ -108,9 +108,7 @@ def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) ->
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if place.exists():
-            shutil.rmtree(place)
-        part.rename(place)
+        put(part, place)
         for old in checkpoints(place.parent)[: -limit if limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -147,11 +145,11 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
     latest = {part: [None, *checkpoints(work / part[0] / part[1])][-1] for part in parts}
     for (expert, stage), point in latest.items():
         folder = work / expert / stage
-        if not (folder / "student").exists() or is_finished(folder, steps_of(args, stage)):
+        if is_finished(folder, steps_of(args, stage)):
             continue
         if stage == "segments" and (work / expert / "matching").exists():
             fail("--max_train_steps: the second stage goes on from what the first one left, and has begun")
-        if point is None:
+        if point is None and (folder / "student").exists():
             fail(f"{folder}: has no checkpoint to go on from; --checkpointing_steps would have left one")
     if wanted == "latest":
         return latest

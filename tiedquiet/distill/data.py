@@ -236,8 +236,7 @@ class Data:
                 fail(f"--train_data_dir {args.train_data_dir}: none of its clips can be used, see above")
             self.names, self.which = [self.names[n] for n in kept], [self.which[n] for n in kept]
             self.clips = [self.clips[n] for n in kept]
-            if not quiet:
-                tqdm.write(f"{len(kept)} clips are used, {len(useless)} are left out", file=sys.stderr)
+            accelerator.print(f"{len(kept)} clips are used, {len(useless)} are left out", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:

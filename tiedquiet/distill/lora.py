@@ -1,6 +1,5 @@
 """Student and critic as two adapters on one frozen base, which without them is the teacher: what lets 14 B fit."""
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,8 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tiedquiet.distill.options import put
 
 # Every product of a block. Their scale, alpha / rank, is 1, so a file of adapters needs no word on it.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -85,9 +86,7 @@ class Adapter:
         with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
             (Path(beside) / place.name).mkdir()
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, Path(beside) / place.name / FILE)
-            if place.exists():  # of fewer steps
-                shutil.rmtree(place)
-            (Path(beside) / place.name).replace(place)
+            put(Path(beside) / place.name, place)
 
 
 def with_lora(

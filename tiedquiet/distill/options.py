@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -176,8 +177,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
-        help="float8: self-attention's products in 8 bits, with --lora_rank in the teacher's paths alone; needs a "
-        "Hopper GPU and the package fa3-fwd")  # fmt: skip
+        help="float8: self-attention's products in 8 bits, in its paths and, without --lora_rank, in training; needs "
+        "a Hopper GPU and the package fa3-fwd")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student, for paths and training")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
@@ -314,6 +315,13 @@ def beside(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put(made: Path, place: Path) -> None:
+    """Move a folder that is whole to its place; an older one there goes."""
+    if place.exists():
+        shutil.rmtree(place)
+    made.replace(place)
 
 
 def write_text(path: Path, text: str) -> None:

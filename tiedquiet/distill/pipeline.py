@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import tiedquiet
 from tiedquiet.distill.lora import FILE, with_lora
-from tiedquiet.distill.options import fail, is_main_process
+from tiedquiet.distill.options import fail, is_main_process, put
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
@@ -324,9 +323,7 @@ def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: 
     """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
         assembled(config, state).save_pretrained(Path(beside) / place.name)
-        if place.exists():  # of fewer steps
-            shutil.rmtree(place)
-        (Path(beside) / place.name).replace(place)
+        put(Path(beside) / place.name, place)
 
 
 def few_steps(config: Mapping[str, Any], steps: int, order: int = 1) -> UniPCMultistepScheduler:

@@ -272,7 +272,7 @@ def train(
         shard(still, accelerator)
     one = Distillation(args, asked, student, expert, critic, data.nodes, earlier)
     if args.lora_rank:  # all three are one model
-        speed_up([earlier] if earlier else [], [frozen], args)
+        speed_up([], [frozen, *([earlier] if earlier else [])], args)
     else:
         speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
     steps = steps_of(args, stage)
