@@ -1096,6 +1096,8 @@ def test_clips_are_read_at_16_frames_a_second(tmp_path: Path) -> None:
     assert seen["32.mp4"] == [0, 1, 2, 3, 4]
 
 
+# imageio leaves its pipes open where ffmpeg ends before it is told to
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_large_film_is_tracked_as_a_small_gif(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "GIF_LIMIT", 60_000)
     film = report.write_film([torch.rand(2, 5, 3, 64, 64)], tmp_path / "a.gif")
