@@ -2,6 +2,7 @@
 
     python benchmarks/distill_clip.py                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
     python benchmarks/distill_clip.py --shape tiny --device cpu --timed_steps 2
+    python benchmarks/distill_clip.py --paths             # a path of the teacher as training has its blocks
 
 Random weights, bf16, batch 1, plain diffusers with torch's attention. Teacher: 30 blocks, 50 steps, guided, so 100
 forward passes; students: all blocks or half of them, 2 steps, no guidance. They take turns. Of the teacher's 50 equal
@@ -12,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,12 @@ from benchmarks.distill_step import CHANNELS, SHAPES, models
 from benchmarks.record import arguments, show, spread, stop, write
 
 STEPS, STUDENT_STEPS = 50, 2
+PATH_STEPS = 48
+PATHS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "compiled, float8": {"compile": True, "teacher_attention": "float8"},
+}
 
 
 def main() -> None:
@@ -28,6 +36,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="clips of each (default: %(default)s)")
     parser.add_argument("--timed_steps", type=int, default=10, help="of the teacher's 50 (default: %(default)s)")
+    parser.add_argument(
+        "--paths", action="store_true", help="instead: a cached path of 48 guided steps, plain, compiled and in float8"
+    )
     options = parser.parse_args()
     if options.shape not in SHAPES:
         stop(f"no shape {options.shape!r}; there are {', '.join(SHAPES)}")
@@ -39,6 +50,17 @@ def main() -> None:
         stop("no CUDA device; --device cpu --shape tiny tries it out")
     shape, device = SHAPES[options.shape], torch.device(options.device)
     teacher, half = models(shape, device, "bfloat16")
+    if options.paths:
+        del half
+        results = paths(options, shape, device, teacher)
+        path = write(
+            f"distill-paths-{options.shape}", {**vars(options), "out": None, "model": shape}, results, options.out
+        )
+        print("| a path | seconds | times as fast |\n| --- | ---: | ---: |")
+        for name, value in results.items():
+            print(f"| {name} | {show(value['seconds'], digits=1)} | {value['times_as_fast']:.2f} |")
+        print(path)
+        return
     # A student of all blocks is as large as its teacher, and as fast a step.
     results = clips(options, shape, device, teacher, {"all_blocks": teacher, "half_the_blocks": half.eval()})
     if device.type == "cuda":
@@ -79,6 +101,54 @@ def timed(work: Callable[[], Any], device: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def paths(options: Any, shape: dict[str, int], device: Any, teacher: Any) -> dict[str, Any]:
+    """Denoising of `PATH_STEPS` guided steps, by blocks as `--compile` and `--teacher_attention` have them."""
+    import torch
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    from tiedquiet.distill.options import parse
+    from tiedquiet.distill.speed import speed_up
+
+    flash3 = device.type == "cuda" and find_spec("fa3_fwd_interface")
+    if not flash3:
+        print("without FlashAttention-3 (a Hopper GPU, pip install fa3-fwd) nothing is in float8", file=sys.stderr)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, num_train_timesteps=1000
+    )
+    pipe = WanPipeline(None, None, AutoencoderKLWan(base_dim=8, z_dim=CHANNELS), scheduler, teacher)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {
+        name: torch.randn(1, shape["tokens"], shape["text"], device=device, dtype=torch.bfloat16)
+        for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
+    call |= {"height": 8 * shape["h"], "width": 8 * shape["w"], "num_frames": 4 * shape["f"] - 3}
+    call |= {"latents": torch.randn(1, CHANNELS, shape["f"], shape["h"], shape["w"], device=device)}
+    call |= {"guidance_scale": 5.0, "output_type": "latent"}
+    torch._dynamo.config.recompile_limit = 100
+    told: dict[str, Any] = {}
+    plain: Any = None
+    for name in list(PATHS) if flash3 else list(PATHS)[:2]:
+        args = parse("", ["--pretrained_model_name_or_path", "none"])
+        vars(args).update(PATHS[name])
+        speed_up([teacher], [], args)
+        pipe(**call, num_inference_steps=2)  # compiles, loads kernels
+        clip: Any = None
+        seconds = []
+        for _ in range(options.rounds):
+            start = time.perf_counter()
+            clip = pipe(**call, num_inference_steps=options.timed_steps).frames
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - start) * PATH_STEPS / options.timed_steps)
+        plain = clip if plain is None else plain
+        told[name] = {
+            "seconds": spread(seconds),
+            "difference_to_plain": float((clip - plain).float().norm() / plain.float().norm()),
+        }
+        told[name]["times_as_fast"] = told["plain"]["seconds"]["median"] / told[name]["seconds"]["median"]
+    return told
 
 
 def clips(options: Any, shape: dict[str, int], device: Any, teacher: Any, students: dict[str, Any]) -> dict[str, Any]:

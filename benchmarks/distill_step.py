@@ -48,24 +48,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "compiled, checkpointing": {"compile": True, "gradient_checkpointing": "blocks"},
     "compiled, checkpointing but attention": LEAN,
     "compiled, checkpointing but attention, float8 teacher": {**LEAN, "teacher_attention": "float8"},
-    "compiled, checkpointing but attention, float8 teacher, flash3 student": {
-        **LEAN,
-        "teacher_attention": "float8",
-        "student_attention": "flash3",
-    },
     "compiled, float8 teacher": {"compile": True, "teacher_attention": "float8"},
     "segments: checkpointing": {"gradient_checkpointing": "blocks", "student_steps": 4},
     "segments: compiled": {"compile": True, "student_steps": 4},
     "segments: compiled, checkpointing but attention": {**LEAN, "student_steps": 4},
-    "segments: compiled, checkpointing but attention, flash3": {
-        **LEAN,
-        "student_attention": "flash3",
-        "student_steps": 4,
-    },
 }
 # What --scaling measures: of the velocity the fastest in little memory, of segments what docs/example.md recommends.
 SCALED = [
-    "compiled, checkpointing but attention, float8 teacher, flash3 student",
+    "compiled, checkpointing but attention, float8 teacher",
     "segments: compiled, checkpointing but attention",
 ]
 # What gradients are held against: as plain, in less memory.
@@ -137,7 +127,7 @@ def settings(arm: dict[str, Any]) -> Namespace:
     """The example's own settings for such a run."""
     from tiedquiet.distill.options import parse
 
-    args = parse("", ["--pretrained_model_name_or_path", "none", "--mixed_precision", "bf16", "--task_weight", "0.05"])
+    args = parse("", ["--pretrained_model_name_or_path", "none", "--student_steps", "0", "--task_weight", "0.05"])
     vars(args).update(arm)
     return args
 
@@ -259,7 +249,7 @@ class Steps:
         """One step; returns its loss and the next step's inputs, which the example, too, prepares meanwhile."""
         import torch
 
-        from tiedquiet.distill.train import whole
+        from tiedquiet.distill.speed import whole
 
         loss = self.loss(inputs)
         loss.backward()

@@ -23,7 +23,15 @@ from benchmarks.gpu_load import SIZES as ENCODERS
 from benchmarks.record import arguments, stop, write
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["--student_steps", "4", "--mixed_precision", "bf16", "--gradient_checkpointing", "attention", "--compile"]
+FLAGS = [
+    "--student_steps",
+    "4",
+    "--distribution_matching_steps",
+    "0",
+    "--gradient_checkpointing",
+    "attention",
+    "--compile",
+]
 
 
 def main() -> None:

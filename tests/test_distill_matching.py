@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import TWO
 from tests.test_distill import IN_TWO_PROCESSES, SHORT, VELOCITY, copied, experts, run, same, weights
 from tiedquiet.distill import evaluate, pipeline, plan, train
-from tiedquiet.distill.data import Data, noise_of
+from tiedquiet.distill import prompts as prompts_of_ours
+from tiedquiet.distill.data import Data, noise_of, read_prompts, sample
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
@@ -106,6 +108,31 @@ def test_matching_alone_needs_no_paths(tmp_path: Path, prompts: list[str], monke
 
 
 @pytest.mark.slow
+def test_validation_shows_the_students_of_both_experts(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the last stage that each has finished left it; the teacher's own only before the first one."""
+    shown, pipeline_of, load = list[tuple[str, ...]](), Teacher.pipeline, evaluate.load_student
+    left: list[str] = []
+
+    def note(self: Teacher, *args: Any, **students: Any) -> Any:
+        shown.append((*sorted(students), *left))
+        left.clear()
+        return pipeline_of(self, *args, **students)
+
+    monkeypatch.setattr(Teacher, "pipeline", note)
+    monkeypatch.setattr(evaluate, "load_student", lambda *args: (left.append(args[2].name), load(*args))[1])
+    monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
+    argv = [*SHORT, *prompts, "--max_train_steps", "1", "--distribution_matching_steps", "1", "--use_ema"]
+    argv += ["--validation_prompts", PROMPTS[0], "--validation_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(argv) == 0
+    first, second = "transformer", "transformer_2"
+    assert shown[1:] == [
+        (first,), (first, second, "segments"), (first, second, "segments"), (first, second, "matching"),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_one_expert_alone_begins_on_its_teachers_path(
     tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +170,63 @@ def test_under_fsdp_the_second_stage_learns_as_under_ddp(tmp_path: Path, prompts
         assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.03 * moved
 
 
+def test_each_expert_of_wan_2_2_is_guided_by_its_own_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the teacher's paths, where it is the judge of the second stage, and in the pipeline that draws its clips."""
+    args = parse(DOC, ["--sample_guidance_scale", "4", "--sample_guidance_scale_2", "2", "--cache_dir", str(tmp_path)])
+    teacher, asked = Teacher(str(TINY_WAN)), list[float]()
+    monkeypatch.setattr(Distillation, "guidance", lambda self, x, t, text, empty, scale: (asked.append(scale), x)[1])
+    for expert in experts():
+        model = teacher.expert(expert, torch.float32)
+        one = Distillation(args, model, model, expert, model, pipeline.nodes(teacher.scheduler, 2))
+        x, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 16, 64)
+        one.matching(x, 0, text, text, torch.tensor([0.5]), x)
+    assert asked == [4, 2]
+
+    data = Data(args, PROMPTS[:1], [])
+    data.look(teacher, torch.float32)
+    data.texts = [torch.randn(3, 64), torch.randn(2, 64)]
+    pipe = teacher.pipeline(torch.device("cpu"), torch.float32)
+    pipe.scheduler = pipeline.few_steps(teacher.scheduler, 2)
+    path = sample(pipe, data, [0], [data.seeds[0]], 2, pipeline.guidance(args), 2)
+    scheduler, x = pipeline.few_steps(teacher.scheduler, 2), path[:, 0]
+    scheduler.set_timesteps(2)
+    for expert, t, scale, reached in zip(experts(), scheduler.timesteps, (4, 2), path[0, 1:], strict=True):
+        model, ends = teacher.expert(expert, torch.float32).eval(), [data.text([n]) for n in (0, 1)]
+        with torch.no_grad():
+            towards, away = (model(x, t.expand(1), text, return_dict=False)[0] for text in ends)
+        x = scheduler.step(guided(towards, away, scale), t, x, return_dict=False)[0]
+        torch.testing.assert_close(x[0], reached, rtol=1e-3, atol=1e-3)
+    args.sample_guidance_scale_2 = 4.0
+    (before, _), (after, _) = ((data.latents.folder, data.look(teacher, torch.float32)) for _ in range(2))
+    assert before != after
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's compiler has warnings of its own
+def test_paths_are_sampled_by_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both experts, where training is compiled; the paths stay what they are."""
+    teacher, compiled, paths = Teacher(str(TINY_WAN)), list[bool](), list[torch.Tensor]()
+    pipeline_of = Teacher.pipeline
+    pipes: list[Any] = []
+    monkeypatch.setattr(Teacher, "pipeline", lambda *args, **kw: (pipes.append(pipeline_of(*args, **kw)), pipes[-1])[1])
+    for flags in ([], ["--compile"]):
+        args = parse(DOC, [*flags, "--samples_per_prompt", "1", "--cache_dir", str(tmp_path / str(len(flags)))])
+        args.num_inference_steps = 4
+        data = Data(args, PROMPTS[:1], [])
+        data.look(teacher, torch.float32)
+        data.texts = [torch.ones(3, 64), torch.zeros(2, 64)]
+        data.sample([0], teacher, torch.device("cpu"), torch.float32, True)
+        paths.append(data.latents.get(data.names[0]))
+        models = (pipes[-1].transformer, pipes[-1].transformer_2)
+        compiled.append(all(block._compiled_call_impl is not None for model in models for block in model.blocks))
+    assert compiled == [False, True]
+    torch.testing.assert_close(*paths, rtol=1e-3, atol=1e-3)
+    # Attention in 8 bits gives other paths, which are kept apart.
+    args.teacher_attention, before = "float8", data.latents.folder
+    data.look(teacher, torch.float32)
+    assert data.latents.folder != before
+
+
 def test_a_sample_is_kept_for_what_it_is(tmp_path: Path) -> None:
     """One more prompt, another order and another seed leave the others' noise and names as they were."""
     few = Data(parse(DOC, ["--samples_per_prompt", "2"]), PROMPTS[:2], [])
@@ -162,7 +246,15 @@ def test_one_more_prompt_costs_its_own_paths(
     argv = [*SHORT, *prompts, "--output_dir", str(tmp_path / "out")]
     teacher = shutil.copytree(TINY_WAN, tmp_path / "a/teacher")
     as_tiny = ["--height", "64", "--width", "64", "--num_frames", "5", "--max_sequence_length", "16"]
-    as_tiny += ["--student_steps", "2", "--sample_guidance_scale", "3", "--pretrained_model_name_or_path"]
+    as_tiny += [
+        "--student_steps",
+        "2",
+        "--sample_guidance_scale",
+        "3",
+        "--mixed_precision",
+        "no",
+        "--pretrained_model_name_or_path",
+    ]
 
     def paths() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("paths-*/*.safetensors")}
@@ -248,6 +340,24 @@ def test_another_shift_is_the_teachers_own_as_well() -> None:
     assert pipeline.nodes(other.scheduler, 2).timesteps.tolist() == [999, 750]
     assert {expert.shift for expert in other.experts} == {3.0}
     assert other.key() != teacher.key()
+
+
+def test_a_real_teacher_has_500_prompts_to_start_with(tmp_path: Path) -> None:
+    """They are what their script prints, and vary as the page says."""
+    args = parse(DOC, ["--pretrained_model_name_or_path", "someone/wan"])
+    shipped = read_prompts(args)
+    assert shipped == prompts_of_ours.prompts()
+    assert len(set(shipped)) == 500
+    subjects = [subject for subject, *_ in prompts_of_ours.SCENES]
+    assert len(set(subjects)) == 50
+    assert all(sum(p.startswith(subject) for p in shipped) == 10 for subject in subjects)
+    assert {sum(camera in p for p in shipped) for camera in prompts_of_ours.CAMERAS} == {35, 36}
+    for _, motions, places, kind in prompts_of_ours.SCENES:
+        assert all(any(word in p for p in shipped) for word in (*motions, *places))
+        assert kind in prompts_of_ours.LIGHTS
+    assert 21.5 < sum(len(p.split()) for p in shipped) / 500 < 22.5
+    assert (args.student_steps, args.distribution_matching_steps, args.mixed_precision) == (2, 500, "bf16")
+    assert parse(DOC, ["--train_data_dir", str(tmp_path)]).student_steps == 0
 
 
 def test_wan_is_led_away_from_its_own_negative_prompt() -> None:

@@ -1,16 +1,23 @@
 """What makes an interrupted run go on as if nothing had happened: checkpoints, and signals that wait for one."""
 
 import contextlib
+import json
+import os
 import shutil
 import signal
+import socket
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
 
-from tiedquiet.distill.options import fail, must_match, stages
+from tiedquiet.distill.options import fail, is_main_process, must_match, put, stages, steps_of
 
 
 class Progress:
@@ -30,6 +37,9 @@ class Progress:
         self.losses = state["losses"]
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+            if isinstance(part, LambdaLR):  # of the steps that there are now, which may be more than there were
+                for group, rate, share in zip(part.optimizer.param_groups, part.base_lrs, part.lr_lambdas, strict=True):
+                    group["lr"] = rate * share(part.last_epoch)
 
 
 class Stopped(Exception):
@@ -55,6 +65,38 @@ def noticing_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder; the first process locks it for all of its run.
+
+    The lock is the operating system's, on `.lock`: it ends with the process, however that ends. The file stays, and
+    means nothing by itself.
+
+    Raises:
+        SystemExit: with status 2, after one line that says who is in there.
+    """
+    if sys.platform == "win32" or not is_main_process():
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(
+                f"{folder}: another run is in there ({file.read() or 'it has just begun'}); choose another --output_dir"
+            )
+        except OSError as error:  # some network file systems have none
+            tqdm.write(f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """A stage's checkpoints, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -66,12 +108,15 @@ def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) ->
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if place.exists():
-            shutil.rmtree(place)
-        part.rename(place)
+        put(part, place)
         for old in checkpoints(place.parent)[: -limit if limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether a stage has left its student, after so many steps."""
+    return (folder / "student").exists() and len(json.loads((folder / "losses.json").read_text())) >= steps
 
 
 def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Path | None]:
@@ -80,24 +125,39 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
     Raises:
         SystemExit: with status 2, after one line, where an unfinished run would be lost or does not match.
     """
-    work, wanted = args.output_dir / "checkpoints", args.resume_from_checkpoint
-    parts = [(expert, stage) for expert in experts for stage in stages(args)]
+    out, work, wanted = args.output_dir, args.output_dir / "checkpoints", args.resume_from_checkpoint
+    parts, student = [(expert, stage) for stage in stages(args) for expert in experts], out / "student"
     if wanted is None:
+        if student.exists() and (not work.exists() or (out / "metrics.json").exists()):
+            fail(f"{student} is finished; choose another --output_dir, or delete it yourself")
         if work.exists():
             fail(
                 f"{work}: an unfinished run; --resume_from_checkpoint latest goes on, another --output_dir begins anew"
             )
-        if (args.output_dir / "student").exists():
-            fail(f"{args.output_dir / 'student'} is finished; choose another --output_dir, or delete it yourself")
         return dict.fromkeys(parts)
-    if (args.output_dir / "args.json").exists() and (work.exists() or (args.output_dir / "student").exists()):
-        must_match(args, args.output_dir / "args.json")
+    grown = False
+    if (out / "args.json").exists() and (work.exists() or student.exists()):
+        grown = must_match(args, out / "args.json")
+    if grown and not work.exists():
+        fail(f"{student} is finished, and its checkpoints are gone; --checkpointing_steps would have kept them")
+    if grown and student.exists():
+        fail(f"{student} is finished with fewer steps; move it away, and the run goes on from its checkpoints")
+    latest = {part: [None, *checkpoints(work / part[0] / part[1])][-1] for part in parts}
+    for (expert, stage), point in latest.items():
+        folder = work / expert / stage
+        if is_finished(folder, steps_of(args, stage)):
+            continue
+        if stage == "segments" and (work / expert / "matching").exists():
+            fail("--max_train_steps: the second stage goes on from what the first one left, and has begun")
+        if point is None and (folder / "student").exists():
+            fail(f"{folder}: has no checkpoint to go on from; --checkpointing_steps would have left one")
     if wanted == "latest":
-        return {part: [None, *checkpoints(work / part[0] / part[1])][-1] for part in parts}
+        return latest
     place = Path(wanted)
     if not place.is_dir() or (of := (place.parents[1].name, place.parent.name)) not in parts:
         fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
     if not (settings_file := place.parents[3] / "args.json").exists():
         fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
     must_match(args, settings_file)
-    return {part: place if part == of else None for part in parts}
+    at = parts.index(of)  # what comes before goes on from its newest one, what comes after begins anew
+    return {**dict.fromkeys(parts), **{part: latest[part] for part in parts[:at]}, of: place}

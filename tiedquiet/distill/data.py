@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -21,10 +22,12 @@ from tqdm import tqdm
 
 from tiedquiet.distill.losses import segment_velocity
 from tiedquiet.distill.options import beside, fail, needs_paths, write_text
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, nodes, padded
+from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, guidance, nodes, padded
+from tiedquiet.distill.speed import speed_up
 from tiedquiet.distill.tiny.clips import PROMPTS
 
 FPS = 16  # frames a second of what Wan was trained on
+WAN_PROMPTS = Path(__file__).with_name("prompts.txt")  # made by prompts.py
 DECODED_AT_ONCE = 4  # more is slower on a CPU, and a long clip fills a GPU by itself
 
 
@@ -92,9 +95,11 @@ def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
             fail(f"{file}: {error}")
     clips = []
     for number, row in enumerate(rows, 1):
-        name, text = row.get("file_name"), row.get(args.caption_column)
-        if not name or not text:
-            fail(f"{file}: row {number} needs file_name and {args.caption_column}")
+        told = row if isinstance(row, dict) else {}
+        name, text = told.get("file_name"), told.get(args.caption_column)
+        if not (isinstance(name, str) and isinstance(text, str) and name and text):
+            needs = f"needs file_name and {args.caption_column}, both texts"
+            fail(f"{file}: row {number} {needs}; it is {json.dumps(row)[:80]}")
         if not (folder / name).is_file():
             fail(f"{file}: row {number}: no file {folder / name}")
         clips.append((folder / name, text))
@@ -104,13 +109,13 @@ def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
 
 
 def read_prompts(args: Namespace) -> list[str]:
-    """The prompts of `--prompts_file`, or those of the tiny teacher.
+    """The prompts of `--prompts_file`, or those that ship: of the tiny teacher, or for a real one.
 
     Raises:
         SystemExit: with status 2, after one line, if there are none.
     """
     if args.prompts_file is None:
-        return list(PROMPTS)
+        return list(PROMPTS) if args.tiny else WAN_PROMPTS.read_text(encoding="utf-8").splitlines()
     try:
         prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -120,11 +125,15 @@ def read_prompts(args: Namespace) -> list[str]:
     return prompts
 
 
+class UselessClip(Exception):
+    """A clip that cannot be read, or is too short."""
+
+
 def read_clip(path: Path, args: Namespace) -> Tensor:
     """The first frames of a clip at `FPS`, scaled and cut to size: (3, frames, height, width), -1 to 1.
 
     Raises:
-        SystemExit: with status 2, after one line, if it cannot be read or is too short.
+        UselessClip: after which the next one can be read.
     """
     frames: list[Tensor] = []
     try:
@@ -138,9 +147,11 @@ def read_clip(path: Path, args: Namespace) -> Tensor:
                 if len(frames) == args.num_frames:
                     break
     except (OSError, ValueError, ImportError) as error:
-        fail(f"{path}: cannot be read: {str(error).splitlines()[0]}")
+        raise UselessClip(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     if len(frames) < args.num_frames or frames[0].ndim != 3:
-        fail(f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}")
+        raise UselessClip(
+            f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}"
+        )
     clip = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale = max(args.height / clip.shape[-2], args.width / clip.shape[-1])
     size = [max(side, round(was * scale)) for side, was in zip((args.height, args.width), clip.shape[-2:], strict=True)]
@@ -190,8 +201,8 @@ class Data:
         if self.clips:
             made_by = {"teacher": key, **shape}
         else:
-            how = ("num_inference_steps", "sample_guidance_scale", "negative_prompt", "student_steps")
-            made_by |= {name: getattr(args, name) for name in how} | shape
+            how = ("num_inference_steps", "negative_prompt", "student_steps", "teacher_attention")
+            made_by |= {name: getattr(args, name) for name in how} | guidance(args) | shape
         self.latents = Cache(args.cache_dir, "paths" if args.student_steps else "latents", made_by)
         self.nodes, self.form = nodes(teacher.scheduler, args.student_steps or 1), teacher.latents(args)
         self.bytes_each = math.prod(self.form) * max(1, args.student_steps) * (4 if self.clips else dtype.itemsize)
@@ -219,6 +230,13 @@ class Data:
             (self.encode if self.clips else self.sample)(unsampled, teacher, device, dtype, quiet)
         accelerator.free_memory()
         accelerator.wait_for_everyone()
+        if useless := set(self.lacking()):  # clips alone can be; all processes have looked at all of them
+            kept = [n for n in range(len(self.names)) if n not in useless]
+            if not kept:
+                fail(f"--train_data_dir {args.train_data_dir}: none of its clips can be used, see above")
+            self.names, self.which = [self.names[n] for n in kept], [self.which[n] for n in kept]
+            self.clips = [self.clips[n] for n in kept]
+            accelerator.print(f"{len(kept)} clips are used, {len(useless)} are left out", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
@@ -229,12 +247,19 @@ class Data:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         for n in tqdm(share, "latents of the clips", disable=quiet):
-            latents = vae.encode(read_clip(self.clips[n], self.args)[None].to(device)).latent_dist.mode()
+            try:
+                clip = read_clip(self.clips[n], self.args)
+            except UselessClip as why:
+                tqdm.write(f"left out: {why}", file=sys.stderr)
+                continue
+            latents = vae.encode(clip[None].to(device)).latent_dist.mode()
             self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu())
 
     def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
         """Latents that the teacher samples for the prompts; the whole path at its nodes for a student of few steps."""
         args, pipe, size = self.args, teacher.pipeline(device, dtype), self.args.train_batch_size
+        experts = (getattr(pipe, expert.name) for expert in teacher.experts)
+        speed_up(list(experts), [], args)  # as in training: most of a run's hours may be spent here
         if args.student_steps:
             pipe.scheduler = few_steps(teacher.scheduler, args.student_steps, order=2)
         what = "paths of the teacher" if args.student_steps else "latents from the teacher"
@@ -242,11 +267,13 @@ class Data:
             for start in range(0, len(share), size):
                 batch = share[start : start + size]
                 prompts, seeds = [self.which[n] for n in batch], [self.seeds[n] for n in batch]
-                scale = args.sample_guidance_scale
-                path = sample(pipe, self, prompts, seeds, args.num_inference_steps, scale, args.student_steps)
+                steps = args.num_inference_steps
+                path = sample(pipe, self, prompts, seeds, steps, guidance(args), args.student_steps)
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
                     self.latents.put(self.names[n], made.to(dtype).cpu())
                 bar.update(len(batch))
+        if args.compile:
+            torch.compiler.reset()  # what training compiles is counted against a limit
 
     def segments(self, paths: Tensor, expert: Expert, generator: torch.Generator) -> dict[str, Tensor]:
         """For each path a segment of it that starts on an expert's side: its start, and the velocity that crosses it.
@@ -323,7 +350,7 @@ def sample(
     prompts: Sequence[int],
     seeds: Sequence[int],
     steps: int,
-    guidance: float,
+    scales: dict[str, float],
     segments: int = 0,
 ) -> Tensor:
     """Latents of one clip for each prompt, each from a seed of its own, and how the pipeline came to them.
@@ -334,7 +361,7 @@ def sample(
         prompts: numbers into `data.prompts`.
         seeds: one for each.
         steps: how many the scheduler takes.
-        guidance: the scale of classifier-free guidance; 1 is none.
+        scales: of classifier-free guidance, as the pipeline calls them; 1 is none.
         segments: into how many the path is cut; 0 keeps its ends alone.
 
     Returns:
@@ -356,7 +383,7 @@ def sample(
         width=args.width,
         num_frames=args.num_frames,
         num_inference_steps=steps,
-        guidance_scale=guidance,
+        **scales,
         latents=noise,
         max_sequence_length=args.max_sequence_length,
         callback_on_step_end=keep,

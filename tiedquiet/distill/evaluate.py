@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,22 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
-import matplotlib
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.lora import file_name, with_lora
-from tiedquiet.distill.options import beside, stages, write_text
-from tiedquiet.distill.pipeline import Expert, Teacher, few_steps, load_student, new_student
+from tiedquiet.distill.options import stages
+from tiedquiet.distill.output import write_card
+from tiedquiet.distill.pipeline import NO_GUIDANCE, Expert, Teacher, few_steps, guidance, load_student, new_student
+from tiedquiet.distill.report import draw_loss, draw_samples, table, write_film
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 SEEDS = (1_000, 1_001, 1_002, 1_003)  # of the clips that are judged
 FEW = 4  # at which a student that learnt the velocity is judged as well
@@ -36,21 +32,6 @@ SHOWN = {  # in the pictures: every colour, shape and direction
     "a blue triangle moving right",
     "a yellow circle moving down",
 }
-GIF_LIMIT = 4_000_000  # bytes; what is larger is written as mp4
-PARTS = {  # of loss.png
-    "loss": "black", "velocity": "tab:blue", "task": "tab:orange",
-    "matching": "black", "segments": "tab:blue", "critic": "tab:red",
-}  # fmt: skip
-COLUMNS = {  # of the table, and how each is shown
-    "adherence": "{:.1%}",
-    "psnr": "{:.1f} dB",
-    "spread_of_place": "{:.2f}",
-    "spread_of_size": "{:.2f}",
-    "speed_of_motion": "{:.2f}",
-    "block_passes": "{:.0f}",
-    "seconds": "{:.3f}",
-    "vae_seconds": "{:.3f}",
-}
 
 
 @dataclass(frozen=True)
@@ -59,14 +40,14 @@ class Arm:
 
     Attributes:
         steps: how many.
-        guidance: the scale of classifier-free guidance; 1 is none.
+        scales: of classifier-free guidance, as the pipeline calls them; 1 is none.
         blocks: of each transformer.
         euler: whether it takes the steps of a student of few steps, instead of those of the teacher's scheduler.
         students: makes what takes the place of the experts, by their names.
     """
 
     steps: int
-    guidance: float
+    scales: dict[str, float]
     blocks: int
     euler: bool
     students: Callable[[], dict[str, WanTransformer3DModel]] = dict
@@ -158,7 +139,7 @@ class Judge:
         for number, batch in enumerate([self.plan[:1], *batches]):
             prompts, seeds = zip(*batch, strict=True)
             marks = [time.perf_counter()]
-            latents = sample(pipe, self.data, prompts, seeds, 1 if number == 0 else arm.steps, arm.guidance)[:, -1]
+            latents = sample(pipe, self.data, prompts, seeds, 1 if number == 0 else arm.steps, arm.scales)[:, -1]
             marks.append(self._now())
             made = decode(pipe.vae, latents).cpu()
             marks.append(self._now())
@@ -166,7 +147,7 @@ class Judge:
                 clips.append(made)
                 spent = [total + end - begin for total, begin, end in zip(spent, marks, marks[1:], strict=False)]
         count = len(self.plan)
-        passes = arm.steps * arm.blocks * (2 if arm.guidance > 1 else 1)
+        passes = arm.steps * arm.blocks * (2 if arm.scales["guidance_scale"] > 1 else 1)
         return torch.cat(clips), {"block_passes": passes, "seconds": spent[0] / count, "vae_seconds": spent[1] / count}
 
     def _now(self) -> float:
@@ -175,41 +156,47 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> None:
+    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> Path:
         """Sample `--validation_prompts` with an expert's student as it is, into `OUTPUT_DIR/validation`.
 
-        The other expert is its finished student where there is one, as the two will be used.
+        The other expert is its own student, as the two will be used, and as the last stage that it has finished left
+        it; only before the first such stage it is the teacher's.
+
+        Returns:
+            The film.
         """
         args = self.data.args
         students = {expert.name: student.eval()}
         for other in self.teacher.experts:
-            place = args.output_dir / "checkpoints" / other.name / stages(args)[-1]
-            if other != expert and (place / "student").exists():
-                students[other.name] = load_student(self.teacher, other, place, self.dtype)
+            folder = args.output_dir / "checkpoints" / other.name
+            left = [folder / stage for stage in stages(args) if (folder / stage / "student").exists()]
+            if other != expert and left:
+                students[other.name] = load_student(self.teacher, other, left[-1], self.dtype)
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
-        steps, guidance = self.student_sampling()
+        steps, scales = self.student_sampling()
         if args.student_steps:
             pipe.scheduler = few_steps(self.teacher.scheduler, steps)
         seeds = [SEEDS[0] * 1_000 + n for n in numbers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            latents = sample(pipe, self.data, numbers, seeds, steps, guidance)[:, -1]
+            latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
         (args.output_dir / "validation").mkdir(exist_ok=True)
-        write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
+        film = write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
+        return film
 
-    def student_sampling(self) -> tuple[int, float]:
-        """Steps and guidance scale of the student; one that learnt the guided teacher needs no guidance of its own."""
+    def student_sampling(self) -> tuple[int, dict[str, float]]:
+        """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""
         args = self.data.args
         if args.student_steps:
-            return args.student_steps, 1.0
-        return args.num_inference_steps, 1.0 if args.guidance_scale > 1 else float(args.sample_guidance_scale)
+            return args.student_steps, NO_GUIDANCE
+        return args.num_inference_steps, NO_GUIDANCE if args.guidance_scale > 1 else guidance(args)
 
     def arms(self, experts: Sequence[Expert]) -> dict[str, Arm]:
         """What is compared; the first is what the others are held against."""
         args, blocks = self.data.args, self.teacher.transformer["num_layers"]
-        many, guided = args.num_inference_steps, args.sample_guidance_scale
-        steps, guidance = self.student_sampling()
+        many, guided = args.num_inference_steps, guidance(args)
+        steps, scales = self.student_sampling()
         few = bool(args.student_steps)
 
         def untrained() -> dict[str, WanTransformer3DModel]:
@@ -224,19 +211,20 @@ class Judge:
             place = args.output_dir / "student"
             if args.lora_rank:
                 bases = {expert.name: self.teacher.expert(expert, self.dtype) for expert in experts}
-                return {n: with_lora(base, place / file_name(n), "transformer") for n, base in bases.items()}
+                states = {n: WanPipeline.lora_state_dict(place, weight_name=file_name(n)) for n in bases}
+                return {n: with_lora(base, states[n], "transformer") for n, base in bases.items()}
             names = [expert.name for expert in experts]
             return {n: WanTransformer3DModel.from_pretrained(place, subfolder=n, dtype=self.dtype) for n in names}
 
         arms = {f"teacher, {counted(many)}": Arm(many, guided, blocks, False)}
         if few and steps != many:
             arms[f"teacher, {counted(steps)}"] = Arm(steps, guided, blocks, True)
-        arms[f"untrained, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, untrained)
+        arms[f"untrained, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, untrained)
         for stage in stages(args)[:-1]:
-            arms[f"{stage}, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, partial(after, stage))
-        arms[f"student, {counted(steps)}"] = Arm(steps, guidance, args.student_blocks, few, trained)
+            arms[f"{stage}, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, partial(after, stage))
+        arms[f"student, {counted(steps)}"] = Arm(steps, scales, args.student_blocks, few, trained)
         if not few and many > FEW:
-            arms[f"student, {counted(FEW)}"] = Arm(FEW, guidance, args.student_blocks, True, trained)
+            arms[f"student, {counted(FEW)}"] = Arm(FEW, scales, args.student_blocks, True, trained)
         return arms
 
     def report(self, experts: Sequence[Expert]) -> dict[str, Any]:
@@ -296,148 +284,3 @@ class Judge:
             self.teacher.embed(data.prompts, repair, args.max_sequence_length, self.device, self.dtype, broken=True)
         )
         return Judge(self.teacher, data, self.device, self.dtype)
-
-
-def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The measures, a line for each arm; Markdown, so that it can be put into a report as it is."""
-    used = [column for column in COLUMNS if any(column in measured for measured in metrics.values())]
-    rows = [["", *(column.replace("_", " ") for column in used)]]
-    rows += [[arm, *(COLUMNS[c].format(of[c]) if c in of else "" for c in used)] for arm, of in metrics.items()]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [
-        f"| {arm:{widths[0]}} | {' | '.join(f'{cell:>{w}}' for cell, w in zip(cells, widths[1:], strict=True))} |"
-        for arm, *cells in rows
-    ]
-    rule = f"| {'-' * widths[0]} | {' | '.join('-' * (width - 1) + ':' for width in widths[1:])} |"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-LOAD_LORA = """pipe = WanPipeline.from_pretrained("{teacher}")
-pipe.scheduler = UniPCMultistepScheduler.from_pretrained("this folder", subfolder="scheduler")
-pipe.load_lora_weights("this folder")"""
-
-
-def write_card(teacher: Teacher, args: Any, metrics: Mapping[str, Mapping[str, float]], out: Path) -> None:
-    """Write the student's model card, README.md, in the hub's form, with its pictures beside it."""
-    call = f"prompt, height={args.height}, width={args.width}, num_frames={args.num_frames}"
-    if args.max_sequence_length != 512:  # the pipeline's own; padded otherwise, a prompt is another one to the student
-        call += f", max_sequence_length={args.max_sequence_length}"
-    if args.student_steps:
-        call += f", num_inference_steps={args.student_steps}, guidance_scale=1.0"
-    hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *(["pretrained_model_name_or_path"] * args.tiny)}
-    told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
-    base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"
-    pictures = [path for path in sorted(out.glob("samples.*")) if path.suffix in (".png", ".gif")]
-    settings = "\n".join(f"{name}: {value}" for name, value in sorted(told.items()) if not isinstance(value, Path))
-    for picture in pictures:
-        (out / "student" / picture.name).write_bytes(picture.read_bytes())
-    shown = "\n\n".join(f"![{' | '.join(metrics)}]({picture.name})" for picture in pictures)
-    pipe = 'pipe = WanPipeline.from_pretrained("this folder")'
-    imports = "UniPCMultistepScheduler, " if args.lora_rank else ""
-    of_blocks = f"{args.student_blocks} of the teacher's {teacher.transformer['num_layers']} blocks"
-    if args.lora_rank:
-        pipe = LOAD_LORA.format(teacher="its teacher" if args.tiny else args.pretrained_model_name_or_path)
-        if file := next((out / "student").glob("transformer_2_*"), None):
-            pipe += f'\npipe.load_lora_weights("this folder", weight_name="{file.name}", load_into_transformer_2=True)'
-        of_blocks = f"An adapter of rank {args.lora_rank}"
-    card = f"""---
-library_name: diffusers
-pipeline_tag: text-to-video
-tags:
-- text-to-video
-- distillation
-{base}---
-
-# A student of {Path(args.pretrained_model_name_or_path).name if not args.tiny else "the tiny Wan teacher of tiedquiet"}
-
-{of_blocks}, distilled with `tiedquiet.distill`.
-
-```python
-from diffusers import {imports}WanPipeline
-
-{pipe}
-frames = pipe({call}).frames
-```
-
-{table(metrics)}
-
-PSNR is to the first line's clip from the same seed; spread and speed are parts of the first line's; seconds are of one
-clip, denoising and decoding apart.
-
-{shown}
-
-Settings:
-
-```
-{settings}
-```
-"""
-    write_text(out / "student" / "README.md", card)
-
-
-def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """First, middle and last frame of every clip, a column of three for each of `columns`."""
-    frames = next(iter(columns.values())).shape[1]
-    chosen = sorted({0, frames // 2, frames - 1})
-    labels = [textwrap.fill(caption, 24) for caption in captions]
-    height = max(1.2, *(0.13 * len(label.splitlines()) for label in labels))  # inches that the longest prompt needs
-    figure, axes = plt.subplots(
-        len(labels),
-        len(columns) * len(chosen),
-        figsize=(1.2 * len(columns) * len(chosen) + 1.6, height * len(labels) + 0.6),
-        squeeze=False,
-    )
-    for row, label in enumerate(labels):
-        for column, (name, clips) in enumerate(columns.items()):
-            for place, frame in enumerate(chosen):
-                axis = axes[row][column * len(chosen) + place]
-                axis.imshow(clips[row, frame].permute(1, 2, 0).clamp(0, 1).numpy())
-                axis.set(xticks=[], yticks=[])
-                if row == 0 and place == len(chosen) // 2:
-                    axis.set_title(textwrap.fill(name, 14 * len(chosen)), fontsize=9)
-        axes[row][0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
-    figure.tight_layout()
-    save(figure, path)
-
-
-def draw_loss(losses: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """The loss and its parts, step by step, one panel for each expert."""
-    figure, axes = plt.subplots(1, len(losses), figsize=(5 * len(losses), 3.2), squeeze=False)
-    for axis, (name, steps) in zip(axes[0], losses.items(), strict=True):
-        parts = [name for name in PARTS if name in steps[0]]
-        for part in parts if len(parts) > 2 else parts[:1]:  # a loss of one term is that term
-            values = [step[part] for step in steps]
-            axis.plot(range(1, len(steps) + 1), values, label=part, color=PARTS[part], lw=1)
-        axis.set(title=name, xlabel="step", ylabel="mean squared error", yscale="log")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a picture, complete or not at all."""
-    with beside(path) as part:
-        figure.savefig(part, dpi=110)
-    plt.close(figure)
-
-
-def write_film(columns: Sequence[Tensor], path: Path, fps: int = 6) -> Path:
-    """The clips, a row for each of `columns`, as an animation; as mp4 where a gif would be over `GIF_LIMIT`.
-
-    Returns:
-        Where it was written.
-    """
-    rows = [torch.cat([*clips.clamp(0, 1)], dim=-1) for clips in columns]  # side by side: (frames, 3, height, width)
-    frames = (torch.cat(rows, dim=-2).permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    zoom = max(1, math.ceil(96 / columns[0].shape[-2]))
-    frames = np.repeat(np.repeat(frames, zoom, 1), zoom, 2)
-    # Told from one frame: a gif of full size takes minutes only to be found too large.
-    large = len(frames) * len(iio.imwrite("<bytes>", frames[len(frames) // 2], extension=".gif")) > GIF_LIMIT
-    if large:
-        path = path.with_suffix(".mp4")
-    with beside(path) as part:
-        if large:
-            iio.imwrite(part, frames, extension=".mp4", fps=16, macro_block_size=1)
-        else:
-            iio.imwrite(part, frames, extension=".gif", duration=1000 / fps, loop=0)
-    return path

@@ -2,18 +2,24 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiedquiet.distill.options import put
+
 # Every product of a block. Their scale, alpha / rank, is 1, so a file of adapters needs no word on it.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+AUTHORS = {  # what Wan's authors call what diffusers calls otherwise
+    "attn1.": "self_attn.", "attn2.": "cross_attn.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.",
+    "ffn.net.0.proj.": "ffn.0.", "ffn.net.2.": "ffn.2.",
+}  # fmt: skip
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -80,21 +86,36 @@ class Adapter:
         with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
             (Path(beside) / place.name).mkdir()
             save_file({n: t.contiguous() for n, t in self.state_dict().items()}, Path(beside) / place.name / FILE)
-            (Path(beside) / place.name).replace(place)
+            put(Path(beside) / place.name, place)
 
 
-def with_lora(model: WanTransformer3DModel, file: Path, prefix: str | None = None) -> WanTransformer3DModel:
-    """A transformer under the adapter in a file."""
-    model.load_lora_adapter(load_file(file), prefix=prefix)
+def with_lora(
+    model: WanTransformer3DModel, state: dict[str, Tensor], prefix: str | None = None
+) -> WanTransformer3DModel:
+    """A transformer under an adapter."""
+    model.load_lora_adapter(state, prefix=prefix)
     return model
 
 
-def write_lora(trained: dict[str, Path], target: Path) -> None:
-    """Write the experts' adapters under the names that `WanPipeline.load_lora_weights` reads.
+def name_of_authors(name: str) -> str:
+    """The name that Wan's authors, and so ComfyUI, have for what diffusers calls `name`.
+
+    ComfyUI looks for its own names below `diffusion_model.` (`model_lora_keys_unet` of comfy/lora.py), and diffusers
+    converts them when it loads them (`_convert_non_diffusers_wan_lora_to_diffusers`), but has nothing to convert back.
+    """
+    for ours, theirs in AUTHORS.items():
+        name = name.replace(ours, theirs)
+    return f"diffusion_model.{name}"
+
+
+def write_lora(trained: Mapping[str, Path], target: Path, dtype: torch.dtype) -> None:
+    """Write the experts' adapters under the names that both `WanPipeline.load_lora_weights` and ComfyUI read.
 
     Args:
         trained: the folders that `Adapter.save` wrote, by the names of the experts.
         target: the folder, which exists.
+        dtype: to write them in.
     """
     for expert, folder in trained.items():
-        WanPipeline.save_lora_weights(target, load_file(folder / FILE), weight_name=file_name(expert))
+        state = {name_of_authors(n): t.to(dtype).contiguous() for n, t in load_file(folder / FILE).items()}
+        save_file(state, target / file_name(expert), metadata={"format": "pt"})

@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -32,18 +33,23 @@ TINY = {
     "sample_guidance_scale": 3.0, "train_batch_size": 32, "max_train_steps": 600,
     "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "samples_per_prompt": 40,
     "matching_learning_rate": 1e-4, "critic_learning_rate": 4e-4, "negative_prompt": "",
+    "mixed_precision": "no",
 }  # fmt: skip
 WAN = {
     "height": 480, "width": 832, "num_frames": 81, "max_sequence_length": 512, "num_inference_steps": 48,
     "sample_guidance_scale": 5.0, "train_batch_size": 1, "max_train_steps": 10_000,
     "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 500, "samples_per_prompt": 1,
     "matching_learning_rate": 2e-6, "critic_learning_rate": 1e-5, "negative_prompt": NEGATIVE,
+    "mixed_precision": "bf16",
 }  # fmt: skip
 # May differ between a run and its continuation; everything else must be as it was.
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
+    "student_dtype", "standalone", "export",
 }  # fmt: skip
+
+MAY_GROW = {"max_train_steps", "distribution_matching_steps"}
 
 
 def fail(message: str) -> NoReturn:
@@ -106,18 +112,22 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
         help="a student that draws a clip in N unguided steps, learnt from the guided teacher's paths; 0: one that "
-        "learns the teacher's velocity and takes as many steps (default: 2 with the tiny teacher, else 0)")  # fmt: skip
+        "learns the teacher's velocity and takes as many steps (default: 2; 0 with --train_data_dir)")  # fmt: skip
     add("--student_blocks", type=positive,
-        help="blocks per student (default: all the teacher's with --student_steps, else half)")  # fmt: skip
+        help="blocks per student (default: all the teacher's; half to learn its velocity)")  # fmt: skip
     add("--lora_rank", type=count, default=0, metavar="R",
         help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
         "load_lora_weights takes what is written")  # fmt: skip
+    add("--student_dtype", choices=["bfloat16", "float32"], default="bfloat16",
+        help="what the student is written in; it learns in float32 (default: bfloat16)")  # fmt: skip
+    add("--standalone", action="store_true",
+        help="copy the weights that were not trained, text encoder and VAE, instead of linking them")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
     add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
-        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: the tiny "
-        "teacher's 300, else 0)")  # fmt: skip
+        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: 500; with the "
+        "tiny teacher 300)")  # fmt: skip
     add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
     add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
     add("--matching_learning_rate", type=weight, help="of the student in the second stage")
@@ -125,9 +135,11 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # Data: a folder of clips, or latents that the teacher samples for prompts.
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
     add("--caption_column", default="text", help="where the metadata has the prompt")
-    add("--prompts_file", type=Path, help="one prompt a line; the teacher samples the latents")
+    add("--prompts_file", type=Path,
+        help="one prompt a line; the teacher samples for them (default: 500 that ship with the package; with "
+        "the tiny teacher its 48)")  # fmt: skip
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", help="what guidance leads away from (default: Wan's own, with the tiny teacher none)")
+    add("--negative_prompt", help="what guidance leads away from (default: Wan's own; with the tiny teacher none)")
     add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
     add(
         "--flow_shift",
@@ -137,6 +149,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
         add(f"--{name}", type=positive)
     add("--sample_guidance_scale", type=weight, help="classifier-free guidance when the teacher samples; 1 is none")
+    add("--sample_guidance_scale_2", type=weight, help="that of Wan2.2's low-noise expert (default: the same)")
     # The loss.
     add("--task_weight", type=weight,
         help="against noise - x0, beside the teacher's (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
@@ -146,7 +159,8 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     # The steps.
     add("--train_batch_size", type=positive, help="per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
-    add("--max_train_steps", type=count, help="optimizer steps for each expert, of the first stage")
+    add("--max_train_steps", type=count,
+        help="optimizer steps for each expert, of the first stage; a run that goes on may have more")  # fmt: skip
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=count)
@@ -158,19 +172,21 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--ema_decay", type=weight, default=0.999)
     add("--seed", type=int, default=0)
     # Memory and speed.
-    add("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: compute in it, teacher stored in it")
+    add("--mixed_precision", choices=["no", "bf16"],
+        help="bf16: compute in it, teacher stored in it (default: bf16; with the tiny teacher no)")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
         help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
-        help="float8: self-attention's products in 8 bits; needs a Hopper GPU and the package fa3-fwd")  # fmt: skip
-    add("--student_attention", choices=["native", "flash3"], default="native",
-        help="flash3: self-attention forward by FlashAttention-3; needs the same")  # fmt: skip
-    add("--compile", action="store_true", help="compile the blocks of teacher and student")
+        help="float8: self-attention's products in 8 bits, in its paths and, without --lora_rank, in training; needs "
+        "a Hopper GPU and the package fa3-fwd")  # fmt: skip
+    add("--compile", action="store_true", help="compile the blocks of teacher and student, for paths and training")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
-    add("--checkpointing_steps", type=positive, help="also save a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=positive, default=2, help="of each expert; the oldest go")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run of the same settings stopped")
+    add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
+    add("--checkpoints_total_limit", type=positive, default=2, help="of each stage of each expert; the oldest go")
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="go on where a run of the same settings stopped")
+    add("--export", type=Path, metavar="CHECKPOINT",
+        help="only write what a run's checkpoint holds as OUTPUT_DIR/student; nothing is trained")  # fmt: skip
     add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
     add("--validation_prompts", nargs="+", default=[])
     add("--report_to", help="a tracker that accelerate knows: tensorboard, wandb, ...")
@@ -180,9 +196,9 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.tiny = tiny
     if args.student_steps is None:
-        args.student_steps = 2 if tiny and not args.train_data_dir else 0
+        args.student_steps = 0 if args.train_data_dir else 2
     if args.distribution_matching_steps is None:
-        args.distribution_matching_steps = 300 if tiny and args.student_steps else 0
+        args.distribution_matching_steps = (300 if tiny else 500) if args.student_steps else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
     return args
 
@@ -192,6 +208,11 @@ def stages(args: argparse.Namespace) -> list[str]:
     if not args.student_steps:
         return ["velocity"]
     return ["segments"] * bool(args.max_train_steps) + ["matching"] * bool(args.distribution_matching_steps)
+
+
+def steps_of(args: argparse.Namespace, stage: str) -> int:
+    """How many steps each expert's student takes in a stage."""
+    return int(args.distribution_matching_steps if stage == "matching" else args.max_train_steps)
 
 
 def needs_paths(args: argparse.Namespace) -> bool:
@@ -212,7 +233,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         SystemExit: with status 2, after one line.
     """
     name = args.pretrained_model_name_or_path
-    if args.expert != "both" and index.get("boundary_ratio") is None:
+    one = index.get("boundary_ratio") is None
+    if args.expert != "both" and one:
         fail(f"--expert {args.expert}: {name} has one transformer, not a high- and a low-noise expert")
     blocks = transformer["num_layers"]
     args.student_blocks = args.student_blocks or (blocks if args.student_steps else max(1, blocks // 2))
@@ -244,24 +266,25 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
     if args.lora_rank:
         if args.student_blocks != blocks:
             fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
-        if args.teacher_attention == "float8":
-            fail("--lora_rank: teacher and student are one model, so --teacher_attention float8 has to stay away")
         if not args.student_steps:
             fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.flow_shift == 0:
         fail("--flow_shift 0: must be above 0; 3 to 12 are usual")
-    if args.guidance_scale < 1 or args.sample_guidance_scale < 1:
-        fail("--guidance_scale and --sample_guidance_scale: 1 is no guidance, less has no meaning")
-    if args.student_attention == "flash3" and args.mixed_precision != "bf16":
-        fail("--student_attention flash3: computes in 16 bits, so it needs --mixed_precision bf16")
+    if one and args.sample_guidance_scale_2 is not None:
+        fail(f"--sample_guidance_scale_2: {name} has one transformer, which --sample_guidance_scale guides")
+    if not one and args.sample_guidance_scale_2 is None:
+        args.sample_guidance_scale_2 = args.sample_guidance_scale
+    scales = (args.guidance_scale, args.sample_guidance_scale, args.sample_guidance_scale_2)
+    if any(scale is not None and scale < 1 for scale in scales):
+        fail("--guidance_scale, --sample_guidance_scale and its _2: 1 is no guidance, less has no meaning")
+    if not one and args.sample_guidance_scale == 1 < args.sample_guidance_scale_2:
+        fail("--sample_guidance_scale_2: WanPipeline guides both experts or none, and --sample_guidance_scale is 1")
     if args.validation_steps and not args.validation_prompts:
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:
         fail("--train_data_dir and --prompts_file: the clips bring their own prompts, choose one")
-    if not args.tiny and not args.train_data_dir and not args.prompts_file:
-        fail("say what to train on: --train_data_dir, or --prompts_file to let the teacher sample")
     for folder in (args.output_dir, args.cache_dir):
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir():
@@ -294,14 +317,24 @@ def beside(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def put(made: Path, place: Path) -> None:
+    """Move a folder that is whole to its place; an older one there goes."""
+    if place.exists():
+        shutil.rmtree(place)
+    made.replace(place)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text, complete or not at all."""
     with beside(path) as part:
         part.write_text(text)
 
 
-def must_match(args: argparse.Namespace, before: Path) -> None:
+def must_match(args: argparse.Namespace, before: Path) -> bool:
     """Stop unless the run that wrote `before` (its `args.json`) had the same settings, in as many processes.
+
+    Returns:
+        Whether there are more steps than there were; fewer there cannot be.
 
     Raises:
         SystemExit: with status 2, after one line.
@@ -311,6 +344,12 @@ def must_match(args: argparse.Namespace, before: Path) -> None:
     except (OSError, ValueError, TypeError) as error:
         fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so nothing tells what that run was")
     now = settings(args)
-    for key in now.keys() - FREE_ON_RESUME:
-        if then.get(key) != now[key]:
-            fail(f"--resume_from_checkpoint: that run had --{key} {then.get(key)}, this one has {now[key]}")
+    grown = False
+    for key in sorted(now.keys() - FREE_ON_RESUME):
+        was = then.get(key)
+        if key in MAY_GROW and isinstance(was, int) and was <= now[key]:
+            grown |= was < now[key]
+        elif was != now[key]:
+            only = "; it may only grow" if key in MAY_GROW else ""
+            fail(f"--resume_from_checkpoint: that run had --{key} {was}, this one has {now[key]}{only}")
+    return grown

@@ -1,10 +1,7 @@
 """The teacher's pipeline folder in, with every tie of its text encoder proven; the student's pipeline folder out."""
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +14,15 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import tiedquiet
-from tiedquiet.distill.lora import FILE, with_lora, write_lora
-from tiedquiet.distill.options import fail, is_main_process
+from tiedquiet.distill.lora import FILE, with_lora
+from tiedquiet.distill.options import fail, is_main_process, put
 
+NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
 
 
@@ -265,6 +264,12 @@ def check_nodes(teacher: Teacher, trained: Sequence[Expert], args: Namespace) ->
     )
 
 
+def guidance(args: Namespace) -> dict[str, float]:
+    """How the teacher is guided when it samples, as `WanPipeline` takes it; Wan2.2's experts have a scale each."""
+    scales = {"guidance_scale": args.sample_guidance_scale, "guidance_scale_2": args.sample_guidance_scale_2}
+    return {name: scale for name, scale in scales.items() if scale is not None}
+
+
 def compute_dtype(args: Namespace) -> torch.dtype:
     """What the teacher is stored in and everything but the VAE is computed in."""
     return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -310,7 +315,7 @@ def assembled(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> WanTran
 def load_student(teacher: Teacher, expert: Expert, folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     """The student that a stage left in a folder, whole or as an adapter of the teacher."""
     if (adapter := folder / "student" / FILE).exists():
-        return with_lora(teacher.expert(expert, dtype), adapter)
+        return with_lora(teacher.expert(expert, dtype), load_file(adapter))
     return WanTransformer3DModel.from_pretrained(folder / "student", dtype=dtype)
 
 
@@ -318,7 +323,7 @@ def save_weights(config: Mapping[str, Any], state: Mapping[str, Tensor], place: 
     """Write an expert's folder beside its place and move it there. FSDP's models have parts: `state` is the whole."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as beside:
         assembled(config, state).save_pretrained(Path(beside) / place.name)
-        (Path(beside) / place.name).replace(place)
+        put(Path(beside) / place.name, place)
 
 
 def few_steps(config: Mapping[str, Any], steps: int, order: int = 1) -> UniPCMultistepScheduler:
@@ -346,44 +351,3 @@ def few_steps(config: Mapping[str, Any], steps: int, order: int = 1) -> UniPCMul
 def size(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def write_pipeline(teacher: Teacher, trained: Mapping[str, Path], target: Path, steps: int = 0) -> None:
-    """Write the whole pipeline beside `target` and move it into place, so that there is never half a student.
-
-    Of adapters, the folder has these, and the scheduler of their steps: they go with the teacher.
-
-    Its text encoder is the teacher's, with a config that says that its embedding is tied: the tie was proven before the
-    first embedding was made, and transformers 5.0 to 5.2 would leave it untied otherwise.
-
-    Args:
-        teacher: everything but the experts comes from there.
-        trained: the folders of the trained experts, by the names of the teacher's; others are copied.
-        target: the folder to make.
-        steps: how many the student was trained for; its scheduler takes them. 0 keeps the teacher's scheduler.
-
-    Raises:
-        FileExistsError: `target` is there already; nothing is written.
-    """
-    if target.exists():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as beside:
-        made = Path(beside) / target.name
-        made.mkdir()
-        index = dict(teacher.index)
-        if all((folder / FILE).exists() for folder in trained.values()) and trained:
-            write_lora(dict(trained), made)
-            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
-            made.rename(target)
-            return
-        for name in teacher.parts:
-            shutil.copytree(trained.get(name, teacher.folder / name), made / name)
-        if steps:
-            few_steps(teacher.scheduler, steps).save_pretrained(made / "scheduler")
-            index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
-        (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        config = made / "text_encoder" / "config.json"
-        told = json.loads(config.read_text())
-        if told.get("tie_word_embeddings") is False:
-            config.write_text(json.dumps({**told, "tie_word_embeddings": True}, indent=2) + "\n")
-        made.rename(target)

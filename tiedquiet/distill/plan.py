@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 
 from tiedquiet.distill.data import Data
 from tiedquiet.distill.lora import lora
-from tiedquiet.distill.options import fail, needs_paths, stages
+from tiedquiet.distill.options import fail, needs_paths, stages, steps_of
 from tiedquiet.distill.pipeline import Expert, Teacher, compute_dtype, size
 from tiedquiet.distill.speed import speed_up
 
@@ -132,11 +132,11 @@ def plan(
     lines = []
     if args.student_steps:
         own = {expert: data.nodes.of(expert) for expert in trained}
-        steps = (
+        taken = (
             f"{expert.name} takes {', '.join(f'{data.nodes.timesteps[k]:.0f}' for k in nodes)}"
             for expert, nodes in own.items()
         )
-        lines.append(f"steps of the student, by their timesteps: {'; '.join(steps)}")
+        lines.append(f"steps of the student, by their timesteps: {'; '.join(taken)}")
     lacking, hours = len(data.lacking()), 0.0
     if needs_paths(args) and not args.train_data_dir:
         passes = args.num_inference_steps * blocks * (2 if args.sample_guidance_scale > 1 else 1)
@@ -147,14 +147,14 @@ def plan(
             f"{lacking * data.bytes_each / 1e9:.2f} GB"
         )
     for stage in stages(args):
-        steps_of = args.distribution_matching_steps if stage == "matching" else args.max_train_steps
-        updates = steps_of * args.gradient_accumulation_steps
+        steps = steps_of(args, stage)
+        updates = steps * args.gradient_accumulation_steps
         spent = 0.0
         for expert in trained:
             forward, learning = step_blocks(args, stage, blocks, data.nodes.of(expert))
             spent += updates * (forward * block.forward + learning * block.learning) / 3600
         hours += spent
-        lines.append(f"{stage}: {steps_of:,} steps of {batch * processes} for each expert, {told_hours(spent)}")
+        lines.append(f"{stage}: {steps:,} steps of {batch * processes} for each expert, {told_hours(spent)}")
     held = memory(args, config)
     lines.append(
         f"memory of each GPU: {held / 2**30:.1f} GiB of weights, gradients and Adam's moments"
@@ -200,24 +200,27 @@ def space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> 
 
     Args:
         args: the settings.
-        teacher: everything but the trained experts is copied from there; nothing is for adapters.
+        teacher: with `--standalone` everything but the trained experts is copied from there; nothing is for adapters.
         experts: the names of those that are trained.
         data: knows what its caches lack.
     """
-    # Kept in float32, in the stages' folders and in the end; a checkpoint has Adam's two moments as well, and after the
-    # first stage those of the critic.
+    # Kept in float32 in the stages' folders; a checkpoint has Adam's two moments as well, and in the
+    # second stage the critic and its own. While one is written, the oldest over the limit is still there.
     if args.lora_rank:
-        copied, student = 0, 4 * adapter(args, teacher.transformer)
+        copied, student = False, 4 * adapter(args, teacher.transformer)
         critic = student
     else:
-        copied = sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
+        copied = args.standalone
         student = 4 * parameters({**teacher.transformer, "num_layers": args.student_blocks})
         critic = 4 * parameters(teacher.transformer)
-    state = student + (critic if "matching" in stages(args) else 0)
-    kept = args.checkpoints_total_limit + 1 if args.checkpointing_steps else 1
-    written = len(experts) * ((1 + len(stages(args))) * student + 3 * kept * state)
+    states = [3 * (student + (critic if stage == "matching" else 0)) for stage in stages(args)]
+    kept = args.checkpoints_total_limit * sum(states) if args.checkpointing_steps else 0
+    written = len(experts) * (len(stages(args)) * student + kept + max(states))
+    written += len(experts) * student // (2 if args.student_dtype == "bfloat16" else 1)
+    if copied:
+        written += sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
     return {
-        "--output_dir": (args.output_dir, copied + written),
+        "--output_dir": (args.output_dir, written),
         "--cache_dir": (args.cache_dir, len(data.lacking()) * data.bytes_each),
     }
 

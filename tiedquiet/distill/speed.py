@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tiedquiet.distill.options import fail
@@ -75,73 +76,17 @@ def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale
 
 
-@torch.library.custom_op("tiedquiet::attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # pragma: no cover - needs a GPU
-    """Attention by FlashAttention-3, and the logarithm of softmax's sums, (batch, heads, tokens)."""
-    from fa3_fwd_interface import flash_attn_func
-
-    out, sums = flash_attn_func(query, key, value, return_attn_probs=True)
-    return out, sums
-
-
-@_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(batch, heads, tokens, dtype=torch.float32)
-
-
-@torch.library.custom_op("tiedquiet::attention_backward", mutates_args=())
-def _backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover - needs a GPU
-    """cuDNN's, which needs of a forward pass only what every one gives: its result and the logarithms of its sums."""
-    tensors = [x.transpose(1, 2) for x in (gradient, query, key, value, out)]
-    undrawn = torch.zeros((), dtype=torch.int64, device=query.device)  # there is no dropout
-    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *tensors, sums.unsqueeze(-1), undrawn, undrawn, None, None, None, query.shape[1], key.shape[1], 0.0, False
-    )
-    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients)
-    return dq, dk, dv
-
-
-@_backward.register_fake
-def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-_forward.register_autograd(
-    lambda ctx, gradient, _: _backward(gradient.contiguous(), *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
-
-
-def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention in 16 bits, forward by FlashAttention-3 (https://arxiv.org/abs/2407.08608), backward by cuDNN.
-
-    Each is the faster one of the two on Hopper, of what can be installed as a package.
-
-    Args:
-        query: (batch, tokens, heads, dim), as `key` and `value`; of another type than `value`, it is cast to that.
-        key: see `query`.
-        value: see `query`; bfloat16 or float16.
-    """
-    return cast(Tensor, _forward(query.type_as(value), key.type_as(value), value)[0])
-
-
 def check_kernels(args: Namespace) -> None:
     """Stop unless the attention that was asked for can run here.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
-    asked = {"--teacher_attention": args.teacher_attention, "--student_attention": args.student_attention}
-    for flag, kernel in asked.items():
-        if kernel == "native":
-            continue
+    if args.teacher_attention == "float8":
         if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-            fail(f"{flag} {kernel}: needs a Hopper GPU, such as an H100")
+            fail("--teacher_attention float8: needs a Hopper GPU, such as an H100")
         if not find_spec("fa3_fwd_interface"):
-            fail(f"{flag} {kernel}: needs FlashAttention-3: pip install fa3-fwd")
+            fail("--teacher_attention float8: needs FlashAttention-3: pip install fa3-fwd")
 
 
 def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -178,9 +123,6 @@ def speed_up(
 
         for block in blocks[0]:
             block.attn1.set_processor(SelfAttention(partial(in_float8, flash_attn_func)))
-    if args.student_attention == "flash3":  # pragma: no cover - needs a GPU
-        for block in blocks[1]:
-            block.attn1.set_processor(SelfAttention(flash3))
     if args.gradient_checkpointing:
         keep: dict[str, Any] = {}
         if args.gradient_checkpointing == "attention":
@@ -195,6 +137,25 @@ def speed_up(
         options = {wrong: False} if wrong in torch._inductor.list_options() else {}
         for block in (*blocks[0], *blocks[1]):
             block.compile(options=options)
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor, also where FSDP gives each process a part; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:
+    """Stop where FSDP cannot do what was asked for.
+
+    Raises:
+        SystemExit: with status 2, after one line.
+    """
+    if args.use_ema or args.validation_steps:
+        fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
+    if args.lora_rank:
+        fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
+    if not accelerator.is_fsdp2:
+        fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
 
 
 def shard(frozen: Sequence[WanTransformer3DModel], accelerator: Accelerator) -> None:

@@ -4,10 +4,8 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two 
     python -m tiedquiet.distill --show_broken_tie                # and what a broken tie does to it
 
     python -m tiedquiet.distill \
-        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --prompts_file prompts.txt --output_dir wan-2-steps \
-        --student_steps 2 --distribution_matching_steps 500 --lora_rank 64 \
-        --mixed_precision bf16 --gradient_checkpointing attention --compile \
+        --pretrained_model_name_or_path Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output_dir wan-2-steps \
+        --lora_rank 64 --gradient_checkpointing attention --compile \
         --checkpointing_steps 100 --resume_from_checkpoint latest       # --plan first: what it will take
 
     accelerate launch -m tiedquiet.distill ...                   # more GPUs, more machines
@@ -17,28 +15,24 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two 
 
 Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
 teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side; with
---distribution_matching_steps, its own clips are then moved to where the teacher would have them. Without
---student_steps, latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each
-student learns the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as
-adapters.
+--distribution_matching_steps, its own clips are then moved to where the teacher would have them. With --student_steps 0
+latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each student learns
+the teacher's velocity. Then the student is written as a pipeline folder that WanPipeline loads, or as adapters.
 """
 
 import contextlib
 import json
-import logging
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import diffusers
 import torch
@@ -48,14 +42,20 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tiedquiet.distill.checkpoint import Progress, Stopped, noticing_signals, resume_from, save_checkpoint
+from tiedquiet.distill.checkpoint import (
+    Progress,
+    Stopped,
+    alone_in,
+    is_finished,
+    noticing_signals,
+    resume_from,
+    save_checkpoint,
+)
+from tiedquiet.distill.console import in_one_line, words_above_the_bar
 from tiedquiet.distill.data import Data, read_metadata, read_prompts
 from tiedquiet.distill.evaluate import Judge
 from tiedquiet.distill.lora import FILE, Adapter
@@ -67,20 +67,22 @@ from tiedquiet.distill.losses import (
     renoised,
     velocity_loss,
 )
-from tiedquiet.distill.options import check, fail, parse, settings, stages, write_text
+from tiedquiet.distill.options import check, fail, parse, settings, stages, steps_of, write_text
+from tiedquiet.distill.output import export, write_pipeline
 from tiedquiet.distill.pipeline import (
     Expert,
     Nodes,
     Teacher,
     check_nodes,
     compute_dtype,
+    guidance,
     load_student,
     new_student,
     save_weights,
-    write_pipeline,
 )
 from tiedquiet.distill.plan import check_space, plan
-from tiedquiet.distill.speed import check_kernels, shard, speed_up
+from tiedquiet.distill.report import track_film
+from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up, whole
 
 
 class Distillation:
@@ -189,7 +191,9 @@ class Distillation:
         clip = clip_of(x, at, self.velocity(self.student, x, timesteps, text))
         with torch.no_grad():
             again, timesteps = renoised(clip, sigma, noise), sigma * self.expert.steps
-            real = self.guidance(again, timesteps, text, empty, self.args.sample_guidance_scale)
+            scales = list(guidance(self.args).values())  # a second one is that of Wan2.2's low-noise expert
+            scale = scales[-1 if self.expert.name == "transformer_2" else 0]
+            real = self.guidance(again, timesteps, text, empty, scale)
             fake = self.velocity(self.critic, again, timesteps, text)
         matched = distribution_matching_loss(clip, clip_of(again, sigma, real), clip_of(again, sigma, fake))
         return matched, clip.detach()
@@ -205,32 +209,6 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def whole(tensor: Any) -> Tensor:
-    """All of a tensor, also where FSDP gives each process a part; all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextlib.contextmanager
-def words_above_the_bar() -> Iterator[None]:
-    """Warnings and log lines, torch's compiler has many, get lines of their own instead of the middle of the bar's."""
-    loggers = [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]
-    console = [one for one in loggers if any(getattr(it, "stream", None) is sys.stderr for it in one.handlers)]
-    with warnings.catch_warnings(), logging_redirect_tqdm(console):
-        warnings.showwarning = _write_warning
-        yield
-
-
-def _write_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    tqdm.write(warnings.formatwarning(message, category, filename, lineno, line).rstrip(), file=sys.stderr)
-
-
 def train(
     args: Namespace,
     accelerator: Accelerator,
@@ -241,7 +219,8 @@ def train(
     work: Path,
     resume: Path | None,
     progress: Progress,
-    validate: Callable[[Expert, WanTransformer3DModel, str], None],
+    validate: Callable[[Expert, WanTransformer3DModel, str], Path],
+    steps_before: int,
 ) -> None:
     """One stage of one expert; leaves the student in `work/EXPERT/STAGE/student`, its losses in `losses.json`.
 
@@ -256,6 +235,7 @@ def train(
         resume: the checkpoint to go on from.
         progress: registered with the accelerator.
         validate: called with the expert, its student and the name of a film every `--validation_steps`.
+        steps_before: of other stages and experts; trackers want to count on.
 
     Raises:
         Stopped: after a signal; a checkpoint was saved.
@@ -292,10 +272,10 @@ def train(
         shard(still, accelerator)
     one = Distillation(args, asked, student, expert, critic, data.nodes, earlier)
     if args.lora_rank:  # all three are one model
-        speed_up([earlier] if earlier else [], [frozen], args)
+        speed_up([], [frozen, *([earlier] if earlier else [])], args)
     else:
         speed_up([frozen, *([earlier] if earlier else [])], [student, *([critic] if critic else [])], args)
-    steps = args.distribution_matching_steps if matching else args.max_train_steps
+    steps = steps_of(args, stage)
 
     def learner(model: Any, rate: float) -> tuple[Any, Any, Any]:
         optimizer: Any = torch.optim.AdamW(
@@ -449,9 +429,10 @@ def train(
                 {**numbers, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - clock}
             )
             bar.set_postfix({part: f"{value:.4f}" for part, value in numbers.items()})
-            accelerator.log({f"{expert.name}/{key}": value for key, value in progress.losses[-1].items()}, step=done)
+            tracked = {f"{expert.name}/{stage}/{key}": value for key, value in progress.losses[-1].items()}
+            accelerator.log(tracked, step=steps_before + done)
             place = folder / f"checkpoint-{done}"
-            if stop or (args.checkpointing_steps and done % args.checkpointing_steps == 0):
+            if stop or (args.checkpointing_steps and (done % args.checkpointing_steps == 0 or done == steps)):
                 save_checkpoint(accelerator, place, args.checkpoints_total_limit)
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
@@ -463,7 +444,8 @@ def train(
                     if args.lora_rank:
                         student.activate()
                     shown = frozen if args.lora_rank else accelerator.unwrap_model(one.student)
-                    validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    film = validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
                     if ema:
                         ema.restore(student.parameters())
                 accelerator.wait_for_everyone()
@@ -472,7 +454,7 @@ def train(
         ema.copy_to(student.parameters())
     state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
     if accelerator.is_main_process:
-        (folder / "losses.json").write_text(json.dumps(progress.losses))
+        write_text(folder / "losses.json", json.dumps(progress.losses))
         if args.lora_rank:
             student.save(folder / "student")
         else:
@@ -487,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(__doc__, argv)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
+    if args.export:
+        return export(args)
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision, args.flow_shift)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     check_kernels(args)
@@ -495,12 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     check_nodes(teacher, experts, args)
     clips = read_metadata(args) if args.train_data_dir else []
     prompts = [text for _, text in clips] or read_prompts(args)
-    out, work = args.output_dir, args.output_dir / "checkpoints"
-    resume = resume_from(args, names)
-    last = stages(args)[-1]
-    if args.resume_from_checkpoint and not work.exists() and (out / "student").exists():
-        print(f"{out / 'student'} is finished")
-        return 0
+    resume_from(args, names)  # refuses before anything is written
     data = Data(args, prompts, [path for path, _ in clips])
     data.look(teacher, compute_dtype(args))
     check_space(args, teacher, names, data)
@@ -517,21 +496,44 @@ def main(argv: list[str] | None = None) -> int:
         log_with=args.report_to,
         # The others wait while one writes and samples; torch gives up on them after ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
-        project_config=ProjectConfiguration(project_dir=str(out), logging_dir=str(out / "logs")),
+        project_config=ProjectConfiguration(
+            project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
+        ),
     )
     if accelerator.distributed_type is DistributedType.FSDP:
-        if args.use_ema or args.validation_steps:
-            fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
-        if args.lora_rank:
-            fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
-        if not accelerator.is_fsdp2:
-            fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+        check_fsdp(args, accelerator)
+    with alone_in(args.output_dir):
+        return distil(args, accelerator, teacher, experts, data, start)
+
+
+def distil(
+    args: Namespace, accelerator: Accelerator, teacher: Teacher, experts: list[Expert], data: Data, start: float
+) -> int:
+    """What `main` has checked: all stages of all experts, then the student and what it is worth.
+
+    Args:
+        args: the settings.
+        accelerator: says where and in which precision.
+        teacher: the pipeline.
+        experts: those of the teacher's that get a student.
+        data: knows its prompts and caches.
+        start: when it began, by `time.perf_counter`.
+
+    Returns:
+        The exit status.
+    """
+    names, out, work = [expert.name for expert in experts], args.output_dir, args.output_dir / "checkpoints"
+    resume = resume_from(args, names)  # once more: until the folder was locked, another run may have been in it
+    finished = (out / "student").exists() and (not work.exists() or (out / "metrics.json").exists())
+    if args.resume_from_checkpoint and finished:
+        accelerator.print(f"{out / 'student'} is finished")
+        return 0
     dtype = compute_dtype(args)
     set_seed(args.seed)
     told = settings(args)
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
+        (out / "metrics.json").unlink(missing_ok=True)  # written last, it tells that a run is finished
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tiedquiet-distill", {k: v for k, v in told.items() if isinstance(v, int | float | str)})
 
@@ -545,29 +547,33 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.reset_peak_memory_stats()
 
     if accelerator.is_main_process:
-        for line in plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device):
-            print(f"plan: {line}")
+        lines = plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device)
+        print(*(f"plan: {line}" for line in lines), sep="\n")
     data.prepare(teacher, accelerator, dtype)
     ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    for expert, stage in ((expert, stage) for expert in experts for stage in stages(args)):
-        if not (work / expert.name / stage / "student").exists():
+    # Stage by stage, so that validation has a student of every expert as soon as it can.
+    steps_before = 0
+    for stage, expert in ((stage, expert) for stage in stages(args) for expert in experts):
+        if not is_finished(work / expert.name / stage, steps_of(args, stage)):
             point = resume[expert.name, stage]
             try:
-                train(args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate)
+                train(
+                    args, accelerator, teacher, expert, stage, data, work, point, progress, judge.validate, steps_before
+                )
             except Stopped as stopped:
                 accelerator.end_training()
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
-
+        steps_before += steps_of(args, stage)
     ended("training")
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
-                trained = {name: work / name / last / "student" for name in names}
-                write_pipeline(teacher, trained, out / "student", args.student_steps)
+                trained = {name: work / name / stages(args)[-1] / "student" for name in names}
+                write_pipeline(args, teacher, trained, out / "student")
             ended("writing the student")
             metrics = judge.report(experts)
             ended("samples and pictures")
@@ -579,7 +585,8 @@ def main(argv: list[str] | None = None) -> int:
         metrics["phases"] = phases
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-        shutil.rmtree(work)
+        if not args.checkpointing_steps:
+            shutil.rmtree(work)
         print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); beside it pictures, metrics.json, args.json")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -588,15 +595,4 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> int:
     """`main`, with one line instead of a traceback where the world is not as it should be; returns the exit status."""
-    try:
-        return main()
-    except KeyboardInterrupt:  # outside training, which saves a checkpoint
-        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except OSError as error:  # a full or read-only disk, at any moment
-        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
-    except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
-        refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
-        if not refused:
-            raise
-        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")
+    return in_one_line(main)
