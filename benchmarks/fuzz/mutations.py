@@ -50,21 +50,32 @@ def _kept_shut(original: Any) -> Any:
     return enter
 
 
-def _no_copies(original: Any) -> Any:
-    """`_operation`: nothing copies, so what is copied from memory without values counts as written."""
+def _unmarked(original: Any) -> Any:
+    """`Placeholders.add`: nothing is marked."""
+    return lambda self, tensor, is_fresh=True: original(self, tensor, False)
 
-    def operation(func: Any) -> Any:
-        known = original(func)
-        return None if known is None else known._replace(copies=False)
 
-    return operation
+def _until_the_report(original: Any) -> Any:
+    """`_filter`: what comes after the report is nobody's business."""
+
+    def until(load: Any, bound: Any) -> Any:
+        result = original(load, bound)
+        load.watch.open = False
+        return result
+
+    return until
+
+
+def _plain_arguments(original: Any) -> Any:
+    """`_buffers_of_twins`: made with a config alone."""
+    return lambda arguments, dtype: original((*arguments[:2], (), {}), dtype)
 
 
 def _unguarded(original: Any) -> Any:
     """`Watch.__init__`: writes are let through in `repair` as well."""
 
-    def init(self: Any, stored: Any, protect: bool) -> None:
-        original(self, stored, False)
+    def init(self: Any, stored: Any, protect: bool, *more: Any) -> None:
+        original(self, stored, False, *more)
 
     return init
 
@@ -73,7 +84,9 @@ _PROOF = "tiedquiet.proof"
 TABLE: dict[str, tuple[Seam, ...]] = {
     "any zeroed row is padding": (Seam(f"{_PROOF}.judge", "is_padding", _always(True)),),
     "no cast loses anything": (
-        Seam(f"{_PROOF}.memory", "loses", _always(False)),
+        Seam(f"{_PROOF}.memory", "may_lose", _always(False)),
+        Seam(f"{_PROOF}.reading", "may_lose", _always(False)),
+        Seam(f"{_PROOF}.reading", "narrows", _always(False)),
         Seam(f"{_PROOF}.memory", "narrows", _always(False)),
     ),
     "what lies in the memory is the weight": (Seam(f"{_PROOF}.memory", "Memory.holding", _memory_alone),),
@@ -85,9 +98,18 @@ TABLE: dict[str, tuple[Seam, ...]] = {
         Seam("tiedquiet.doors.from_pretrained", "find_unread", _nowhere),
     ),
     "no headers are asked for": (Seam("tiedquiet.doors.from_pretrained", "needs_headers", _always(False)),),
-    "no memory counts as unwritten": (Seam(f"{_PROOF}.watch", "Watch.is_unwritten", _always(False)),),
-    "what is copied from unwritten memory is written": (Seam(f"{_PROOF}.watch", "_operation", _no_copies),),
-    "no count of other threads' writes": (Seam(f"{_PROOF}.watch", "Watch.was_written_elsewhere", _always(False)),),
+    "no memory counts as unwritten": (Seam(f"{_PROOF}.placeholders", "Placeholders.has", _always(False)),),
+    "what is computed from unwritten memory is written": (
+        Seam(f"{_PROOF}.watch", "Watch._takes_from_placeholders", _always(False)),
+    ),
+    "unwritten memory is not marked": (Seam(f"{_PROOF}.placeholders", "Placeholders.add", _unmarked),),
+    "no count of other threads' writes": (Seam(f"{_PROOF}.watch", "Watch.written_elsewhere", _always([])),),
+    "the watch ends with the report": (Seam("tiedquiet.doors.from_pretrained", "_filter", _until_the_report),),
+    "a class's own from_pretrained is not looked at": (
+        Seam("tiedquiet.doors.from_pretrained", "wrap_override", _always(None)),
+    ),
+    "a twin is made of the config alone": (Seam(f"{_PROOF}.repair", "_buffers_of_twins", _plain_arguments),),
+    "no value is too large for its type": (Seam(f"{_PROOF}.judge", "is_at_limit", _always(False)),),
     "the watch is shut": (Seam(f"{_PROOF}.watch", "Watch.__enter__", _kept_shut),),
     "no rival among the ends of a tie": (Seam(f"{_PROOF}.judge", "rival_of", _always(None)),),
     "two ends that differ are no finding": (Seam(f"{_PROOF}.judge", "_judge_two_ends", _always(())),),
