@@ -68,6 +68,7 @@ ELSEWHERE |= {
 }
 ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
+ELSEWHERE |= {"_as_loaded", "_is_beyond"}  # of adapters, and of values that are too large for their type
 HOOKS = {
     "_on_load",
     "run",
@@ -83,6 +84,7 @@ HOOKS = {
     "_on_finalize",
     "_on_move",
     "_on_report",
+    "_close",
     "carry_out",
     "say",
     "bind",
@@ -305,6 +307,7 @@ AFTERWARDS = {
     "_buffers_of_a_twin",
     "update_key_name",
     "values",
+    "_name_of",
 }
 
 

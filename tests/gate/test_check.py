@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel, GPT2LMHeadModel
 
+from tests import idioms
 from tests.checkpoints import gpt2, save
 from tests.compat import cases
 from tests.doors.test_from_pretrained import wan_pipeline
@@ -599,3 +600,18 @@ def test_a_modelling_file_of_transformers_4_is_told_what_to_change(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+class TurnsASquare(idioms.Tiny):
+    """Its own code turns what was read, and no value is lost."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        if not self.lin.weight.is_meta:
+            self.lin.weight = torch.nn.Parameter(self.lin.weight.detach().t().contiguous())
+
+
+def test_what_the_class_turns_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    idioms.Idiom(TurnsASquare).save(tmp_path)
+    assert check(tmp_path, "--class", f"{__name__}.TurnsASquare") == 0
+    assert "5 of 5 tensors hold the file's bytes" in capsys.readouterr().out

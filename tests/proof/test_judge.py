@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoints import loading
 from tiedquiet import Verdict
-from tiedquiet.proof.judge import proof
+from tiedquiet.proof.judge import is_padding, proof
 from tiedquiet.proof.repair import repair
 from tiedquiet.proof.watch import _operation
 
@@ -68,7 +68,7 @@ def test_a_tie_without_a_stored_end_does_not_hide_that_nothing_was_written() -> 
     ids=["turned", "retyped", "one row expanded"],
 )
 def test_another_view_of_the_same_memory(change: Any, expected: dict[str, Verdict]) -> None:
-    model = Pair(torch.arange(9.0).reshape(3, 3), torch.ones(2))
+    model = Pair(torch.arange(9.0).reshape(3, 3), torch.arange(9.0).reshape(3, 3))
     load = loading(model, set())
     model.a.weight.data = change(model.a.weight.data)  # on a GPU the watch takes no notice of `.data`
     with load.watch:
@@ -138,3 +138,55 @@ def test_a_load_that_was_not_settled_proves_nothing() -> None:
     model = Pair(torch.ones(2), torch.ones(2))
     loading(model, set()).close(model)
     assert not proof(model).ok
+
+
+def test_what_stays_on_disk_and_has_nothing_that_reads_it_is_unproven() -> None:
+    """Up to 5.3.0, where all of a model stays there."""
+    model = Pair(torch.ones(2, device="meta"), torch.ones(2))
+    load = loading(model, set(), offloaded={"a.weight": {}})
+    assert load.settle(model, set()) == []
+    load.is_over = True
+    (found,) = load.settle(model, set())
+    assert (found.key, found.verdict) == ("a.weight", Verdict.UNPROVEN)
+    assert found.why == "its values stay on disk, and nothing reads them"
+    model.a._hf_hook = object()
+    assert load.settle(model, set()) == []
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_what_accelerate_puts_aside_is_judged_where_it_was_read_to(is_written: bool) -> None:
+    values = torch.arange(2.0)
+    model = Pair(values.clone(), torch.ones(2))
+    load = loading(model, set(), read={"a.weight": values, "b.weight": torch.ones(2)}.get)
+    with load.watch:
+        if is_written:
+            model.a.weight.data.zero_()
+        model.a.weight = torch.nn.Parameter(model.a.weight.to("meta"), requires_grad=False)
+        model.a._hf_hook = object()
+    found = {finding.key: finding.verdict for finding in load.settle(model, set())}
+    assert found == ({"a.weight": Verdict.OVERWRITTEN} if is_written else {"b.weight": Verdict.AMBIGUOUS})
+
+
+def test_what_is_no_padding() -> None:
+    model = torch.nn.ModuleDict({"table": torch.nn.Embedding(4, 2, padding_idx=1)})
+    weight = model["table"].weight
+    assert is_padding(model, "table.weight", weight, torch.cat([weight[:1], torch.ones(1, 2), weight[2:]]).detach())
+    for before in (None, weight[:3].detach(), (weight.detach(),), weight.detach() + 1):
+        assert not is_padding(model, "table.weight", weight, before)
+
+
+def test_a_value_too_large_for_its_type_is_lost_in_strict_and_unproven_else() -> None:
+    values = torch.tensor([1.0, 1e9])
+    model = Pair(values.half(), torch.ones(2).half())
+    load = loading(model, {"b.weight"}, read={"a.weight": values}.get)
+    model.b.weight = model.a.weight
+    load.reading.narrowed.add("a.weight")
+    (found,) = load.settle(model, {"b.weight"})
+    assert (found.key, found.verdict, found.source) == ("b.weight", Verdict.UNPROVEN, "a.weight")
+    load.is_strict = True
+    lost, follows = load.settle(model, {"b.weight"})
+    assert (lost.key, lost.verdict, follows.verdict) == ("a.weight", Verdict.OVERWRITTEN, Verdict.OVERWRITTEN)
+    assert lost.why == "by the cast to float16, which is too small for values that the file has as float32"
+    with load.watch:
+        model.a.weight.data.mul_(1)
+    assert [finding.verdict for finding in load.settle(model, {"b.weight"})] == [Verdict.OVERWRITTEN] * 2

@@ -1,13 +1,17 @@
 """What lies where, what holds what, and what a checkpoint's files hold."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import Memory, holds, plain, same
+from tiedquiet.proof.memory import Memory, holds, is_at_limit, plain, same
 
 ROWS = torch.arange(12.0).view(4, 3)
 
@@ -166,3 +170,41 @@ def test_a_checkpoint_is_read_under_the_names_of_the_model(form: str, tmp_path: 
     assert given.tensors["embed.weight"]() is ROWS
     assert "step" not in given.tensors
     assert Checkpoint(None, None).tensors == {}
+
+
+def test_whole_numbers_are_compared_as_numbers() -> None:
+    small = torch.tensor([1, 2], dtype=torch.int8)
+    assert same(small, torch.tensor([1, 2], dtype=torch.uint8))
+    assert not same(torch.tensor([-1], dtype=torch.int8), torch.tensor([255], dtype=torch.uint8))
+    assert same(torch.tensor([1, 2]), torch.tensor([1, 2], dtype=torch.uint64))
+
+
+def test_values_at_the_limit_of_their_type() -> None:
+    assert not is_at_limit(torch.ones(3))
+    for large in (torch.tensor([1e9]).half(), torch.tensor([-1e9]).half(), torch.tensor([float("nan")])):
+        assert is_at_limit(large)
+    assert is_at_limit(torch.tensor([1e9]).to(torch.float8_e4m3fn))
+    for neither in (torch.tensor([7]), torch.empty(0), torch.ones(2, device="meta")):
+        assert not is_at_limit(neither)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_all_values_are_there_in_whatever_order_of_dimensions(data: Any) -> None:
+    """`holds`, over shapes, layouts, types and kinds of tensors; and one value less is one too few."""
+    shape = data.draw(st.lists(st.integers(1, 4), max_size=5))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float64]))
+    before = (torch.randperm(max(1, math.prod(shape))).view(shape) + 1).to(dtype)
+    order = data.draw(st.permutations(range(len(shape))))
+    now = before.permute(order)
+    now = data.draw(st.sampled_from([now, now.contiguous(), torch.nn.Parameter(now.double(), requires_grad=False)]))
+    if data.draw(st.booleans()):
+        now = now.clone().as_subclass(Kind)
+    assert holds(now, before) is True
+    spoilt = now.clone(memory_format=torch.contiguous_format)
+    spoilt.view(-1)[data.draw(st.integers(0, now.numel() - 1))] = 0
+    assert holds(spoilt, before) is False
+
+
+class Kind(torch.Tensor):
+    """A subclass that is no wrapper."""

@@ -346,7 +346,8 @@ def _judge_parted(
         # Two tensors of one constant are equal by accident: biases that start at zero.
         equal = is_copy(tensor, other) and not _is_constant(tensor) and source not in known.lasting
         if equal and (meant or rival_of(source, group, stored) is None):
-            return Finding(key, Verdict.COPIED, source)
+            # Unless the files may have values of its own for it, which nothing read.
+            return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
     flag = group.flags.get(key, "")
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
@@ -361,7 +362,7 @@ def _judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Find
 
     transformers parts them, with one warning, and training goes on with two.
     """
-    stored = {name for name in known.stored - known.altered if name in now.state and name not in known.lasting}
+    stored = {name for name in known.stored if name in now.state and name not in known.lasting}
     tied = ties(now, known.missing, known.stored) if stored else {}
     for key, group in tied.items():
         source = next((name for name in group.chain(key) if name in stored), None)
@@ -369,7 +370,9 @@ def _judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Find
             continue
         # What stays on disk is read from there under each of the two names.
         ends = [end if not end.is_meta else values(name) for name in (key, source) for end in (now.state[name],)]
-        if ends[0] is not None and ends[1] is not None and equals(ends[0], ends[1]) is False:
+        if ends[0] is None or ends[1] is None or ({key, source} & known.altered and holds(ends[0], ends[1])):
+            continue  # the class turned one of them
+        if equals(ends[0], ends[1]) is False:
             if any(is_denied(model) for _, model in now.models):
                 return
             why = "its own: the tie is asked for, but the checkpoint has both, and they differ"

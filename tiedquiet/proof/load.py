@@ -88,6 +88,7 @@ class Load:
         if self.watch.open:  # what is written afterwards, `repair` writes
             self.watch.open = False
             self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
+        self.known = None  # what was known before counts for nothing if this fails
         self.known = judge(
             model, self.reading, self.watch, reported, self._is_resumed, self.is_over, is_strict=self.is_strict
         )

@@ -124,16 +124,17 @@ def declared(now: Survey) -> dict[str, Group]:
 
 
 def ties(now: Survey, missing: set[str], stored: set[str]) -> dict[str, Group]:
-    """Those, and what the config alone asks to tie: an output embedding that is missing, to the input embedding."""
+    """Those, and what the config alone asks to tie: output and input embedding, of which one is missing."""
     found = declared(now)
     for _, model in now.models:
         if asks_for_ties(model):
             head, embedding = (
                 name_of(getattr(embeddings(model, which), "weight", None), now.state) for which in ("output", "input")
             )
-            asked = head in missing and embedding in stored and head not in found
-            if asked and now.state[head].shape == now.state[embedding].shape:
-                found[head] = Group([embedding, head], {head: embedding}, by_config=type(model).__name__)
+            for key, source in (head, embedding), (embedding, head):
+                asked = key in missing and source in stored and key not in found
+                if asked and now.state[key].shape == now.state[source].shape:
+                    found[key] = Group([source, key], {key: source}, by_config=type(model).__name__)
     return found
 
 

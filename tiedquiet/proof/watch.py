@@ -302,10 +302,7 @@ def _culprit() -> tuple[str, bool]:
     while _is_on_the_way(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
         frame = frame.f_back
     code = frame.f_code
-    name = getattr(code, "co_qualname", None)
-    if name is None:
-        owner = frame.f_locals.get("self")
-        name = f"{type(owner).__name__}.{code.co_name}" if owner is not None else code.co_name
+    name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the second alone
     is_transformers_own = frame.f_globals.get("__name__", "").partition(".")[0] == "transformers"
     return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})", is_transformers_own
 

@@ -1,0 +1,217 @@
+"""The watch covers the whole call of `from_pretrained`; what comes after it, or belongs to a quantiser, it leaves alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from transformers import GPT2LMHeadModel, PreTrainedModel
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2, save
+from tests.idioms import IDIOMS, IdiomConfig, Tiny
+from tiedquiet import LoadError, Verdict
+
+
+def saved(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    IDIOMS["good citizen"].save(folder)
+    return folder
+
+
+def verdicts(model: nn.Module) -> dict[str, Verdict]:
+    return {finding.key: finding.verdict for finding in tiedquiet.check(model).findings}
+
+
+class Leaves(TorchDispatchMode):
+    """Somebody's mode around what it overrides: leaving it takes away whatever lies on top."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class ReadsUnderAMode(Tiny):
+    @classmethod
+    def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
+        with Leaves():
+            return super()._load_pretrained_model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_mode_is_left_behind(fails: bool, tmp_path: Path) -> None:
+    class Under(ReadsUnderAMode):
+        def eval(self) -> "Under":
+            if fails:
+                raise ArithmeticError("the load's own")
+            return super().eval()
+
+    folder = saved(tmp_path)
+    with Leaves() as around:
+        if fails:
+            with pytest.raises(ArithmeticError, match="the load's own"):
+                Under.from_pretrained(folder)
+        else:
+            Under.from_pretrained(folder)
+        assert _get_current_dispatch_mode_stack() == [around]
+    assert _get_current_dispatch_mode_stack() == []
+
+
+class LoadsAnother(Tiny):
+    """Loads a second model in its own `from_pretrained`, and writes to the first one meanwhile."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.other = Tiny.from_pretrained(*args, **kwargs)
+        model.lin.weight.data.mul_(2)
+        model.other.part.weight.data.mul_(2)
+        return model
+
+
+def test_a_load_inside_a_load_is_judged_when_it_returns(tmp_path: Path) -> None:
+    model = LoadsAnother.from_pretrained(saved(tmp_path))
+    assert verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN}
+    assert tiedquiet.check(model.other).ok, "what is done to it afterwards is its owner's business"
+
+
+class Retries(Tiny):
+    """Takes a second try after a first that failed."""
+
+    tries = 0
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().from_pretrained(*args, fail=True, **kwargs)
+        except TypeError:
+            return super().from_pretrained(*args, **kwargs)
+
+
+def test_a_second_try_is_judged(tmp_path: Path) -> None:
+    assert tiedquiet.check(Retries.from_pretrained(saved(tmp_path))).ok
+
+
+def test_what_overrides_from_pretrained_is_its_own_again_when_switched_off(tmp_path: Path) -> None:
+    class Own(Tiny):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().from_pretrained(*args, **kwargs)
+
+    class Wrapped(Own):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().from_pretrained(*args, **kwargs)
+
+    ours, somebody_s = vars(Own)["from_pretrained"], classmethod(lambda cls, *_: None)
+    Wrapped.from_pretrained = somebody_s  # type: ignore[method-assign, assignment]
+    tiedquiet.disable()
+    try:
+        original = vars(Own)["from_pretrained"]
+        assert original is not ours
+        assert isinstance(original, classmethod)
+        assert vars(Wrapped)["from_pretrained"] is somebody_s
+        assert tiedquiet.check(Own.from_pretrained(saved(tmp_path))).stored == 0
+    finally:
+        tiedquiet.enable()
+    assert vars(Own)["from_pretrained"] is not original, "it is there already, and is wrapped again"
+    assert tiedquiet.check(Own.from_pretrained(tmp_path)).ok
+
+
+def test_an_adapter_of_a_broken_base_stops_strict(tmp_path: Path, printed: Printed) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Broken(GPT2LMHeadModel):
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            super().tie_weights(*args, **kwargs)
+            if not self.transformer.wpe.weight.is_meta:
+                self.transformer.wpe.weight.data.zero_()
+
+    save(GPT2LMHeadModel(gpt2()), tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"transformer\.wpe\.weight by"):
+        Broken.from_pretrained(tmp_path / "adapter")
+    whole = Broken.from_pretrained(tmp_path / "adapter")
+    assert verdicts(whole)["transformer.wpe.weight"] is Verdict.OVERWRITTEN
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> None:
+    """It is transformers' own way to register one; up to 5.2.0 there are no such functions."""
+    quantizers = pytest.importorskip("transformers.quantizers")
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+        def __init__(self, **_: Any) -> None:
+            self.quant_method = f"halved in {mode}"
+
+    class Quantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined, unused-ignore]
+        requires_calibration = False
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            model.lin.weight.data.mul_(0.5)
+            return model
+
+        def is_serializable(self, *_: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    quantizers.register_quantization_config(f"halved in {mode}")(Config)
+    quantizers.register_quantizer(f"halved in {mode}")(Quantizer)
+    file = IDIOMS["good citizen"].save(tmp_path)
+    with tiedquiet.enable(mode):
+        model = Tiny.from_pretrained(tmp_path, quantization_config=Config())
+    assert torch.equal(model.lin.weight, file["lin.weight"] * 0.5)
+    assert verdicts(model) == {}
+
+
+class Scaled(nn.Parameter):
+    """A type of its own with a plain tensor's memory, as those of bitsandbytes have."""
+
+
+class HasAnotherType(Tiny):
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        model.lin.weight = Scaled(model.lin.weight, requires_grad=False)
+        return super()._load_pretrained_model(model, *args, **kwargs)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        if not self.lin.weight.is_meta:
+            self.change(self.lin.weight)
+
+    def change(self, weight: Any) -> None:
+        weight.data = torch.ones_like(weight)
+
+
+class WritesToAnotherType(HasAnotherType):
+    def change(self, weight: Any) -> None:
+        weight.detach().add_(1)
+
+
+@pytest.mark.parametrize("cls", [HasAnotherType, WritesToAnotherType])
+def test_a_type_of_its_own_is_watched_where_it_was_read_to(cls: type[PreTrainedModel], tmp_path: Path) -> None:
+    model = cls.from_pretrained(saved(tmp_path))
+    assert verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN}
+
+
+class WritesThroughWhatItWasGiven(Tiny):
+    given: Any = None
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        if not self.lin.weight.is_meta:
+            type(self).given["lin.weight"].numpy()[:] = 7
+
+
+def test_a_state_dict_is_not_compared_with_itself(tmp_path: Path) -> None:
+    file = IDIOMS["good citizen"].save(tmp_path)
+    WritesThroughWhatItWasGiven.given = given = dict(file)
+    model = WritesThroughWhatItWasGiven.from_pretrained(None, config=IdiomConfig(), state_dict=given)
+    assert model.lin.weight.eq(7).all() == (verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN})
