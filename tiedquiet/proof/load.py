@@ -14,6 +14,7 @@ from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding
 
 _ATTRIBUTE = "_tiedquiet_load"
+_MOST_MARKED = 256
 
 
 class Load:
@@ -68,10 +69,12 @@ class Load:
     def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
         """Note what has just been allocated for tensors that were on meta: memory without values."""
         was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
-        for name in were_on_meta:
-            tensor = tensor_at(model, name)
-            if tensor is not None and not tensor.is_meta:
-                self.watch.placeholders.add(tensor)
+        with self.watch.aside():
+            # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
+            for number, name in enumerate(sorted(were_on_meta, key=self.reading.missing.__contains__)):
+                tensor = tensor_at(model, name)
+                if tensor is not None and not tensor.is_meta:
+                    self.watch.placeholders.add(tensor, is_fresh=number < _MOST_MARKED)
         self.watch.open = was_open
 
     def on_meta(self, model: torch.nn.Module) -> set[str]:
@@ -99,7 +102,7 @@ class Load:
         if vars(model).get(_ATTRIBUTE) is self:
             del vars(model)[_ATTRIBUTE]
         known, self.known = self.known, None
-        if self.watch.placeholders:
+        if self.watch.placeholders.has_marks:
             self.watch.open = False
             now = survey(model)
             for tensor in (*now.state.values(), *now.others.values()):

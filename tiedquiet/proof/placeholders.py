@@ -30,6 +30,11 @@ class Placeholders:
     def __bool__(self) -> bool:
         return bool(self._known)
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether any memory was marked."""
+        return bool(self._marks)
+
     def add(self, tensor: torch.Tensor, is_fresh: bool = True) -> None:
         """Take in memory that was allocated and not yet written.
 
