@@ -33,6 +33,7 @@ from transformers import (
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, state_of
+from tests.idioms import Idiom, Tiny
 from tiedquiet import LoadError, Verdict
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -476,3 +477,23 @@ def test_what_is_put_back_takes_along_what_follows_it(tmp_path: Path) -> None:
     assert torch.equal(table, tensors["bert.embeddings.position_embeddings.weight"])
     assert loaded.cls.predictions.decoder.weight is table
     assert tiedquiet.check(loaded).ok
+
+
+class SharesAModule(Tiny):
+    """One module under two names; the file has both, and one of them under another prefix."""
+
+    def add(self, config: Any) -> None:
+        self.second = self.lin
+
+
+def test_what_is_stored_under_another_name_is_not_overwritten_by_repair(tmp_path: Path, printed: Printed) -> None:
+    Idiom(SharesAModule).save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("weight", "bias"):
+        tensors[f"layers.lin.{name}"] = tensors.pop(f"lin.{name}") + 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        model = SharesAModule.from_pretrained(tmp_path)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(model.second, name), tensors[f"second.{name}"])
+    assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from tiedquiet.proof.reading import (
     origins_in_files,
     read,
 )
+from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -151,7 +152,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     if unread:
         origins, prefixes = find_unread(model, reading, unread, config.weight_mapping or ())
         to_disk = "disk" in (config.device_map or {}).values()
-        if mode.current() == "repair" and (origins or prefixes) and not quantised and not to_disk:
+        has_place = not _lies_in_stored(model, reading, origins.keys() | (prefixes.names.keys() if prefixes else set()))
+        if mode.current() == "repair" and (origins or prefixes) and has_place and not quantised and not to_disk:
             before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
             came_from = _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
             also = {name: key for key, origin in origins.items() for name in origin.names}
@@ -171,6 +173,12 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
             around.watch(load, model)
     if adapters.is_loading(model):
         adapters.note_rest(model, reading, unread)
+
+
+def _lies_in_stored(model: Any, reading: Reading, keys: Collection[str]) -> bool:
+    """Whether one of these keys is a tensor that was read under another name: to read it again would overwrite that."""
+    stored, state = set(map(id, reading.held.values())), survey(model).state
+    return any(id(state[key]) in stored for key in keys)
 
 
 def _read(
