@@ -155,7 +155,15 @@ def test_ctrl_c(good: Path, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TIEDQUIET"} | {"PYTHONPATH": str(ROOT)}
     (tmp_path / "slow_one.py").write_text(SLOW)
     command = [sys.executable, "-m", "tiedquiet", "check", str(good), "--class", "slow_one.Slow"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    # What runs in the background of a shell is born deaf to it.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -61,10 +61,7 @@ class Call:
         """Watch over what was read into a model until the call returns."""
         load.is_in_call = True
         self._open.append((load, model))
-        try:
-            load.watch.__enter__()
-        except Exception as error:
-            load.watch.give_up(error)  # said when the load has ended
+        load.watch.__enter__()
 
     def end_earlier(self, model: Any) -> None:
         """Judge what was read into the model before: an adapter is about to be read into it.

@@ -82,10 +82,7 @@ def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], 
     with ExitStack() as entered:
         if load is not None and not load.is_in_call:
             entered.callback(_close, load, model)
-            try:
-                entered.enter_context(load.watch)
-            except Exception as error:
-                load.watch.give_up(error)  # said when the load is judged
+            entered.enter_context(load.watch)
         return wrapped(*args, **kwargs)
 
 

@@ -129,8 +129,11 @@ class Watch(TorchDispatchMode):
     # Not the base class's, which also sets flags of the whole process that two loads in two threads would leave on.
     def __enter__(self) -> "Watch":
         self.was_entered = True
-        if "torch._dynamo" in sys.modules:
-            _hide_from_dynamo()
+        try:
+            if "torch._dynamo" in sys.modules:
+                _hide_from_dynamo()
+        except Exception as error:
+            self.give_up(error)  # said when the load is judged
         _push_mode(self)
         return self
 
