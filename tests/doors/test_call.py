@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel, MixtralForCausalLM
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, save
+from tests.gate.test_compare import mixtral
 from tests.idioms import IDIOMS, IdiomConfig, Tiny
 from tiedquiet import LoadError, Verdict
 
@@ -171,34 +172,25 @@ def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> Non
     assert verdicts(model) == {}
 
 
-class Scaled(nn.Parameter):
-    """A type of its own with a plain tensor's memory, as those of bitsandbytes have."""
+class LooksAtAll(MixtralForCausalLM):
+    """Looks at every tensor that was read; those of the experts were converted while they were."""
 
-
-class HasAnotherType(Tiny):
-    @classmethod
-    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
-        model.lin.weight = Scaled(model.lin.weight, requires_grad=False)
-        return super()._load_pretrained_model(model, *args, **kwargs)
+    touched: Any = staticmethod(lambda data: None)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         super().tie_weights(*args, **kwargs)
-        if not self.lin.weight.is_meta:
-            self.change(self.lin.weight)
-
-    def change(self, weight: Any) -> None:
-        weight.data = torch.ones_like(weight)
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta and "experts" in name:
+                type(self).touched(parameter.data.numpy())
 
 
-class WritesToAnotherType(HasAnotherType):
-    def change(self, weight: Any) -> None:
-        weight.detach().add_(1)
-
-
-@pytest.mark.parametrize("cls", [HasAnotherType, WritesToAnotherType])
-def test_a_type_of_its_own_is_watched_where_it_was_read_to(cls: type[PreTrainedModel], tmp_path: Path) -> None:
-    model = cls.from_pretrained(saved(tmp_path))
-    assert verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN}
+def test_what_was_converted_is_compared_with_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixtral().save_pretrained(tmp_path)
+    assert tiedquiet.check(LooksAtAll.from_pretrained(tmp_path)).ok
+    monkeypatch.setattr(LooksAtAll, "touched", staticmethod(lambda data: data.fill(0)))
+    lost = verdicts(LooksAtAll.from_pretrained(tmp_path))
+    assert lost
+    assert set(lost.values()) == {Verdict.OVERWRITTEN}
 
 
 class WritesThroughWhatItWasGiven(Tiny):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import loading
-from tiedquiet import Verdict
+from tiedquiet import Finding, Verdict
 from tiedquiet.proof.judge import is_padding, proof
 from tiedquiet.proof.repair import repair
 from tiedquiet.proof.watch import _operation
@@ -190,3 +190,36 @@ def test_a_value_too_large_for_its_type_is_lost_in_strict_and_unproven_else() ->
     with load.watch:
         model.a.weight.data.mul_(1)
     assert [finding.verdict for finding in load.settle(model, {"b.weight"})] == [Verdict.OVERWRITTEN] * 2
+
+
+class Scaled(torch.nn.Parameter):
+    """A type of its own with a plain tensor's memory, as those of bitsandbytes have."""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda weight: None, {}),
+        (lambda weight: setattr(weight, "data", torch.zeros(2)), {"a.weight": Verdict.OVERWRITTEN}),
+        (lambda weight: weight.detach().add_(1), {"a.weight": Verdict.OVERWRITTEN}),
+        (lambda weight: setattr(weight, "data", weight.data.clone()), {}),
+    ],
+    ids=["as it was", "other data", "written to", "the same values elsewhere"],
+)
+def test_a_type_of_its_own_is_known_by_where_it_was_read_to(change: Any, expected: dict[str, Verdict]) -> None:
+    model = Pair(torch.ones(2), torch.ones(3))
+    model.a.weight = Scaled(torch.arange(2.0), requires_grad=False)
+    model._tied_weights_keys = {}
+    load = loading(model, set())
+    assert isinstance(load.reading.read_to["a.weight"], tuple)
+    with load.watch:
+        change(model.a.weight)
+    assert {finding.key: finding.verdict for finding in load.settle(model, set())} == expected
+
+
+def test_repair_leaves_alone_what_is_tied_to_values_that_cannot_be_had() -> None:
+    model = Pair(torch.ones(2, device="meta"), torch.zeros(2))
+    load = loading(model, {"b.weight"}, offloaded={"a.weight": {}})
+    load.settle(model, {"b.weight"})
+    repair(load, model, [Finding("b.weight", Verdict.UNTIED, "a.weight", "", True)])
+    assert model.b.weight.tolist() == [0, 0]
