@@ -153,18 +153,20 @@ def test_what_stays_on_disk_and_has_nothing_that_reads_it_is_unproven() -> None:
     assert load.settle(model, set()) == []
 
 
-@pytest.mark.parametrize("is_written", [False, True])
-def test_what_accelerate_puts_aside_is_judged_where_it_was_read_to(is_written: bool) -> None:
+@pytest.mark.parametrize("how", ["", "written", "swapped"])
+def test_what_accelerate_puts_aside_is_judged_where_it_was_read_to(how: str) -> None:
     values = torch.arange(2.0)
     model = Pair(values.clone(), torch.ones(2))
     load = loading(model, set(), read={"a.weight": values, "b.weight": torch.ones(2)}.get)
     with load.watch:
-        if is_written:
+        if how == "written":
             model.a.weight.data.zero_()
+        elif how == "swapped":
+            model.a.weight.data = torch.zeros(2)
         model.a.weight = torch.nn.Parameter(model.a.weight.to("meta"), requires_grad=False)
         model.a._hf_hook = object()
     found = {finding.key: finding.verdict for finding in load.settle(model, set())}
-    assert found == ({"a.weight": Verdict.OVERWRITTEN} if is_written else {"b.weight": Verdict.AMBIGUOUS})
+    assert found == ({"a.weight": Verdict.OVERWRITTEN} if how else {"b.weight": Verdict.AMBIGUOUS})
 
 
 def test_what_is_no_padding() -> None:

@@ -32,7 +32,7 @@ class Call:
         self.kind = kind
         self.arguments: tuple[Any, ...] = ()
         self._open: list[tuple[Load, Any]] = []
-        self._modes = len(_get_current_dispatch_mode_stack())
+        self._modes = _modes()
 
     def run(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call; judge what was loaded in it once it has returned.
@@ -42,20 +42,27 @@ class Call:
         """
         token = _CURRENT.set(self)
         try:
-            result = wrapped(*args, **kwargs)
-        except BaseException:
-            self.leave_watch()
-            for load, model in self._open:
-                with suppress(Exception):
-                    load.close(model)
-            raise
+            result = self.attempt(wrapped, args, kwargs)
         finally:
             _CURRENT.reset(token)
-        self.leave_watch()
+        self._leave_watch(self._modes)
         failures = [failure for load, model in self._open if (failure := end(load, model)) is not None]
         if failures:
             raise failures[0]
         return result
+
+    def attempt(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call in it, after which another may follow: if it fails, what it read is neither judged nor kept."""
+        opened, modes = len(self._open), _modes()
+        try:
+            return wrapped(*args, **kwargs)
+        except BaseException:
+            self._leave_watch(modes)
+            for load, model in self._open[opened:]:
+                with suppress(Exception):
+                    load.close(model)
+            del self._open[opened:]
+            raise
 
     def watch(self, load: Load, model: Any) -> None:
         """Watch over what was read into a model until the call returns."""
@@ -71,16 +78,22 @@ class Call:
         """
         earlier = [pair for pair in self._open if pair[1] is model]
         if earlier:
-            self.leave_watch()
+            self._leave_watch(self._modes)
             self._open = [pair for pair in self._open if pair[1] is not model]
             for load, _ in earlier:
                 if (failure := end(load, model)) is not None:
                     raise failure
 
-    def leave_watch(self) -> None:
-        """Leave every mode that was entered since the call began: the code that entered another has ended."""
-        while len(_get_current_dispatch_mode_stack()) > self._modes:
+    @staticmethod
+    def _leave_watch(modes: int) -> None:
+        """Leave every mode but so many: those were entered before, and the code that entered another has ended."""
+        while _modes() > modes:
             _pop_mode()
+
+
+def _modes() -> int:
+    """How many dispatch modes are in force."""
+    return len(_get_current_dispatch_mode_stack())
 
 
 _CURRENT: ContextVar[Call | None] = ContextVar("tiedquiet_call", default=None)

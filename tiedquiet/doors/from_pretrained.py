@@ -31,9 +31,10 @@ from tiedquiet.verdict import Finding, Verdict
 def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `from_pretrained`: what is read in it is watched over until it returns."""
     around = call.current()
-    is_inner = around is not None and around.kind is kind  # transformers' own, called by that of the class
-    if mode.current() == "off" or is_inner or not is_wrapped(_FINALIZE):
+    if mode.current() == "off" or not is_wrapped(_FINALIZE):
         return wrapped(*args, **kwargs)
+    if around is not None and around.kind is kind:  # transformers' own, called by that of the class
+        return around.attempt(wrapped, args, kwargs)
     return call.Call(kind).run(wrapped, args, kwargs)
 
 

@@ -178,7 +178,7 @@ def _judge_stored(
             continue  # its values stay on disk, and are read from there whenever they are needed; not those of a buffer
         if current is not None and current.is_meta and not tensor.is_meta and is_moved(model, name):
             current = tensor  # accelerate put its values aside, where they were read to
-            if write is None:
+            if write is None and lies_at(current, read):
                 continue
         before = before_writing(reading, name, write)
         held = None if current is None or before is None else holds(current, before)
