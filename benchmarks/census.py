@@ -174,9 +174,11 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def limited(seconds: int) -> Iterator[None]:
+def limited(seconds: int, error: type[BaseException] = TimeoutError) -> Iterator[None]:
+    """Raise an error in what takes longer."""
+
     def late(*_: object) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
+        raise error(f"longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)

@@ -15,18 +15,12 @@ from benchmarks.fuzz.classes import FuzzConfig, make
 from benchmarks.fuzz.draw import keys_of
 from benchmarks.fuzz.files import Files
 from benchmarks.fuzz.plan import Plan
+from tests.checkpoints import Printed
 from tiedquiet import LoadError, Proof
 
 
-class Overheard(logging.Handler):
+class Overheard(Printed):
     """What both libraries log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
     def rows(self) -> set[str]:
         """The keys that the report calls missing."""

@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, T5EncoderModel
 
+from benchmarks.census import limited as in_time
 from tests.checkpoints import gpt2, t5
 from tiedquiet.__main__ import main
 
@@ -175,7 +175,7 @@ def run(number: int, sound: list[Path], top: Path) -> tuple[int, str]:
         spoil(random, folder)
         options = [option for option in ("--json", "--quiet", "--all", "--resume") if random.random() < 0.2]
         out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err), _in_time(_MOST_SECONDS):
+        with redirect_stdout(out), redirect_stderr(err), in_time(_MOST_SECONDS, KeyboardInterrupt):
             status = main(["check", str(folder), *options])
         return status, _fault(status, out.getvalue(), err.getvalue(), options)
     except BaseException as error:
@@ -200,20 +200,6 @@ def _fault(status: int, out: str, err: str, options: list[str]) -> str:
     if status == 2:
         return f"stdout: {out}" if out else ""
     return "" if out or (status == 0 and "--quiet" in options) else "nothing is printed"
-
-
-@contextmanager
-def _in_time(seconds: int) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt(f"over {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A model in memory against a folder that it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,4 +55,4 @@ def _files(path: str) -> list[str]:
         raise CannotCheck(f"{path} holds an adapter; merge it into its model, save that, and check that")
     if not forms or not forms[0].files:
         raise CannotCheck(f"{path} holds no weights: {', '.join((*OF_TRANSFORMERS, *OF_DIFFUSERS))}")
-    return [str(Path(file)) for file in forms[0].files]
+    return [str(file) for file in forms[0].files]

@@ -191,13 +191,11 @@ class Watch(TorchDispatchMode):
 
     def written_elsewhere(self) -> list[str]:
         """The stored tensors of which torch counted writes that were not made under the watch."""
-        counted = [name for name in self._versions if self._has_changed(name)]
-        unseen = [name for name in counted if self._changed.isdisjoint(addresses_of(self._stored[name]))]
-        return [*self._elsewhere, *(name for name in unseen if name not in self._elsewhere)]
+        return [name for name in self._versions if name in self._elsewhere or self._is_changed_elsewhere(name)]
 
-    def _has_changed(self, name: str) -> bool:
+    def _is_changed_elsewhere(self, name: str) -> bool:
         tensor = self._stored[name]
-        return version_of(tensor) != self._versions[name]
+        return version_of(tensor) != self._versions[name] and self._changed.isdisjoint(addresses_of(tensor))
 
     def give_up(self, error: Exception) -> None:
         """From here on nothing is known; the program goes on."""
@@ -229,7 +227,7 @@ class Watch(TorchDispatchMode):
     def _note(self, name: str, written: int) -> None:
         write = self.writes.get(name)
         if write is None:
-            if self._has_changed(name) and self._changed.isdisjoint(addresses_of(self._stored[name])):
+            if self._is_changed_elsewhere(name):
                 self._elsewhere.add(name)
             pieces, before = plain(self._stored[name]), None
             if len(pieces) == 1 and not self._is_in_files(name):
