@@ -76,7 +76,11 @@ def test_another_view_of_the_same_memory(change: Any, expected: dict[str, Verdic
     assert {f.key: f.verdict for f in findings} == expected
 
 
-@pytest.mark.parametrize("then", [lambda weight: None, lambda weight: weight.mul_(1)])
+@pytest.mark.parametrize(
+    "then",
+    [lambda weight: None, lambda weight: weight.mul_(1), lambda weight: setattr(weight, "data", weight.data.clone())],
+    ids=["and no more", "then written here", "then given other memory"],
+)
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
