@@ -179,13 +179,14 @@ def _judge_stored(
             if write is None and lies_at(current, read):
                 continue
         before = before_writing(reading, name, write)
-        held = None if current is None or before is None else holds(current, before)
+        is_equal = current is not None and before is not None and equals(current, before)
+        held = is_equal or (None if current is None or before is None else holds(current, before))
         if current is None or (held is None and not (write and write.was_seen)):
             found[name] = Finding(name, Verdict.UNPROVEN, None, "what became of its values cannot be told")
         elif held:
             if isinstance(before, torch.Tensor) and current.numel() > before.numel():
                 grown.add(name)
-            elif before is not None and not equals(current, before):
+            elif not is_equal:
                 altered.add(name)
             if is_strict and name in reading.narrowed:
                 found.update(_judge_narrowed(reading, name, current))
@@ -213,7 +214,7 @@ def before_writing(reading: Reading, name: str, write: Write | None) -> Place | 
         return read  # nobody touched that memory
     if write.before is not None:
         return write.before
-    values, pieces = reading.values(name) if reading.is_in_files(name) else None, plain(read)
+    values, pieces = reading.values(name) if reading.checkpoint.state_dict is None else None, plain(read)
     if values is None or len(pieces) != 1 or values.shape != pieces[0].shape:
         return None
     return values.to(pieces[0].dtype)

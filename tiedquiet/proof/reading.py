@@ -86,6 +86,8 @@ class Reading:
         if (made := self._made) is not None:
             origin = made.get(name)
             return None if origin is None or origin.is_converted else origin.names[0]
+        if name in self.checkpoint.tensors:
+            return name  # as a rule
         if (key := next(self.checkpoint.names_of(name), None)) is not None:
             return key
         own = self.names_of(name)

@@ -309,4 +309,4 @@ def _culprit() -> tuple[str, bool]:
 
 
 def _is_on_the_way(module: str) -> bool:
-    return module.split(".")[0] in _NOT_THE_CULPRIT or module == "transformers.initialization"
+    return module.partition(".")[0] in _NOT_THE_CULPRIT or module == "transformers.initialization"
