@@ -82,7 +82,7 @@ def _unguarded(original: Any) -> Any:
 
 _PROOF = "tiedquiet.proof"
 TABLE: dict[str, tuple[Seam, ...]] = {
-    "any zeroed row is padding": (Seam(f"{_PROOF}.judge", "is_padding", _always(True)),),
+    "any zeroed row is padding": (Seam(f"{_PROOF}.stored", "is_padding", _always(True)),),
     "no cast loses anything": (
         Seam(f"{_PROOF}.memory", "may_lose", _always(False)),
         Seam(f"{_PROOF}.reading", "may_lose", _always(False)),
@@ -91,9 +91,9 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     ),
     "what lies in the memory is the weight": (Seam(f"{_PROOF}.memory", "Memory.holding", _memory_alone),),
     "what lies where it was read is the same view": (
-        Seam(f"{_PROOF}.judge", "lies_at", lambda original: lambda a, b: a.data_ptr() == b.data_ptr()),
+        Seam(f"{_PROOF}.stored", "lies_at", lambda original: lambda a, b: a.data_ptr() == b.data_ptr()),
     ),
-    "every replacement holds the values": (Seam(f"{_PROOF}.judge", "holds", _always(True)),),
+    "every replacement holds the values": (Seam(f"{_PROOF}.stored", "holds", _always(True)),),
     "nothing is looked for among what was not read": (
         Seam("tiedquiet.doors.from_pretrained", "find_unread", _nowhere),
     ),
@@ -109,11 +109,11 @@ TABLE: dict[str, tuple[Seam, ...]] = {
         Seam("tiedquiet.doors.from_pretrained", "wrap_override", _always(None)),
     ),
     "a twin is made of the config alone": (Seam(f"{_PROOF}.repair", "_buffers_of_twins", _plain_arguments),),
-    "no value is too large for its type": (Seam(f"{_PROOF}.judge", "is_at_limit", _always(False)),),
+    "no value is too large for its type": (Seam(f"{_PROOF}.stored", "is_at_limit", _always(False)),),
     "the watch is shut": (Seam(f"{_PROOF}.watch", "Watch.__enter__", _kept_shut),),
-    "no rival among the ends of a tie": (Seam(f"{_PROOF}.judge", "rival_of", _always(None)),),
-    "two ends that differ are no finding": (Seam(f"{_PROOF}.judge", "_judge_two_ends", _always(())),),
-    "every constant is a value": (Seam(f"{_PROOF}.judge", "_is_constant", _always(False)),),
+    "no rival among the ends of a tie": (Seam(f"{_PROOF}.missing", "rival_of", _always(None)),),
+    "two ends that differ are no finding": (Seam(f"{_PROOF}.judge", "judge_two_ends", _always(())),),
+    "every constant is a value": (Seam(f"{_PROOF}.missing", "_is_constant", _always(False)),),
     "repair lets writes through": (Seam(f"{_PROOF}.watch", "Watch.__init__", _unguarded),),
     "repair leaves what took a tensor's place": (Seam(f"{_PROOF}.repair", "_put_back", _always(None)),),
     "the twin's buffers are zero": (
@@ -123,7 +123,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
             lambda original: lambda *args: {name: value * 0 for name, value in original(*args).items()},
         ),
     ),
-    "a head is always a new one": (Seam(f"{_PROOF}.judge", "_is_new_head", _always(True)),),
+    "a head is always a new one": (Seam(f"{_PROOF}.missing", "_is_new_head", _always(True)),),
     "ties are declared by nobody": (Seam(f"{_PROOF}.survey", "groups", _always({})),),
 }
 

@@ -25,17 +25,22 @@ from tiedquiet.proof import (
     judge,
     load,
     memory,
+    missing,
     names,
     placeholders,
     reading,
     record,
     repair,
+    stored,
     survey,
     ties,
     watch,
 )
 
+# Those first in which a function is looked up that another one has: there it is reached.
 MODULES = (
+    stored,
+    missing,
     call,
     files,
     from_pretrained,

@@ -9,8 +9,9 @@ import torch
 
 from tests.checkpoints import loading
 from tiedquiet import Finding, Verdict
-from tiedquiet.proof.judge import is_padding, proof
+from tiedquiet.proof.judge import proof
 from tiedquiet.proof.repair import repair
+from tiedquiet.proof.stored import is_padding
 from tiedquiet.proof.watch import _operation
 
 

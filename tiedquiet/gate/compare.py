@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.judge import is_padding, proof_of
+from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import holds, plain, same
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
+from tiedquiet.proof.stored import is_padding
 from tiedquiet.proof.survey import is_moved, survey
 from tiedquiet.verdict import WELL, Finding, Verdict
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from tiedquiet.proof import record
-from tiedquiet.proof.judge import judge, writes_elsewhere
+from tiedquiet.proof.judge import judge
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
+from tiedquiet.proof.stored import writes_elsewhere
 from tiedquiet.proof.survey import survey, tensor_at
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from tiedquiet.proof.judge import before_writing, rival_of
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import equals, lies_at, plain, same
+from tiedquiet.proof.missing import rival_of
+from tiedquiet.proof.stored import before_writing
 from tiedquiet.proof.survey import Survey, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, Finding, Verdict

@@ -1,0 +1,180 @@
+"""The verdict on missing keys: ties that hold or came apart, and what nothing supplies."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tiedquiet.proof.memory import Memory, equals, holds, is_at_limit, is_copy, plain, same
+from tiedquiet.proof.reading import by_object
+from tiedquiet.proof.record import Record
+from tiedquiet.proof.survey import Survey, embeddings, is_denied, ties
+from tiedquiet.proof.ties import Group
+from tiedquiet.verdict import Finding, Verdict
+
+Values = Callable[[str], "torch.Tensor | None"]
+_REPAIR = "If it should be one tensor, set TIEDQUIET=repair"
+
+
+def judge_missing(model: Any, known: Record, now: Survey, values: Values | None) -> Iterator[Finding]:
+    """Findings on missing keys: ties, what lies in the memory of a stored one, and what nothing supplies."""
+    missing = [key for key in known.missing if key in now.state]
+    if not missing:
+        return
+    stored = {name: now.state[name] for name in known.stored if name in now.state}
+    memory: Memory | None = None
+    names_of, tied = by_object(stored), ties(now, known.missing, known.stored)
+    for key in missing:
+        tensor, group = now.state[key], tied.get(key)
+        if tensor.is_meta and key in known.settled:
+            yield known.settled[key]  # moved to disk since then
+            continue
+        followed = names_of.get(id(tensor), [])
+        if not followed and (pieces := plain(tensor)):
+            memory = memory or Memory(stored)
+            followed = memory.holding(pieces[0])
+        if followed:
+            yield _judge_follower(key, followed, group or Group(), stored, known)
+            continue
+        finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
+        if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
+            why = "no end of its tie is in the checkpoint" if group else ""
+            if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
+                why = f"it is tied to {end}, which was not read"
+            elif (name := known.likely.get(key)) is not None:
+                why = f"it may be {name} in the checkpoint, which nothing read"
+            finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
+        if finding is not None:
+            yield finding
+
+
+def _judge_follower(
+    key: str, followed: list[str], group: Group, stored: dict[str, torch.Tensor], known: Record
+) -> Finding:
+    """The verdict on a missing key that lies in a stored one's memory."""
+    for name in followed:
+        lost = known.lasting.get(name)
+        if lost is not None and lost.verdict is Verdict.OVERWRITTEN:
+            return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True)
+        if lost is None and name in known.narrowed and is_at_limit(stored[name]):
+            return Finding(key, Verdict.UNPROVEN, name, f"{name} has values at the limit of its type")
+        if lost is not None or name in known.grown:
+            return Finding(key, Verdict.UNPROVEN, name, lost.why if lost else f"{name} was made larger")
+    meant = next((name for name in group.chain(key) if name in stored), None)
+    source = meant if meant in followed else min(set(followed) & set(group.members) or followed)
+    # Following its own declared source is what the author asked for, whatever the rest of the group holds
+    # (a T5 with an `lm_head` of its own). Otherwise two different stored values leave the choice open.
+    if source != meant and (rival := rival_of(source, group, stored)):
+        return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
+    if known.place(source) != known.place(key):
+        # One tensor, without values: accelerate reads them for each name anew, and up to 5.12.1 it is not told
+        # where those of a tied one are.
+        why, cure = "because accelerate finds nothing on disk under its name", "load it without disk offload"
+        return Finding(key, Verdict.UNTIED, source, why, True, f"{_REPAIR} or {cure}")
+    return Finding(key, Verdict.TIED, source)
+
+
+def _judge_parted(
+    model: Any,
+    key: str,
+    tensor: torch.Tensor,
+    group: Group,
+    stored: dict[str, torch.Tensor],
+    known: Record,
+    values: Values | None,
+) -> Finding | None:
+    """The verdict on a missing key of a tie that lies in memory of its own; None where no end of it was stored."""
+    members = [name for name in group.members if name in stored]
+    if not members:
+        return None
+    meant = next((name for name in group.chain(key) if name in stored), None)
+    source = meant or members[0]
+    if tensor.is_meta and (place := known.place(key)) is not None and place == known.place(source):
+        return Finding(key, Verdict.TIED, source)
+    if not tensor.is_meta:  # what is on meta and not in the index of what is on disk has no values at all
+        other = stored[source]
+        if other.is_meta and values is not None and (value := values(source)) is not None:  # it stays on disk
+            other = value
+        if not plain(tensor) or not plain(other):
+            if key in known.settled:
+                return known.settled[key]  # at the load they could be compared
+            kinds = " and ".join(f"{type(t).__name__} on {t.device}" for t in (tensor, other))
+            return Finding(key, Verdict.UNPROVEN, source, f"the two cannot be compared ({kinds})")
+        # Two tensors of one constant are equal by accident: biases that start at zero.
+        equal = is_copy(tensor, other) and not _is_constant(tensor) and source not in known.lasting
+        if equal and (meant or rival_of(source, group, stored) is None):
+            # Unless the files may have values of its own for it, which nothing read.
+            return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
+    flag = group.flags.get(key, "")
+    broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
+    why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
+    cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
+    if (name := known.likely.get(key)) is not None:
+        cure = f"Look whether it is {name}, which the checkpoint has and nothing read"
+    return Finding(key, Verdict.UNTIED, source, why, broken, cure)
+
+
+def judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Finding]:
+    """Findings on ties that are asked for and whose two ends were both stored, with different values.
+
+    transformers parts them, with one warning, and training goes on with two.
+    """
+    stored = {name for name in known.stored if name in now.state and name not in known.lasting}
+    tied = ties(now, known.missing, known.stored) if stored else {}
+    for key, group in tied.items():
+        source = next((name for name in group.chain(key) if name in stored), None)
+        if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
+            continue
+        # What stays on disk is read from there under each of the two names.
+        ends = [end if not end.is_meta else values(name) for name in (key, source) for end in (now.state[name],)]
+        if ends[0] is None or ends[1] is None or ({key, source} & known.altered and holds(ends[0], ends[1])):
+            continue  # the class turned one of them
+        if equals(ends[0], ends[1]) is False:
+            if any(is_denied(model) for _, model in now.models):
+                return
+            why = "its own: the tie is asked for, but the checkpoint has both, and they differ"
+            yield Finding(key, Verdict.AMBIGUOUS, source, why, True)
+
+
+def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:
+    """Whether a key whose tie the config switches off is a head that nobody asked to tie.
+
+    It is not if the checkpoint was saved by the very class that is loaded, or by one that it inherits from: then
+    the head had a value, and the file lacks it. Nor if it is no head: the flag of the config is about heads, and
+    two input embeddings that are one by the model's design (UMT5's) cannot part.
+    """
+    saved_by = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if is_resumed or any(kind.__name__ in saved_by for kind in type(model).__mro__):
+        return False
+    head = embeddings(model, "output")
+    return isinstance(head, torch.nn.Module) and any(parameter is tensor for parameter in head.parameters())
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    flat = plain(tensor)[0].detach().reshape(-1)
+    return same(flat, flat[:1].expand_as(flat))
+
+
+def rival_of(source: str, group: Group, stored: dict[str, torch.Tensor]) -> str | None:
+    """A stored member of the group whose values are not those of `source`, or cannot be compared with them."""
+    for name in group.members:
+        if name in stored and stored[name] is not stored[source] and not equals(stored[name], stored[source]):
+            return name
+    return None
+
+
+def _why_untied(model: Any, group: Group) -> tuple[str, str]:
+    """Why a tie that is asked for does not hold, as a clause, and what cures it besides `repair`."""
+    method = inspect.unwrap(getattr(type(model), "tie_weights", len))
+    if "no_tie_weights" in method.__qualname__:
+        why = "because two models were loaded at once in two threads, which left PreTrainedModel.tie_weights empty"
+        return why, "load one after the other"
+    if group.by_config:
+        why = f"although its config asks for it, because {group.by_config}._tied_weights_keys does not declare it"
+        return why, "declare it there"
+    code = getattr(method, "__code__", None)
+    if code is not None and not method.__module__.startswith("transformers."):
+        why = f"because {method.__qualname__} ({code.co_filename}:{code.co_firstlineno}) does not tie it"
+        return why, "mend that method"
+    return "although its config asks for it", ""
