@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from tiedquiet.distill.data import Data, decode, sample
 from tiedquiet.distill.lora import file_name, with_lora
-from tiedquiet.distill.options import stages
+from tiedquiet.distill.options import is_main_process, stages
 from tiedquiet.distill.output import write_card
 from tiedquiet.distill.pipeline import NO_GUIDANCE, Expert, Teacher, few_steps, guidance, load_student, new_student
 from tiedquiet.distill.report import draw_loss, draw_samples, table, write_film
+from tiedquiet.distill.speed import is_sharded, spread
 from tiedquiet.distill.tiny.clips import PROMPTS, Reading, read
 
 SEEDS = (1_000, 1_001, 1_002, 1_003)  # of the clips that are judged
@@ -156,14 +157,15 @@ class Judge:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> Path:
+    def validate(self, expert: Expert, student: WanTransformer3DModel, name: str) -> Path | None:
         """Sample `--validation_prompts` with an expert's student as it is, into `OUTPUT_DIR/validation`.
 
         The other expert is its own student, as the two will be used, and as the last stage that it has finished left
-        it; only before the first such stage it is the teacher's.
+        it; only before the first such stage it is the teacher's. Where FSDP has the student in parts, all processes
+        must ask, and draw the same: the other expert is spread over them, too.
 
         Returns:
-            The film.
+            The film; None in all processes but the first.
         """
         args = self.data.args
         students = {expert.name: student.eval()}
@@ -172,6 +174,11 @@ class Judge:
             left = [folder / stage for stage in stages(args) if (folder / stage / "student").exists()]
             if other != expert and left:
                 students[other.name] = load_student(self.teacher, other, left[-1], self.dtype)
+        if apart := is_sharded(student):
+            for other in self.teacher.experts:
+                if other != expert:
+                    drawn = students.setdefault(other.name, self.teacher.expert(other, self.dtype))
+                    spread(drawn.eval().to(self.device))
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, **students)
         steps, scales = self.student_sampling()
@@ -180,10 +187,13 @@ class Judge:
         seeds = [SEEDS[0] * 1_000 + n for n in numbers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
-        (args.output_dir / "validation").mkdir(exist_ok=True)
-        film = write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
-        return film
+        if apart:  # what no backward pass follows stays together, as it was
+            student.reshard()
+        if not is_main_process():
+            return None
+        (args.output_dir / "validation").mkdir(exist_ok=True)
+        return write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
 
     def student_sampling(self) -> tuple[int, dict[str, float]]:
         """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import tiedquiet
 from tiedquiet.distill.lora import FILE, with_lora
 from tiedquiet.distill.options import fail, is_main_process, put
+from tiedquiet.distill.speed import is_sharded
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
@@ -211,7 +212,8 @@ class Teacher:
         config = pipe.scheduler.config
         shift = "flow_shift" if "flow_shift" in config else "shift"
         pipe.scheduler = type(pipe.scheduler).from_config({**config, shift: self.experts[0].shift})
-        if device.type == "cuda" and len(self.experts) > 1:  # pragma: no cover - needs a GPU
+        apart = any(map(is_sharded, students.values()))
+        if device.type == "cuda" and len(self.experts) > 1 and not apart:  # pragma: no cover - needs a GPU
             pipe.enable_model_cpu_offload(device=device)  # one expert at a time
             return pipe
         return pipe.to(device)

@@ -144,18 +144,27 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP gives each process a part of a model, so that only all of them together can use it."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:
     """Stop where FSDP cannot do what was asked for.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
-    if args.use_ema or args.validation_steps:
-        fail("--use_ema and --validation_steps need whole weights on one GPU; under FSDP no GPU has them")
     if args.lora_rank:
         fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
     if not accelerator.is_fsdp2:
         fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+
+
+def spread(model: WanTransformer3DModel) -> None:
+    """Give each process a part of a model; what a block needs of it comes together while the block runs."""
+    for module in (*model.blocks, model):
+        fully_shard(module)
 
 
 def shard(frozen: Sequence[WanTransformer3DModel], accelerator: Accelerator) -> None:
@@ -164,6 +173,6 @@ def shard(frozen: Sequence[WanTransformer3DModel], accelerator: Accelerator) -> 
     FSDP would compute in bfloat16 what Wan keeps in float32 (modulation, norms), and round the timesteps that it hands
     in to multiples of four.
     """
-    for module in (part for model in frozen for part in (*model.blocks, model)):
-        fully_shard(module)
+    for model in frozen:
+        spread(model)
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()

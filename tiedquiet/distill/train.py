@@ -41,11 +41,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from tiedquiet.distill.average import Average
 from tiedquiet.distill.checkpoint import (
     Progress,
     Stopped,
@@ -219,7 +219,7 @@ def train(
     work: Path,
     resume: Path | None,
     progress: Progress,
-    validate: Callable[[Expert, WanTransformer3DModel, str], Path],
+    validate: Callable[[Expert, WanTransformer3DModel, str], Path | None],
     steps_before: int,
 ) -> None:
     """One stage of one expert; leaves the student in `work/EXPERT/STAGE/student`, its losses in `losses.json`.
@@ -268,7 +268,8 @@ def train(
     still = [model for model in (frozen if matching or not args.student_steps else None, earlier) if model]
     for model in still:
         model.to(device)
-    if accelerator.distributed_type is DistributedType.FSDP:
+    is_sharded = accelerator.distributed_type is DistributedType.FSDP
+    if is_sharded:
         shard(still, accelerator)
     one = Distillation(args, asked, student, expert, critic, data.nodes, earlier)
     if args.lora_rank:  # all three are one model
@@ -293,7 +294,7 @@ def train(
         return *accelerator.prepare(model, optimizer), schedule
 
     one.student, optimizer, schedule = learner(student, args.matching_learning_rate if matching else args.learning_rate)
-    ema = EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None
+    ema = Average(student.parameters(), decay=args.ema_decay) if args.use_ema else None
     kept = {"schedule": schedule, **({"ema": ema} if ema else {})}
     if critic:
         one.critic, critic_optimizer, critic_schedule = learner(critic, args.critic_learning_rate)
@@ -355,7 +356,7 @@ def train(
     def learn(model: Any, loss: Tensor, last: bool, **parts: Tensor) -> None:
         """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
         # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
-        apart = not last and accelerator.distributed_type is not DistributedType.FSDP
+        apart = not last and not is_sharded
         if args.lora_rank:
             model.activate()
         with accelerator.no_sync(model) if apart else contextlib.nullcontext():
@@ -437,17 +438,14 @@ def train(
             if stop:
                 raise Stopped(received[0] if received else signal.SIGTERM, place)
             if args.validation_steps and done % args.validation_steps == 0:
-                if accelerator.is_main_process:
-                    if ema:
-                        ema.store(student.parameters())
-                        ema.copy_to(student.parameters())
+                if accelerator.is_main_process or is_sharded:  # a sharded student draws in all processes or in none
                     if args.lora_rank:
                         student.activate()
                     shown = frozen if args.lora_rank else accelerator.unwrap_model(one.student)
-                    film = validate(expert, shown, f"{expert.name}-{stage}-{done}")
-                    track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
-                    if ema:
-                        ema.restore(student.parameters())
+                    with ema.shown_in(student.parameters()) if ema else contextlib.nullcontext():
+                        film = validate(expert, shown, f"{expert.name}-{stage}-{done}")
+                    if film:
+                        track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
                 accelerator.wait_for_everyone()
 
     if ema:
