@@ -94,6 +94,9 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(result.unexpected_keys), sorted(unexpected)))
     left = known.missing - known.lasting.keys()
+    if checkpoint.closed:
+        known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in sorted(left)})
+        left = set()
     findings = [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in sorted(left))]
     outcome = told(model, where, findings, repaired, set(), known.total)
     own = set(in_files.values()) | {prefix + key for key in in_files}
@@ -130,11 +133,13 @@ def _older(checkpoint: Checkpoint) -> Finding | None:
 
 def _checkpoint(where: str) -> Checkpoint:
     """The adapter's files, where it is a folder."""
+    nothing = Checkpoint({})
     try:
         checkpoint = of_folder(where, kind="adapter_model")
+        nothing.closed = checkpoint.closed
         checkpoint.headers  # noqa: B018 (it opens the files)
     except Exception:
-        return Checkpoint({})
+        return nothing
     return checkpoint
 
 

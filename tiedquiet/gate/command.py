@@ -53,9 +53,10 @@ def check(options: argparse.Namespace) -> int:
         raise CannotCheck(reason)
     from tiedquiet.gate import check as checking
     from tiedquiet.gate.load import How
+    from tiedquiet.proof import pickles
 
     how = How(options.dtype, options.device, options.trust_remote_code, options.trust_pickle, options.resume)
-    with _silence(), tiedquiet.enable("on"):
+    with _silence(), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
     status = int(any(result.is_loud for result in results))
     if options.json:

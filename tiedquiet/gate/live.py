@@ -50,8 +50,8 @@ def _files(path: str) -> list[str]:
     source = Source(path, None)
     if not source.is_local:
         raise CannotCheck(f"{path} is no folder")
-    forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=False)
-    if not forms and weights_of(source, "", OF_ADAPTERS, trust=False):
+    forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=True)
+    if not forms and weights_of(source, "", OF_ADAPTERS, trust=True):
         raise CannotCheck(f"{path} holds an adapter; merge it into its model, save that, and check that")
     if not forms or not forms[0].files:
         raise CannotCheck(f"{path} holds no weights: {', '.join((*OF_TRANSFORMERS, *OF_DIFFUSERS))}")

@@ -1,11 +1,11 @@
 """The files of a folder that hold weights: which one a loader reads, what lies beside it, what must not be opened."""
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate.diagnosis import MOST, CannotCheck, damaged_index
 from tiedquiet.gate.source import Source, is_inside, read_json
+from tiedquiet.proof import pickles
 
 # In the order in which a loader looks for them.
 OF_TRANSFORMERS = (
@@ -20,7 +20,6 @@ OF_DIFFUSERS = (
     "diffusion_pytorch_model.bin",
 )
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_SAFE = (2, 10)  # of torch: its `weights_only` ran code up to 2.5, and corrupted memory up to 2.9
 
 
 class Weights(NamedTuple):
@@ -67,15 +66,8 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
 
 def pickles_are_unsafe() -> str:
     """Why a pickle must not be opened with the installed torch, as a clause; empty where it may be."""
-    import torch
-
-    version = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
-    if version is None or tuple(map(int, version.groups())) >= _SAFE:
-        return ""
-    return (
-        f"torch {torch.__version__} does not read pickles safely (CVE-2025-32434, CVE-2026-24747); "
-        f"install torch {_SAFE[0]}.{_SAFE[1]} or newer, or trust the file with --trust-pickle"
-    )
+    reason = pickles.unsafe()
+    return reason and f"{reason}, or trust the file with --trust-pickle"
 
 
 def _weights(source: Source, part: str, path: Path, name: str) -> Weights:

@@ -127,6 +127,9 @@ def read(
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
     )
+    if reading.checkpoint.closed:
+        unknown = missing - reading.free - reading.tied
+        reading.found.update({key: Finding(key, Verdict.UNPROVEN, None, reading.checkpoint.closed) for key in unknown})
     reading.found.update(_clashes(reading))
     return reading
 
