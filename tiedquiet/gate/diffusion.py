@@ -1,5 +1,6 @@
 """A model of diffusers (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, against its files."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
+from tiedquiet.gate.unplaced import IS_IT, left_over
 from tiedquiet.gate.weights import OF_DIFFUSERS, pickles_are_unsafe, weights_of
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import ask_headers, find_unread, read
@@ -57,6 +59,10 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     held, total, buffers, findings = compare(model, known, checkpoint, [undo])
     missing = sorted(finding.key for finding in findings if finding.verdict is Verdict.MISSING)
     unexpected = sorted(checkpoint.tensors.keys() - {in_files[name] for name in stored})
+    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = [name for name in unexpected if not any(re.search(pattern, name) for pattern in ignored)]
+    is_unread = any(finding.verdict is Verdict.UNREAD for finding in findings)
+    over = "" if is_unread else left_over(type(model).__name__, checkpoint.headers, left)
     told, notes = rivals(forms, how.trust_pickle)
     return Result(
         part.name,
@@ -68,6 +74,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         findings + told,
         missing,
         unexpected=unexpected,
+        problem=over and over + IS_IT,
         notes=notes,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from tiedquiet.gate.components import Part, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.report import Result
+from tiedquiet.gate.unplaced import IS_IT, of_transformers
 from tiedquiet.gate.weights import OF_ADAPTERS, OF_TRANSFORMERS, Weights, pickles_are_unsafe, weights_of
 from tiedquiet.verdict import Finding, Verdict
 
@@ -71,8 +72,14 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     allowed = sorted(known.missing - missing - judged)
     notes: list[str] = []
     for form in forms:
-        told = rivals(form, how.trust_pickle)
-        findings, notes = findings + told[0], notes + told[1]
+        of_form = rivals(form, how.trust_pickle)
+        findings, notes = findings + of_form[0], notes + of_form[1]
+    if info["unexpected_keys"] and not any(finding.verdict is Verdict.UNREAD for finding in findings):
+        told = of_transformers(model, checkpoint, conversions)
+        if part.cls is None:
+            problem = problem or (told and told + IS_IT)
+        elif told:
+            notes.append(told)
     if (resume := of_trainer(part, model)) is not None:
         if how.is_resume and resume.read < resume.stored:
             findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
