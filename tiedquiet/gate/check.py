@@ -1,5 +1,6 @@
 """All that is checked of a folder or of a model on the hub: its one model, or each component of a pipeline."""
 
+from dataclasses import replace
 from typing import Any
 
 from tiedquiet.gate import classes, components, load
@@ -8,6 +9,7 @@ from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
+from tiedquiet.gate.weights import has_variant
 
 
 def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[list[Result], bool]:
@@ -35,12 +37,24 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
         return [_of_diffusers(part, kind, how) if kind else load.check_model(part, how)], False
     if cls:
         raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
-    results = [_component(source, entry, how) for entry in components.entries_of(source)]
+    entries = components.entries_of(source)
+    hows = _by_variant(source, entries, how)
+    results = [_component(source, entry, hows[entry.name]) for entry in entries]
     looked_at = [result for result in results if result.has_tensors]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: nothing of this pipeline can be checked: {why}")
     return results, True
+
+
+def _by_variant(source: Source, entries: list[Entry], how: How) -> dict[str, How]:
+    """How each component is loaded: those that lack a variant are loaded without it, as diffusers does."""
+    if not how.variant:
+        return {entry.name: how for entry in entries}
+    having = {entry.name for entry in entries if has_variant(source, entry.name, how.variant)}
+    if not having:
+        raise CannotCheck(f"{source.name}: no component of this pipeline has weights of variant {how.variant}")
+    return {entry.name: how if entry.name in having else replace(how, variant="") for entry in entries}
 
 
 def _of_diffusers(part: Part, kind: Any, how: How) -> Result:

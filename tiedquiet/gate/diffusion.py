@@ -1,7 +1,7 @@
 """A model of diffusers (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, against its files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, left_over
-from tiedquiet.gate.weights import OF_DIFFUSERS, pickles_are_unsafe, weights_of
+from tiedquiet.gate.weights import (
+    OF_DIFFUSERS,
+    of_variant,
+    only_of_variants,
+    pickles_are_unsafe,
+    variants_in,
+    weights_of,
+)
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import ask_headers, find_unread, read
 from tiedquiet.proof.record import Record
@@ -31,13 +38,18 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
-    forms = weights_of(part.source, part.name, OF_DIFFUSERS, how.trust_pickle)
+    names = of_variant(OF_DIFFUSERS, how.variant)
+    forms = weights_of(part.source, part.name, names, how.trust_pickle)
+    if not forms and (others := variants_in(part.source, part.name, OF_DIFFUSERS)):
+        raise CannotCheck(only_of_variants(part.label, others, how.variant))
     is_here = part.source.is_local
-    files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how)
+    files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how, names)
     checkpoint = Checkpoint(None, files)
     folder = part.source.folder(part.name) if is_here or not files else Path(files[0]).parent  # in the hub's cache
     try:
         options: dict[str, Any] = {"torch_dtype": _dtype(how.dtype, checkpoint)}
+        if how.variant:
+            options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
         with _without_bars():
@@ -92,10 +104,10 @@ def _without_bars() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def _files(part: Part, how: How) -> list[str]:
+def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
     """The files that a model on the hub is read from, fetched now."""
-    index = part.source.read(OF_DIFFUSERS[0], part.name)
-    names = list(OF_DIFFUSERS[1:]) if index is None else list(dict.fromkeys(index["weight_map"].values()))
+    index = part.source.read(of_kind[0], part.name)
+    names = list(of_kind[1:]) if index is None else list(dict.fromkeys(index["weight_map"].values()))
     unsafe = "" if how.trust_pickle else pickles_are_unsafe()
     found: list[str] = []
     for name in names:

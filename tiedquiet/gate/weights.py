@@ -1,5 +1,7 @@
 """The files of a folder that hold weights: which one a loader reads, what lies beside it, what must not be opened."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,39 @@ OF_DIFFUSERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
+_SHARD = re.compile(r"-\d+-of-\d+$")
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def of_variant(names: Sequence[str], variant: str) -> tuple[str, ...]:
+    """The names under which a variant's weights lie: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
+    return tuple(
+        ".".join((*name.split(".")[:-1], *([variant] if variant else ()), name.split(".")[-1])) for name in names
+    )
+
+
+def variants_in(source: Source, part: str, names: Sequence[str]) -> list[str]:
+    """The variants of which a folder on this machine holds weights; the empty one where some have none."""
+    found = {"" for name in names if source.is_local and source.file(name, part) is not None}
+    for start, _, end in (name.rpartition(".") for name in names) if source.is_local else ():
+        files = [path.name for path in source.folder(part).glob(f"{start}.*.{end}")]
+        found |= {name[len(start) + 1 : -len(end) - 1] for name in files}
+    return sorted(name for name in found if "." not in name and not _SHARD.search(name))
+
+
+def has_variant(source: Source, part: str, variant: str) -> bool:
+    """Whether a part of a pipeline has weights of a variant; diffusers reads those of the others without it."""
+    names = of_variant((*OF_TRANSFORMERS, *OF_DIFFUSERS), variant)
+    safe = [name for name in names if ".safetensors" in name]
+    return any(source.file(name, part) is not None for name in (names if source.is_local else safe))
+
+
+def only_of_variants(label: str, found: Sequence[str], asked: str) -> str:
+    """Why a folder has no weights to read where it has others."""
+    there = " and ".join(f"of variant {name}" if name else "without a variant" for name in found)
+    others = [name for name in found if name]
+    do = f"--variant {others[0]} reads them" if others else "leave out --variant"
+    return f"{label} has weights {there} and none {f'of variant {asked}' if asked else 'without one'}; {do}"
 
 
 class Weights(NamedTuple):
