@@ -33,10 +33,18 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
         raise CannotCheck(f"{name} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume")
     if not is_pipeline:
         part = components.the_part(source, cls, how.trust)
-        kind = components.class_of_diffusers(part)
-        return [_of_diffusers(part, kind, how) if kind else load.check_model(part, how)], False
+        if kind := components.class_of_diffusers(part):
+            file = _lora_of(how)
+            result = _of_diffusers(part, kind, how)
+            return [result] if file is None else [result, _lora().check_model(part, kind, file, how)], False
+        if how.lora:
+            raise CannotCheck(
+                f"{name} is no model of diffusers; --lora is for these, and an adapter of peft is a folder"
+            )
+        return [load.check_model(part, how)], False
     if cls:
         raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
+    file = _lora_of(how)
     entries = components.entries_of(source)
     hows = _by_variant(source, entries, how)
     results = [_component(source, entry, hows[entry.name]) for entry in entries]
@@ -44,7 +52,17 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: nothing of this pipeline can be checked: {why}")
-    return results, True
+    return results if file is None else [*results, _lora().check_pipeline(source, file, how)], True
+
+
+def _lora() -> Any:
+    from tiedquiet.gate import lora  # it needs torch, and takes a while to import
+
+    return lora
+
+
+def _lora_of(how: How) -> Any:
+    return _lora().read(how.lora, how.trust) if how.lora else None
 
 
 def _by_variant(source: Source, entries: list[Entry], how: How) -> dict[str, How]:

@@ -52,7 +52,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
             options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
-        with _without_bars():
+        with silent():
             model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:
@@ -92,14 +92,17 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def silent() -> Iterator[None]:
+    """Diffusers draws no bars and logs nothing; it may have been imported just now, and set its level as it was."""
     from diffusers.utils import logging as theirs
 
-    bars = theirs.is_progress_bar_enabled()
+    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
     theirs.disable_progress_bar()
+    theirs.set_verbosity(theirs.CRITICAL)
     try:
         yield
     finally:
+        theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
 

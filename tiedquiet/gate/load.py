@@ -34,6 +34,7 @@ class How:
         trust_pickle: whether a pickle may be opened with a torch that does not do so safely.
         is_resume: whether a Trainer has to read all of it.
         variant: of the files' names: `fp16` of `model.fp16.safetensors`; empty for those without.
+        lora: the LoRA file to load into it as well; empty for none.
     """
 
     dtype: str = "auto"
@@ -42,6 +43,7 @@ class How:
     trust_pickle: bool = False
     is_resume: bool = False
     variant: str = ""
+    lora: str = ""
 
 
 def check_model(part: Part, how: How, kind: Any = None) -> Result:

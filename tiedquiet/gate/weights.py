@@ -107,7 +107,7 @@ def pickles_are_unsafe() -> str:
 def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     is_pickle = ".safetensors" not in name
     if not name.endswith(".json"):
-        _check_header(path)
+        check_header(path)
         return Weights(name, (path,), is_pickle)
     index = read_json(path)
     if reason := damaged_index(index):
@@ -121,11 +121,12 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     files = [source.file(shard, part) for shard in shards] if source.is_local else []
     for file in files:
         if file is not None:
-            _check_header(file)
+            check_header(file)
     return Weights(name, tuple(file for file in files if file is not None), is_pickle)
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Raise CannotCheck where a safetensors file has a header over the format's limit."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
