@@ -104,7 +104,11 @@ def test_forms_that_diffusers_converts(
     elif form == "bfloat16":
         tensors = {key: tensor.bfloat16() for key, tensor in tensors.items()}
     found = outcome(tensors, 0)
-    assert (found["held"], found["tensors"], found["reaches"]) == (3 * LAYERS, 3 * LAYERS, "transformer")
+    assert (found["held"], found["tensors"], found["counted"]) == (
+        3 * LAYERS,
+        3 * LAYERS,
+        "tensors of the file reach transformer",
+    )
     assert found["notes"] == ["layers scaled by the file's alpha: 10"]
 
 
@@ -231,7 +235,7 @@ def test_two_components_and_kohya_s_names(
     tensors = dict(in_kohya_s("lora_unet", unet, ("to_q", "to_k")))
     tensors |= in_kohya_s("lora_te_text_model", encoder, ends)
     found = outcome(tensors, 0, tmp_path / "sd")
-    assert (found["held"], found["reaches"]) == (len(tensors), "text_encoder and unet")
+    assert (found["held"], found["counted"]) == (len(tensors), "tensors of the file reach text_encoder and unet")
     assert found["notes"] == [f"layers scaled by the file's alpha: {len(tensors) // 3}"]
 
 

@@ -93,7 +93,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
             problem = problem or (told and told + IS_IT)
         elif told:
             notes.append(told)
-    if (resume := of_trainer(part, model)) is not None:
+    if kind is None and (resume := of_trainer(part, model)) is not None:
         if how.is_resume and resume.read < resume.stored:
             findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
         else:

@@ -125,7 +125,7 @@ def check_model(part: Part, kind: Any, file: File, how: How) -> Result:
 
 
 def _failed(file: File, name: str, why: str) -> Result:
-    return Result(file.path.name, name, error=why, reaches=name)
+    return Result(file.path.name, name, error=why, is_component=False)
 
 
 def _with_metadata(kind: Any, file: File) -> Any:
@@ -187,6 +187,7 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
     problem = f"{len(left):,} of {len(file.tensors):,} match nothing: {few}" if left else ""
     notes = [f"layers scaled by the file's alpha: {scaled:,}"] if scaled else []
     notes += [f"made of several of the file's by diffusers, and not compared: {merged:,}"] if merged else []
+    parts = " and ".join(sorted({layer.component for layer in layers} - {""})) or name
     return Result(
         file.path.name,
         name,
@@ -198,7 +199,8 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
         unexpected=left,
         problem=problem if file.tensors else "it has no tensors",
         notes=notes,
-        reaches=" and ".join(sorted({layer.component for layer in layers} - {""})) or name,
+        counted=f"tensors of the file reach {parts}",
+        is_component=False,
     )
 
 
