@@ -375,6 +375,7 @@ def test_multiples_of_a_single_number_of_zeros_and_of_whole_numbers() -> None:
     assert lora.factor_of(torch.tensor(2.0), torch.tensor(1.0)) == 2.0
     assert lora.factor_of(torch.ones(3), torch.zeros(3)) == 0
     assert lora.factor_of(torch.zeros(3), torch.zeros(3)) == 1.0
+    assert lora.factor_of(torch.ones(0, 3), torch.ones(2, 3)) == 0
     assert lora.factor_of(torch.tensor([2.0, 4.0]), torch.tensor([1, 2])) == 2.0
 
 

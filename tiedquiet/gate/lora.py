@@ -228,9 +228,9 @@ def _compare(layer: _Layer, stored: Tensors, trace: Trace) -> _Found:
     factors: dict[str, float] = {}
     merged = 0
     for key, tensor in layer.tensors.items():
-        sources = trace.of(tensor)
+        sources = frozenset() if tensor.is_meta else trace.of(tensor)
         reached |= sources
-        if not sources and tensor.is_meta:
+        if tensor.is_meta:
             findings.append(Finding(key, Verdict.MISSING, None, "the file has nothing for it"))
         elif len(sources) > 1:
             merged += 1
@@ -266,7 +266,7 @@ def factor_of(tensor: torch.Tensor, stored: torch.Tensor) -> float:
     Query, key, value and what follows them are split off one tensor: each begins where as many of its size end, or ends
     where all of it does.
     """
-    rows = tensor.shape[0] if tensor.dim() else 1
+    rows = max(*tensor.shape[:1], 1) if tensor.dim() else 1
     is_whole = stored.numel() == tensor.numel() or not stored.dim()
     parts = [stored] if is_whole else [*stored.split(rows), stored[-rows:]]
     ours = tensor.detach().reshape(-1)
