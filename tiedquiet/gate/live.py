@@ -37,13 +37,14 @@ def check(model: Any, path: str) -> Proof:
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     model = model.module if isinstance(model, _PARALLEL) else model
     files, is_adapter = _files(path)
-    adapters = getattr(model, "peft_config", None)
-    adapters = list(adapters) if isinstance(adapters, dict) else []
+    configs, is_peft_s = getattr(model, "peft_config", None), hasattr(model, "get_base_model")
+    # What was merged may keep its configuration, and has no tensors of it.
+    adapters = [a for a in configs if is_peft_s or names_in_files(model, a)] if isinstance(configs, dict) else []
     if is_adapter and adapters:
         return check_adapter(model, adapters, files, path)
     if is_adapter:
         raise CannotCheck(f"{path} holds an adapter, and the model has none; check the folder of its base model")
-    base = model.get_base_model() if adapters and hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if adapters and is_peft_s else model
     return _check(base, Checkpoint(None, files, getattr(base, "base_model_prefix", "")), path, adapters)
 
 
