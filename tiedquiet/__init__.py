@@ -71,7 +71,8 @@ def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None
     Args:
         model: one that was loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`, DDP or PEFT
             made of it, or a module that has several of them inside. With a path, any model.
-        path: a folder that the model was saved to, by `save_pretrained` or `Trainer.save_model`, say.
+        path: a folder that the model was saved to, by `save_pretrained` or `Trainer.save_model`, say. Where it has an
+            adapter that is not merged: that one's folder, for the adapter, or its base model's, for the rest.
 
     Returns:
         A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false. With a path it says how many

@@ -154,8 +154,10 @@ def test_one_model_of_diffusers(wan: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("bars", [True, False])
 def test_the_bars_of_diffusers_are_as_before(bars: bool, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusers.utils.logging, "_tqdm_active", bars)
+    level = diffusers.utils.logging.get_verbosity()
     assert check(wan / "vae") == 0
     assert diffusers.utils.logging.is_progress_bar_enabled() is bars
+    assert diffusers.utils.logging.get_verbosity() == level
 
 
 def test_one_name_in_two_shards_and_a_prefix_that_nothing_maps(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,7 @@ class Zoo:
         self._pickles()
         self._places()
         self._adapters()
+        self._sentences()
 
     def _copy(self, name: str, *wanted: int, source: str = "good", **change: Any) -> Path:
         self.wanted[name] = set(wanted)
@@ -224,6 +225,16 @@ class Zoo:
         odd = {name: torch.ones(1) for name in ("a\n::add-mask::x", "b\x1b[2J", "c\x00", "d\u202ee", "e" * 5000)}
         path = folder / "model.safetensors"
         save_file({**load_file(path), **odd}, path, {"format": "pt"})
+
+    def _sentences(self) -> None:
+        own = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+        for name, status, change in (
+            ("sentences", 0, {}),
+            ("sentences_dotted", 2, {"type": "evil.Model"}),
+            ("sentences_inside", 2, {"type": "sentence_transformers.evil.Model"}),
+            ("sentences_up", 2, {"path": "../good"}),
+        ):
+            self._write(self._copy(name, status) / "modules.json", [own | change])
 
     def _adapters(self) -> None:
         lora = {"peft_type": "LORA", "base_model_name_or_path": str(self.top / "good"), "target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}  # fmt: skip

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-import torch
-
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
+from tiedquiet.proof.adapted import names_in_files, without
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
@@ -35,7 +34,7 @@ def is_loading(model: Any) -> bool:
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     """Note what else an adapter's files hold and nothing read: by peft's names for it, and then what has no place."""
     state, missing = survey(model).state, reading.missing - reading.found.keys()
-    by_peft = [pair for adapter in model.peft_config for pair in _names_in_files(model, adapter).items()]
+    by_peft = [pair for adapter in model.peft_config for pair in names_in_files(model, adapter).items()]
     for key, own in by_peft:
         name = f"base_model.model.{own}"
         if key in missing and name in unread and unread[name].shape == state[key].shape:
@@ -73,7 +72,7 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
     checkpoint = _checkpoint(where)
     state = survey(base).state
-    in_files = {key: prefix + name for key, name in _names_in_files(base, adapter).items()}
+    in_files = {key: prefix + name for key, name in names_in_files(base, adapter).items()}
     missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
@@ -94,6 +93,9 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(result.unexpected_keys), sorted(unexpected)))
     left = known.missing - known.lasting.keys()
+    if checkpoint.closed:
+        known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in sorted(left)})
+        left = set()
     findings = [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in sorted(left))]
     outcome = told(model, where, findings, repaired, set(), known.total)
     own = set(in_files.values()) | {prefix + key for key in in_files}
@@ -130,44 +132,20 @@ def _older(checkpoint: Checkpoint) -> Finding | None:
 
 def _checkpoint(where: str) -> Checkpoint:
     """The adapter's files, where it is a folder."""
+    nothing = Checkpoint({})
     try:
         checkpoint = of_folder(where, kind="adapter_model")
+        nothing.closed = checkpoint.closed
         checkpoint.headers  # noqa: B018 (it opens the files)
     except Exception:
-        return Checkpoint({})
+        return nothing
     return checkpoint
-
-
-def _names_in_files(base: torch.nn.Module, adapter: str) -> dict[str, str]:
-    """An adapter's tensors in its base model, each with its name in the files: without the adapter's own.
-
-    An adapter may be called `0` or `weight`, as a part of the names of others is. Its tensors are those that lie under
-    its name in a dictionary of a layer of peft's.
-    """
-    modules = dict(base.named_modules(remove_duplicate=False))
-    found = {}
-    for key in survey(base).state:
-        parts = key.split(".")
-        for place in (place for place, part in enumerate(parts) if part == adapter and place):
-            holder, owner = modules[".".join(parts[:place])], modules[".".join(parts[: place - 1])]
-            if _is_peft_s(owner) and adapter in getattr(holder, "keys", tuple)():
-                found[key] = _without(parts, place)
-    return found
-
-
-def _is_peft_s(module: torch.nn.Module) -> bool:
-    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
-
-
-def _without(parts: list[str], place: int) -> str:
-    """A name without the adapter's own at this place, which peft puts in."""
-    return ".".join(parts[: place - (parts[place - 1] == "modules_to_save")] + parts[place + 1 :])
 
 
 def _as_given(adapter: str, name: str, headers: names.Headers) -> str:
     """The name in the files of what peft found no place for: peft may have put the adapter's own into it."""
     parts = name.split(".")
-    own = [_without(parts, place) for place, part in enumerate(parts) if part == adapter and place]
+    own = [without(parts, place) for place, part in enumerate(parts) if part == adapter and place]
     return next((known for known in (name, *own) if known in headers), [name, *own][-1])
 
 

@@ -201,7 +201,7 @@ def _read(
     if also or needs_headers(reading, info.unexpected_keys):
         try:
             unread = ask_headers(model, reading, conversions, quantised, also)
-        except (ValueError, OSError):  # GGUF, whose names are none of the model's
+        except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened
             unread = {}
     return reading, unread
 

@@ -229,11 +229,13 @@ def _renames_itself(model: Any, key: str) -> bool:
 
 def _checkpoint(folder: str, base: str) -> Checkpoint:
     """The files that Trainer has just read; none, where they cannot be told."""
+    nothing = Checkpoint({})
     try:
         checkpoint = of_folder(folder, base)
+        nothing.closed = checkpoint.closed
         checkpoint.names  # noqa: B018 (it opens the files)
     except Exception:
-        return Checkpoint({})
+        return nothing
     return checkpoint
 
 

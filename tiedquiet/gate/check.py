@@ -1,13 +1,17 @@
 """All that is checked of a folder or of a model on the hub: its one model, or each component of a pipeline."""
 
+from dataclasses import replace
 from typing import Any
 
-from tiedquiet.gate import classes, components, load
+from tiedquiet.gate import classes, components, load, lora, sentences
 from tiedquiet.gate.components import Entry, Part
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
+from tiedquiet.gate.weights import has_variant
+
+_NO_LORA = "{} is no model of diffusers; --lora is for these, and an adapter of peft is a folder"
 
 
 def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[list[Result], bool]:
@@ -29,18 +33,49 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     is_pipeline = components.is_pipeline(source)
     if how.is_resume and (is_pipeline or source.gguf or source.file("trainer_state.json") is None):
         raise CannotCheck(f"{name} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume")
+    if not is_pipeline and cls is None and not how.is_resume and sentences.is_one(source):
+        if how.lora:
+            raise CannotCheck(_NO_LORA.format(name))
+        return _all(name, sentences.check(source, how)), True
     if not is_pipeline:
         part = components.the_part(source, cls, how.trust)
-        kind = components.class_of_diffusers(part)
-        return [_of_diffusers(part, kind, how) if kind else load.check_model(part, how)], False
+        if kind := components.class_of_diffusers(part):
+            file = _lora_of(how)
+            result = _of_diffusers(part, kind, how)
+            return [result] if file is None else [result, lora.check_model(part, kind, file, how)], False
+        if how.lora:
+            raise CannotCheck(_NO_LORA.format(name))
+        return [load.check_model(part, how)], False
     if cls:
         raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
-    results = [_component(source, entry, how) for entry in components.entries_of(source)]
+    file = _lora_of(how)
+    entries = components.entries_of(source)
+    hows = _by_variant(source, entries, how)
+    results = _all(name, [_component(source, entry, hows[entry.name]) for entry in entries])
+    return results if file is None else [*results, lora.check_pipeline(source, file, how)], True
+
+
+def _all(name: str, results: list[Result]) -> list[Result]:
+    """What came out for all components; raises where nothing could be checked."""
     looked_at = [result for result in results if result.has_tensors]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: nothing of this pipeline can be checked: {why}")
-    return results, True
+    return results
+
+
+def _lora_of(how: How) -> Any:
+    return lora.read(how.lora, how.trust) if how.lora else None
+
+
+def _by_variant(source: Source, entries: list[Entry], how: How) -> dict[str, How]:
+    """How each component is loaded: those that lack a variant are loaded without it, as diffusers does."""
+    if not how.variant:
+        return {entry.name: how for entry in entries}
+    having = {entry.name for entry in entries if has_variant(source, entry.name, how.variant)}
+    if not having:
+        raise CannotCheck(f"{source.name}: no component of this pipeline has weights of variant {how.variant}")
+    return {entry.name: how if entry.name in having else replace(how, variant="") for entry in entries}
 
 
 def _of_diffusers(part: Part, kind: Any, how: How) -> Result:

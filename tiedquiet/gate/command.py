@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="load it as this type (default: the file's)")
+    parser.add_argument("--variant", default="", help="read this variant of the files: fp16 of model.fp16.safetensors")
+    parser.add_argument(
+        "--lora", default="", metavar="FILE", help="say how much of this LoRA file reaches the pipeline"
+    )
     parser.add_argument("--resume", action="store_true", help="exit with 1 if the Trainer would not read all of it")
     parser.add_argument("--json", action="store_true", help="print JSON for machines instead of lines")
     parser.add_argument("--all", action="store_true", help="print every row, not the first 50 of a kind")
@@ -53,9 +57,18 @@ def check(options: argparse.Namespace) -> int:
         raise CannotCheck(reason)
     from tiedquiet.gate import check as checking
     from tiedquiet.gate.load import How
+    from tiedquiet.proof import pickles
 
-    how = How(options.dtype, options.device, options.trust_remote_code, options.trust_pickle, options.resume)
-    with _silence(), tiedquiet.enable("on"):
+    how = How(
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        options.trust_pickle,
+        options.resume,
+        options.variant,
+        options.lora,
+    )
+    with _silence(), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
     status = int(any(result.is_loud for result in results))
     if options.json:

@@ -1,6 +1,7 @@
 """A model of diffusers (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, against its files."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
-from tiedquiet.gate.weights import OF_DIFFUSERS, pickles_are_unsafe, weights_of
+from tiedquiet.gate.unplaced import IS_IT, left_over
+from tiedquiet.gate.weights import (
+    OF_DIFFUSERS,
+    of_variant,
+    only_of_variants,
+    pickles_are_unsafe,
+    variants_in,
+    weights_of,
+)
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import ask_headers, find_unread, read
 from tiedquiet.proof.record import Record
@@ -29,16 +38,21 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
-    forms = weights_of(part.source, part.name, OF_DIFFUSERS, how.trust_pickle)
+    names = of_variant(OF_DIFFUSERS, how.variant)
+    forms = weights_of(part.source, part.name, names, how.trust_pickle)
+    if not forms and (others := variants_in(part.source, part.name, OF_DIFFUSERS)):
+        raise CannotCheck(only_of_variants(part.label, others, how.variant))
     is_here = part.source.is_local
-    files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how)
+    files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how, names)
     checkpoint = Checkpoint(None, files)
     folder = part.source.folder(part.name) if is_here or not files else Path(files[0]).parent  # in the hub's cache
     try:
         options: dict[str, Any] = {"torch_dtype": _dtype(how.dtype, checkpoint)}
+        if how.variant:
+            options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
-        with _without_bars():
+        with silent():
             model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:
@@ -57,6 +71,10 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     held, total, buffers, findings = compare(model, known, checkpoint, [undo])
     missing = sorted(finding.key for finding in findings if finding.verdict is Verdict.MISSING)
     unexpected = sorted(checkpoint.tensors.keys() - {in_files[name] for name in stored})
+    ignored = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = [name for name in unexpected if not any(re.search(pattern, name) for pattern in ignored)]
+    is_unread = any(finding.verdict is Verdict.UNREAD for finding in findings)
+    over = "" if is_unread else left_over(type(model).__name__, checkpoint.headers, left)
     told, notes = rivals(forms, how.trust_pickle)
     return Result(
         part.name,
@@ -68,27 +86,31 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         findings + told,
         missing,
         unexpected=unexpected,
+        problem=over and over + IS_IT,
         notes=notes,
     )
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def silent() -> Iterator[None]:
+    """Diffusers draws no bars and logs nothing; it may have been imported just now, and set its level as it was."""
     from diffusers.utils import logging as theirs
 
-    bars = theirs.is_progress_bar_enabled()
+    bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
     theirs.disable_progress_bar()
+    theirs.set_verbosity(theirs.CRITICAL)
     try:
         yield
     finally:
+        theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
 
 
-def _files(part: Part, how: How) -> list[str]:
+def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
     """The files that a model on the hub is read from, fetched now."""
-    index = part.source.read(OF_DIFFUSERS[0], part.name)
-    names = list(OF_DIFFUSERS[1:]) if index is None else list(dict.fromkeys(index["weight_map"].values()))
+    index = part.source.read(of_kind[0], part.name)
+    names = list(of_kind[1:]) if index is None else list(dict.fromkeys(index["weight_map"].values()))
     unsafe = "" if how.trust_pickle else pickles_are_unsafe()
     found: list[str] = []
     for name in names:

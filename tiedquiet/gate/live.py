@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 
+from tiedquiet.gate.adapters import check_adapter
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, weights_of
 from tiedquiet.proof import names
+from tiedquiet.proof.adapted import names_in_files
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import read
-from tiedquiet.proof.record import Record
+from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Proof
 
@@ -25,34 +27,55 @@ def check(model: Any, path: str) -> Proof:
 
     Args:
         model: any module; of what `torch.compile` or DDP made of one, the one inside.
-        path: a folder with weights in safetensors or `.bin`, whole or in shards.
+        path: a folder with weights in safetensors or `.bin`, whole or in shards. Where the model has an adapter that is
+            not merged, the folder of that adapter, with which the adapter is compared; or that of its base model, with
+            which the rest is.
 
     Raises:
         CannotCheck: there are none, or they cannot be read.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     model = model.module if isinstance(model, _PARALLEL) else model
-    checkpoint = Checkpoint(None, _files(path), getattr(model, "base_model_prefix", ""))
+    files, is_adapter = _files(path)
+    configs, is_peft_s = getattr(model, "peft_config", None), hasattr(model, "get_base_model")
+    # What was merged may keep its configuration, and has no tensors of it.
+    adapters = [a for a in configs if is_peft_s or names_in_files(model, a)] if isinstance(configs, dict) else []
+    if is_adapter and adapters:
+        return check_adapter(model, adapters, files, path)
+    if is_adapter:
+        raise CannotCheck(f"{path} holds an adapter, and the model has none; check the folder of its base model")
+    base = model.get_base_model() if adapters and is_peft_s else model
+    return _check(base, Checkpoint(None, files, getattr(base, "base_model_prefix", "")), path, adapters)
+
+
+def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -> Proof:
+    """Compare a model without its adapters, under the names that its tensors had before these were put in."""
     conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
-    state = survey(model).state
+    put_in = {key for adapter in adapters for key in names_in_files(model, adapter)}
+    before = {key: loaded_name(key) if adapters else key for key in survey(model).state if key not in put_in}
+    state = {before[key]: tensor for key, tensor in survey(model).state.items() if key in before}
     try:
         found = names.origins(model, checkpoint.headers, state, conversions)
     except Exception as error:
         raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    reading = read(model, state.keys() - found.keys(), checkpoint)
-    total = len(reading.stored) + len(reading.missing)
-    known = Record(reading.stored, reading.missing, total, reading.free, lasting=reading.found, files=checkpoint.files)
+    reading = read(model, put_in | {key for key, own in before.items() if own not in found}, checkpoint)
+    stored, missing, free = (
+        {before[key] for key in some if key in before} for some in (reading.stored, reading.missing, reading.free)
+    )
+    total = len(stored) + len(missing)
+    known = Record(stored, missing, total, free, lasting=reading.found, files=checkpoint.files)
     result = compare(model, known, checkpoint, [partial(undo, model), partial(undo_anew, model)], conversions)
     return Proof(type(model).__name__, result.held, tuple(result.findings), total)
 
 
-def _files(path: str) -> list[str]:
+def _files(path: str) -> tuple[list[str], bool]:
+    """The weights of a folder, and whether they are an adapter's."""
     source = Source(path, None)
     if not source.is_local:
         raise CannotCheck(f"{path} is no folder")
-    forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=False)
-    if not forms and weights_of(source, "", OF_ADAPTERS, trust=False):
-        raise CannotCheck(f"{path} holds an adapter; merge it into its model, save that, and check that")
-    if not forms or not forms[0].files:
+    forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=True)
+    of_adapter = [] if forms else weights_of(source, "", OF_ADAPTERS, trust=True)
+    first = next(iter(forms or of_adapter), None)
+    if first is None or not first.files:
         raise CannotCheck(f"{path} holds no weights: {', '.join((*OF_TRANSFORMERS, *OF_DIFFUSERS))}")
-    return [str(file) for file in forms[0].files]
+    return [str(file) for file in first.files], bool(of_adapter)

@@ -9,7 +9,17 @@ from typing import Any
 from tiedquiet.gate.components import Part, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.report import Result
-from tiedquiet.gate.weights import OF_ADAPTERS, OF_TRANSFORMERS, Weights, pickles_are_unsafe, weights_of
+from tiedquiet.gate.unplaced import IS_IT, of_transformers
+from tiedquiet.gate.weights import (
+    OF_ADAPTERS,
+    OF_TRANSFORMERS,
+    Weights,
+    of_variant,
+    only_of_variants,
+    pickles_are_unsafe,
+    variants_in,
+    weights_of,
+)
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -23,6 +33,8 @@ class How:
         trust: whether code that comes with the checkpoint may run.
         trust_pickle: whether a pickle may be opened with a torch that does not do so safely.
         is_resume: whether a Trainer has to read all of it.
+        variant: of the files' names: `fp16` of `model.fp16.safetensors`; empty for those without.
+        lora: the LoRA file to load into it as well; empty for none.
     """
 
     dtype: str = "auto"
@@ -30,6 +42,8 @@ class How:
     trust: bool = False
     trust_pickle: bool = False
     is_resume: bool = False
+    variant: str = ""
+    lora: str = ""
 
 
 def check_model(part: Part, how: How, kind: Any = None) -> Result:
@@ -71,9 +85,15 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     allowed = sorted(known.missing - missing - judged)
     notes: list[str] = []
     for form in forms:
-        told = rivals(form, how.trust_pickle)
-        findings, notes = findings + told[0], notes + told[1]
-    if (resume := of_trainer(part, model)) is not None:
+        of_form = rivals(form, how.trust_pickle)
+        findings, notes = findings + of_form[0], notes + of_form[1]
+    if info["unexpected_keys"] and not any(finding.verdict is Verdict.UNREAD for finding in findings):
+        told = of_transformers(model, checkpoint, conversions)
+        if part.cls is None:
+            problem = problem or (told and told + IS_IT)
+        elif told:
+            notes.append(told)
+    if kind is None and (resume := of_trainer(part, model)) is not None:
         if how.is_resume and resume.read < resume.stored:
             findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
         else:
@@ -99,9 +119,17 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
     if part.source.gguf:
         return []
     own = part.config.get("transformers_weights")
-    names = (own, *OF_TRANSFORMERS) if isinstance(own, str) else OF_TRANSFORMERS
+    names = of_variant(OF_TRANSFORMERS, how.variant)
+    names = (own, *names) if isinstance(own, str) else names
     if part.base is None:
-        return [weights_of(part.source, part.name, names, how.trust_pickle)]
+        forms = weights_of(part.source, part.name, names, how.trust_pickle)
+        if not forms and (others := variants_in(part.source, part.name, OF_TRANSFORMERS)):
+            raise CannotCheck(only_of_variants(part.label, others, how.variant))
+        return [forms]
+    if how.variant:
+        raise CannotCheck(
+            f"{part.label} is an adapter, and the files of adapters have no variants; leave out --variant"
+        )
     base = weights_of(part.base, "", names, how.trust_pickle)
     return [base, weights_of(part.source, "", OF_ADAPTERS, how.trust_pickle)]
 
@@ -113,7 +141,12 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
         "output_loading_info": True,
         "trust_remote_code": how.trust,  # said in any case: where it is not, transformers asks
     }
-    optional = {"subfolder": part.name, "revision": part.source.revision, "gguf_file": part.source.gguf}
+    optional = {
+        "subfolder": part.name,
+        "revision": part.source.revision,
+        "gguf_file": part.source.gguf,
+        "variant": how.variant,
+    }
     options |= {name: value for name, value in optional.items() if value}
     if not part.source.is_local and not how.trust_pickle and pickles_are_unsafe():
         options["use_safetensors"] = True

@@ -32,6 +32,8 @@ class Result:
         notes: what is worth knowing and not wrong.
         error: why it cannot be checked.
         has_tensors: whether it is a model.
+        counted: what is so of the tensors that are held, where it is not that they hold the file's bytes.
+        is_component: whether it is a part of what was named; a LoRA file beside it is none.
     """
 
     component: str
@@ -48,6 +50,8 @@ class Result:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     has_tensors: bool = True
+    counted: str = ""
+    is_component: bool = True
 
     @property
     def is_loud(self) -> bool:
@@ -71,6 +75,7 @@ class Result:
             "missing_allowed": self.allowed,
             "unexpected": self.unexpected,
             "problem": self.problem or None,
+            "counted": self.counted or None,
             "notes": self.notes,
         }
 
@@ -100,7 +105,7 @@ class Result:
 
     def _counted(self) -> str:
         tensors = "tensor holds" if self.total == 1 else "tensors hold"
-        said = [f"{self.held:,} of {self.total:,} {tensors} the file's bytes"]
+        said = [f"{self.held:,} of {self.total:,} " + (self.counted or f"{tensors} the file's bytes")]
         count = Counter(finding.verdict for finding in self.findings)
         unwritten = sum(1 for f in self.findings if f.verdict is Verdict.UNWRITTEN and f.why == BUFFER)
         said += [
@@ -139,11 +144,12 @@ def as_lines(results: list[Result], is_pipeline: bool, every: bool = False, quie
     for result in results:
         if result.is_loud or not quiet:
             yield from result.as_lines(every)
-    loud = [result for result in results if result.is_loud]
+    models = [result for result in results if result.is_component]
+    loud = [result for result in models if result.is_loud]
     if is_pipeline and (loud or not quiet):
-        models = [result for result in results if result.has_tensors and not result.error]
-        held, total = sum(result.held for result in models), sum(result.total for result in models)
-        well = f"{len(results) - len(loud)} of {len(results)} components are well"
+        read = [result for result in models if result.has_tensors and not result.error and not result.counted]
+        held, total = sum(result.held for result in read), sum(result.total for result in read)
+        well = f"{len(models) - len(loud)} of {len(models)} components are well"
         yield coloured(well, "red" if loud else "green") + f"; {held:,} of {total:,} tensors hold the files' bytes"
 
 

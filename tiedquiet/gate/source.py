@@ -32,7 +32,7 @@ class Source:
         if path.is_file() and path.suffix == ".gguf":
             self.name, self.gguf = str(path.parent), path.name
         elif path.is_file():
-            raise CannotCheck(f"{name} is a file; give the folder that it is in")
+            raise CannotCheck(f"{name} is a file; give the folder that it is in, with its config.json")
         elif self.is_local and not path.is_dir():
             raise CannotCheck(f"{name} is neither a folder nor a file")
         elif path.is_dir() and not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
@@ -91,14 +91,14 @@ class Source:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no connection"
         return f"{self.name} is neither a folder nor in the local cache, and the hub cannot be reached: {why}"
 
-    def read(self, name: str, part: str = "") -> dict[str, Any] | None:
-        """A JSON file of it; None where it has none.
+    def read(self, name: str, part: str = "", kind: type = dict) -> Any:
+        """A JSON file of it, an object or another kind; None where it has none.
 
         Raises:
             CannotCheck: it cannot be read, or holds something else.
         """
         path = self.file(name, part)
-        return None if path is None else read_json(path)
+        return None if path is None else read_json(path, kind)
 
     def _keep_inside(self, path: Path) -> None:
         root, target = (Path(os.path.realpath(place)) for place in (self.name, path))
@@ -106,11 +106,11 @@ class Source:
             raise CannotCheck(f"{path} leads out of the folder, to {target}; copy what it leads to into the folder")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a JSON file holds: an object, or a list.
 
     Raises:
-        CannotCheck: it is too large, cannot be read, or holds no object.
+        CannotCheck: it is too large, cannot be read, or holds something else.
     """
     try:
         if (size := path.stat().st_size) > MOST:
@@ -120,8 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise CannotCheck(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CannotCheck(f"{path} holds no JSON object")
+    if not isinstance(content, kind):
+        raise CannotCheck(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     return content
 
 

@@ -1,11 +1,13 @@
 """The files of a folder that hold weights: which one a loader reads, what lies beside it, what must not be opened."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate.diagnosis import MOST, CannotCheck, damaged_index
 from tiedquiet.gate.source import Source, is_inside, read_json
+from tiedquiet.proof import pickles
 
 # In the order in which a loader looks for them.
 OF_TRANSFORMERS = (
@@ -19,8 +21,39 @@ OF_DIFFUSERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
+_SHARD = re.compile(r"-\d+-of-\d+$")
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_SAFE = (2, 10)  # of torch: its `weights_only` ran code up to 2.5, and corrupted memory up to 2.9
+
+
+def of_variant(names: Sequence[str], variant: str) -> tuple[str, ...]:
+    """The names under which a variant's weights lie: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
+    return tuple(
+        ".".join((*name.split(".")[:-1], *([variant] if variant else ()), name.split(".")[-1])) for name in names
+    )
+
+
+def variants_in(source: Source, part: str, names: Sequence[str]) -> list[str]:
+    """The variants of which a folder on this machine holds weights; the empty one where some have none."""
+    found = {"" for name in names if source.is_local and source.file(name, part) is not None}
+    for start, _, end in (name.rpartition(".") for name in names) if source.is_local else ():
+        files = [path.name for path in source.folder(part).glob(f"{start}.*.{end}")]
+        found |= {name[len(start) + 1 : -len(end) - 1] for name in files}
+    return sorted(name for name in found if "." not in name and not _SHARD.search(name))
+
+
+def has_variant(source: Source, part: str, variant: str) -> bool:
+    """Whether a part of a pipeline has weights of a variant; diffusers reads those of the others without it."""
+    names = of_variant((*OF_TRANSFORMERS, *OF_DIFFUSERS), variant)
+    safe = [name for name in names if ".safetensors" in name]
+    return any(source.file(name, part) is not None for name in (names if source.is_local else safe))
+
+
+def only_of_variants(label: str, found: Sequence[str], asked: str) -> str:
+    """Why a folder has no weights to read where it has others."""
+    there = " and ".join(f"of variant {name}" if name else "without a variant" for name in found)
+    others = [name for name in found if name]
+    do = f"--variant {others[0]} reads them" if others else "leave out --variant"
+    return f"{label} has weights {there} and none {f'of variant {asked}' if asked else 'without one'}; {do}"
 
 
 class Weights(NamedTuple):
@@ -67,21 +100,14 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
 
 def pickles_are_unsafe() -> str:
     """Why a pickle must not be opened with the installed torch, as a clause; empty where it may be."""
-    import torch
-
-    version = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
-    if version is None or tuple(map(int, version.groups())) >= _SAFE:
-        return ""
-    return (
-        f"torch {torch.__version__} does not read pickles safely (CVE-2025-32434, CVE-2026-24747); "
-        f"install torch {_SAFE[0]}.{_SAFE[1]} or newer, or trust the file with --trust-pickle"
-    )
+    reason = pickles.unsafe()
+    return reason and f"{reason}, or trust the file with --trust-pickle"
 
 
 def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     is_pickle = ".safetensors" not in name
     if not name.endswith(".json"):
-        _check_header(path)
+        check_header(path)
         return Weights(name, (path,), is_pickle)
     index = read_json(path)
     if reason := damaged_index(index):
@@ -95,11 +121,12 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     files = [source.file(shard, part) for shard in shards] if source.is_local else []
     for file in files:
         if file is not None:
-            _check_header(file)
+            check_header(file)
     return Weights(name, tuple(file for file in files if file is not None), is_pickle)
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Raise CannotCheck where a safetensors file has a header over the format's limit."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from tiedquiet.proof import pickles
 from tiedquiet.proof.memory import same
 
 # What a safetensors header calls the types that torch has (https://huggingface.co/docs/safetensors); no model has the
@@ -29,6 +30,9 @@ class Checkpoint:
         state_dict: the tensors themselves, where the caller handed them over.
         files: paths of `.safetensors` or `.bin` files, where not.
         base: the prefix that a model with a head puts before the names of its base model.
+
+    Attributes:
+        closed: why the files must not be opened, as a clause; empty where they may be.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Checkpoint:
         self.state_dict = state_dict
         self.files = list(files or ())
         self.promised: set[str] = set()  # what an index says that the files have
+        self.closed = closed_because(self.files)
         self._base = f"{base}." if base else ""
 
     @cached_property
@@ -72,8 +77,8 @@ class Checkpoint:
 
     @cached_property
     def is_mapped(self) -> bool:
-        """Whether asking for names and types does not read whole files, as it does of pickles before torch 1.6."""
-        return all(
+        """Whether names and types can be had without reading whole files, unlike those of pickles before torch 1.6."""
+        return not self.closed and all(
             path.endswith(".safetensors") or (not path.endswith(".gguf") and zipfile.is_zipfile(path))
             for path in self.files
         )
@@ -102,6 +107,12 @@ class Checkpoint:
         for key in dict.fromkeys((name, name.removeprefix(self._base), self._base + name)):
             if key in self.tensors:
                 yield key
+
+
+def closed_because(files: Sequence[str]) -> str:
+    """Why files must not be opened, as a clause: one of them is a pickle that this torch does not read safely."""
+    pickle = next((path for path in files if Path(path).suffix not in (".safetensors", ".gguf")), None)
+    return f"{Path(pickle).name} is a pickle, and {reason}" if pickle and (reason := pickles.unsafe()) else ""
 
 
 def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
@@ -158,6 +169,8 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         return
     if Path(path).suffix == ".gguf":
         raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
+    if reason := closed_because([path]):
+        raise ValueError(reason)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the form before torch 1.6 cannot be mapped

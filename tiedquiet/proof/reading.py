@@ -129,6 +129,9 @@ def read(
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
     )
+    if reading.checkpoint.closed:
+        unknown = missing - reading.free - reading.tied
+        reading.found.update({key: Finding(key, Verdict.UNPROVEN, None, reading.checkpoint.closed) for key in unknown})
     reading.found.update(_clashes(reading))
     return reading
 
@@ -185,7 +188,7 @@ def ask_headers(
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             why = f"{first} has other values for it than {second}, which was read last"
             reading.found[key] = Finding(key, Verdict.AMBIGUOUS, name, why, True)
-    unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not _is_ignored(model, n)}
+    unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
     if not is_quantised:
         origin: dict[str, list[str]] = {}
         for name, key in came_from.items():
@@ -314,7 +317,8 @@ def _is_free(model: Any, name: str) -> bool:
     )
 
 
-def _is_ignored(model: Any, name: str) -> bool:
+def is_ignored(model: Any, name: str) -> bool:
+    """Whether the class says that the files may have a name for which the model has no place."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
 

@@ -1,0 +1,114 @@
+"""Tensors of the files that the model has no place for: a head is let be, half of a file is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5ForConditionalGeneration,
+)
+
+from tests.checkpoints import gpt2, t5
+from tests.doors.test_from_pretrained import wan_pipeline
+from tests.gate.test_check import check, config_of
+from tests.gate.test_compare import mixtral
+from tiedquiet.gate.unplaced import of_transformers
+from tiedquiet.proof.files import Checkpoint
+
+WHOLE = 16  # tensors of this GPT-2 in a file
+
+
+def component(path: Path, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert check(path, "--json", *options) == status
+    return json.loads(capsys.readouterr().out)["components"][0]
+
+
+def more(path: Path, **tensors: torch.Tensor) -> None:
+    save_file({**load_file(path), **tensors}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("extra", "status"), [(WHOLE - 1, 0), (WHOLE, 1)])
+def test_as_many_as_the_model_has(extra: int, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    more(tmp_path / "model.safetensors", **{f"x.{i}": torch.ones(1) for i in range(extra)})
+    found = component(tmp_path, status, capsys)
+    assert len(found["unexpected"]) == extra
+    says = "16 of 32 tensors of the file have no place in GPT2LMHeadModel: is that its class?"
+    assert found["problem"] == (says if status else None)
+
+
+def test_one_that_is_larger_than_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    own = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    more(tmp_path / "model.safetensors", x=torch.ones(own, dtype=torch.uint8))
+    says = f"1 of 17 tensors of the file, with {own:,} of its {2 * own:,} bytes, have no place in GPT2LMHeadModel"
+    assert component(tmp_path, 1, capsys)["problem"] == f"{says}: is that its class?"
+    by_user = component(tmp_path, 0, capsys, "--class", "GPT2LMHeadModel")
+    assert (by_user["problem"], by_user["notes"]) == (None, [says])
+    more(tmp_path / "model.safetensors", x=torch.ones(own - 1, dtype=torch.uint8))
+    assert component(tmp_path, 0, capsys, "--class", "GPT2LMHeadModel")["notes"] == []
+
+
+def test_experts_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Transformers reports those of a layer as one or two tensors."""
+    model = MixtralForCausalLM(MixtralConfig(**{**mixtral().config.to_dict(), "num_hidden_layers": 4}))
+    model.save_pretrained(tmp_path)
+    config_of(tmp_path, num_hidden_layers=1)
+    stored = load_file(tmp_path / "model.safetensors")
+    left = sum(any(f"layers.{i}." in name for i in (1, 2, 3)) for name in stored)
+    found = component(tmp_path, 1, capsys)
+    assert found["problem"] == (
+        f"{left} of {len(stored)} tensors of the file have no place in MixtralForCausalLM: is that its class?"
+    )
+    assert len(found["unexpected"]) < left
+
+
+def test_what_a_class_says_that_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    T5ForConditionalGeneration(t5()).save_pretrained(tmp_path)
+    config_of(tmp_path, architectures=["T5EncoderModel"])
+    found = component(tmp_path, 0, capsys)
+    assert 2 * found["tensors"] < len(load_file(tmp_path / "model.safetensors"))
+
+
+def test_a_tower_of_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": 64}, vision_config={**size, "image_size": 16, "patch_size": 8}
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    assert component(tmp_path, 0, capsys)["problem"] is None
+    config_of(tmp_path, architectures=["CLIPVisionModel"])
+    assert "have no place in CLIPVisionModel: is that its class?" in component(tmp_path, 1, capsys)["problem"]
+
+
+def test_a_prefix_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = {f"module.{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(stored, path, {"format": "pt"})
+    found = component(tmp_path, 1, capsys)
+    assert {finding["verdict"] for finding in found["findings"]} >= {"unread"}
+    assert found["problem"] is None
+
+
+@pytest.mark.parametrize(("extra", "status"), [(1, 0), (200, 1)])
+def test_a_model_of_diffusers(extra: int, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wan = wan_pipeline(tmp_path)
+    more(wan / "vae" / "diffusion_pytorch_model.safetensors", **{f"encoder.x.{i}": torch.ones(1) for i in range(extra)})
+    found = component(wan / "vae", status, capsys)
+    assert bool(found["problem"]) is bool(status)
+    assert not status or found["problem"].startswith("200 of 290 tensors of the file have no place in AutoencoderKLWan")
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert of_transformers(GPT2LMHeadModel(gpt2()), Checkpoint(None, [str(tmp_path / "model.gguf")]), []) == ""

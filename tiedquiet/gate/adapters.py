@@ -1,0 +1,62 @@
+"""An adapter in memory against the folder that it was saved to, under the names that peft gives its tensors there."""
+
+from typing import Any
+
+from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import plain, same
+from tiedquiet.verdict import Finding, Proof, Verdict
+
+_PREFIX = "base_model.model."  # which transformers adds where it saves an adapter of its own
+
+
+def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) -> Proof:
+    """Compare the adapter that is active with an adapter's files.
+
+    Args:
+        model: peft's, or one of transformers or diffusers that has adapters.
+        adapters: their names.
+        files: where the folder has an adapter.
+        path: the folder.
+
+    Raises:
+        CannotCheck: the files cannot be read, or it is not plain which adapter is meant.
+    """
+    from peft import get_peft_model_state_dict
+
+    if len(adapters) > 1:
+        active = _active(model)
+        if len(active) != 1:
+            raise CannotCheck(f"the model has {len(adapters)} adapters, {', '.join(adapters)}; activate one of them")
+        adapters = active
+    name = adapters[0]
+    checkpoint = Checkpoint(None, files)
+    try:
+        stored = checkpoint.tensors
+    except Exception as error:
+        raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    ours = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    findings, held, used = [], 0, set()
+    for key, tensor in sorted(ours.items()):
+        in_files = next((known for known in (key, _PREFIX + key) if known in stored), None)
+        if in_files is None:
+            findings.append(Finding(key, Verdict.MISSING))
+            continue
+        used.add(in_files)
+        values = stored[in_files]()
+        pieces = plain(tensor)
+        if values.dtype == tensor.dtype and len(pieces) == 1 and same(pieces[0], values):
+            held += 1
+        else:
+            findings.append(Finding(key, Verdict.OVERWRITTEN, in_files, "differs from the file", True))
+    if left := sorted(stored.keys() - used):
+        few = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        why = f"{len(left):,} of {len(stored):,} tensors of the files have no place in it: {few}"
+        findings.insert(0, Finding("", Verdict.UNREAD, left[0], why, True))
+    return Proof(f"{type(model).__name__}, adapter {name}", held, tuple(findings), len(ours))
+
+
+def _active(model: Any) -> list[str]:
+    """The names of the adapters that are active, for which peft has a property and diffusers a method."""
+    active = model.active_adapters
+    return list(active() if callable(active) else active)
