@@ -42,7 +42,7 @@ TESTS = [
         for name in ("adapters", "from_pretrained", "modes", "trainer", "unread", "wrapping")
     ),
     *(f"tests/proof/test_{name}.py" for name in ("ties", "names", "reading", "watch_property")),
-    "tests/test_idioms.py",
+    "tests/idioms",
     "tests/test_faq.py",
 ]
 
