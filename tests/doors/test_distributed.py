@@ -10,7 +10,7 @@ import pytest
 import transformers.distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_sharded_weights_are_proven_by_their_local_part(kind: str, mode: str, tm
         "torch.distributed.run",
         "--nproc-per-node=2",
         "-m",
-        "tests.sharded_load_on_cpu",
+        "tests.doors.sharded_load_on_cpu",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file
 
-from tests.test_distill import IN_TWO_PROCESSES, SHORT, experts, run, same
+from tests.distill.running import IN_TWO_PROCESSES, SHORT, experts, run, same
 from tiedquiet.distill import evaluate, plan, train
 from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Data
@@ -18,8 +18,6 @@ from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher, load_student
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
-
-pytestmark = pytest.mark.usefixtures("own_run")
 
 PROMPT = "a red circle moving left"
 LORA = ["--lora_rank", "4", "--learning_rate", "1e-2", "--matching_learning_rate", "1e-3", "--lr_warmup_steps", "0"]

@@ -11,8 +11,8 @@ from diffusers import WanPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 from safetensors.torch import load_file
 
-from tests.test_distill import IN_TWO_PROCESSES, SHORT, experts, run, same, weights
-from tests.test_distill_lora import LORA, adapters
+from tests.distill.running import IN_TWO_PROCESSES, SHORT, experts, run, same, weights
+from tests.distill.test_lora import LORA, adapters
 from tiedquiet.distill import evaluate, output, plan
 from tiedquiet.distill.checkpoint import checkpoints
 from tiedquiet.distill.data import Data
@@ -22,8 +22,6 @@ from tiedquiet.distill.pipeline import Teacher, new_student, save_weights
 from tiedquiet.distill.tiny.clips import PROMPTS
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
-
-pytestmark = pytest.mark.usefixtures("own_run")
 
 
 def written(tmp_path: Path, *flags: str) -> Path:
@@ -161,7 +159,7 @@ def test_the_last_checkpoint_exported_is_the_student(
 def test_a_checkpoint_of_fsdp_is_exported(tmp_path: Path, prompts: list[str]) -> None:
     out = tmp_path / "out"
     argv = [*SHORT, *prompts, "--expert", "high", "--distribution_matching_steps", "0", "--checkpointing_steps", "3"]
-    done = run(*argv, "--output_dir", out, launch=IN_TWO_PROCESSES, module="tests.fsdp_on_cpu")
+    done = run(*argv, "--output_dir", out, launch=IN_TWO_PROCESSES, module="tests.distill.fsdp_on_cpu")
     assert done.returncode == 0, done.stderr
     (last,) = checkpoints(out / "checkpoints/transformer/segments")
     exported = run("--export", last, "--output_dir", tmp_path / "exported")
