@@ -20,9 +20,9 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     """The command line that every benchmark has: its docstring as help, and `--out`."""
     first, *rest = doc.splitlines()
     parser = argparse.ArgumentParser(
-        description=first, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(), description=first, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (default: beside this script)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (default: benchmarks/results)")
     return parser
 
 
@@ -35,9 +35,15 @@ def pins_of(releases: Sequence[str]) -> dict[str, list[str]]:
     return {release: RELEASES[release] for release in releases}
 
 
+def program() -> str:
+    """The name of the script, or of the folder that is run as a module."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
 def stop(message: str) -> NoReturn:
     """End with one line and exit status 2: the input cannot be used."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{program()}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -1,4 +1,4 @@
-"""The census' way `resume`: what transformers' `Trainer` takes back of a checkpoint that it has written itself.
+"""The way `resume`: what transformers' `Trainer` takes back of a checkpoint that it has written itself.
 
 A model is read from a folder, as users read one from the hub, is given the values of a trained one and saved by a real
 Trainer. A second model, read from that same first folder, is resumed from the checkpoint by its own Trainer. What
@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from benchmarks.census import Saved
+from benchmarks.census.comparing import LOUD, equal, is_made_of, never_written
+from benchmarks.census.models import Saved
 
-LOUD = ("unread", "untied", "overwritten", "unwritten", "ambiguous")
 # What must be 0 of a resume, beside what must be 0 of a load.
 COUNTED = ("not_repaired", "other_objects", "strict_wrong", "best_differs")
 
@@ -73,7 +72,7 @@ def as_bin(model: Any, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def census_of_resume(saved: "Saved", write: Callable[[Any, Path], None] = by_trainer) -> dict[str, Any]:
+def census_of_resume(saved: Saved, write: Callable[[Any, Path], None] = by_trainer) -> dict[str, Any]:
     """Resume a class from a checkpoint of its own, in each mode; the line of the census about it."""
     import tiedquiet
 
@@ -101,7 +100,7 @@ def census_of_resume(saved: "Saved", write: Callable[[Any, Path], None] = by_tra
         return line
 
 
-def prepare(saved: "Saved", base: Path, checkpoint: Path, write: Callable[[Any, Path], None]) -> None:
+def prepare(saved: Saved, base: Path, checkpoint: Path, write: Callable[[Any, Path], None]) -> None:
     """The folder of the model that training begins with, and the checkpoint that it has written."""
     import torch
 
@@ -217,7 +216,7 @@ class Truth:
         missing: names that `from_pretrained` itself reports missing.
     """
 
-    def __init__(self, saved: "Saved", base: Path, checkpoint: Path) -> None:
+    def __init__(self, saved: Saved, base: Path, checkpoint: Path) -> None:
         import torch
 
         first = load(saved.cls, base, 2)[0].state_dict()
@@ -271,33 +270,6 @@ def stored(folder: Path) -> Tensors:
         elif re.fullmatch(r"pytorch_model.*\.bin", path.name):
             found.update(torch.load(path, weights_only=True))
     return found
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two tensors are the same to the bit."""
-    from tests.idioms import same
-
-    return b is not None and same(a, b)
-
-
-def is_made_of(tensor: Any, value: Any) -> bool:
-    """Whether a tensor of a file is this one, or goes into it: one value of it at least."""
-    import torch
-
-    if value is None:
-        return False
-    return equal(tensor, value) or bool(torch.isin(tensor.flatten(), value.flatten().to(tensor.dtype)).any())
-
-
-def never_written(tensor: Any) -> bool:
-    """Whether a tensor holds what `dirty_memory` filled its memory with; of booleans nobody can tell."""
-    import torch
-
-    if tensor.is_meta or not tensor.numel() or tensor.dtype == torch.bool:
-        return False
-    if tensor.is_floating_point():
-        return bool(torch.isnan(tensor.detach()).any())
-    return bool((tensor == torch.iinfo(tensor.dtype).max).any())
 
 
 def loud_keys(resumed: Resumed) -> set[str]:
@@ -368,37 +340,3 @@ def what_strict_did(strict: Resumed, has_lost: bool) -> list[str]:
     if strict.failure is not None and not raised:
         return [f"raised {strict.failure!r}"[:300]]
     return [] if raised is has_lost else [f"raised {strict.failure!r}"[:300]]
-
-
-# What comes out
-
-
-def by_class(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The resumes of a release in which something was lost, those that lose most first."""
-    losing = [record for record in records if record["way"] == "resume" and record.get("lost")]
-    return sorted(losing, key=lambda r: (-r["lost"] / r["tensors"], -r["lost"], r["class"]))
-
-
-def totals(records: list[dict[str, Any]]) -> dict[str, int]:
-    """What all resumes of a release come to."""
-    tried = [record for record in records if record["way"] == "resume" and "lost" in record]
-    count = {"classes": len(tried), "lose something": sum(bool(record["lost"]) for record in tried)}
-    count["lose more than half"] = sum(2 * record["lost"] > record["tensors"] for record in tried)
-    count["lose everything"] = sum(bool(record["lost"]) and record["lost"] == record["tensors"] for record in tried)
-    for title, what in (("tensors", "tensors"), ("lost", "lost"), ("told", "told"), ("left after repair", "left")):
-        count[title] = sum(record.get(what, 0) for record in tried)
-    return count
-
-
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """The lines of the tables of a release: all resumes together, and class by class where something was lost."""
-    count = totals(records)
-    lines = ["", "Resumed by Trainer", ""]
-    lines += [f"| {' | '.join(count)} |", f"|{' ---: |' * len(count)}"]
-    lines += [f"| {' | '.join(f'{number:,}' for number in count.values())} |", ""]
-    lines += ["| class | lost without tiedquiet | of tensors | told | left after `repair` |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    for record in by_class(records):
-        cells = (record["class"], *(str(record.get(what, "")) for what in ("lost", "tensors", "told", "left")))
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
