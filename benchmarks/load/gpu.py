@@ -1,7 +1,7 @@
 """GPU load with and without tiedquiet, interleaved in one process.
 
-    python benchmarks/gpu_load.py                      # UMT5-XXL shape, 11.36 GB, on the GPU
-    python benchmarks/gpu_load.py --size tiny --device cpu --rounds 3 --cold-rounds 1
+    python -m benchmarks.load.gpu                      # UMT5-XXL shape, 11.36 GB, on the GPU
+    python -m benchmarks.load.gpu --size tiny --device cpu --rounds 3 --cold-rounds 1
 
 Writes (once, cached) the text encoder folder of a Wan pipeline with random weights: only `shared.weight` is stored and
 `tie_word_embeddings` is false, as the published ones are. Each round loads it once per arm, in rotating order:
@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clocks import Clocks
 from benchmarks.record import arguments, show, spread, stop, write
 from benchmarks.silencers import nothing, record_filter, verbosity_error
@@ -198,7 +197,17 @@ ARMS: dict[str, Callable[[], Any]] = {
 
 def hooks(folder: Path, device: str, rounds: int) -> dict[str, Any]:
     """What tiedquiet's own part of a load takes, the first load of a process and later ones, in loads of their own."""
-    code = [sys.executable, __file__, "--hooks", str(folder), "--device", device, "--rounds", str(rounds)]
+    code = [
+        sys.executable,
+        "-m",
+        "benchmarks.load.gpu",
+        "--hooks",
+        str(folder),
+        "--device",
+        device,
+        "--rounds",
+        str(rounds),
+    ]
     loads = json.loads(subprocess.check_output(code, text=True).splitlines()[-1])
     later = loads[1:]
     return {

@@ -1,7 +1,7 @@
 """What tiedquiet costs as the report grows: 1 to 1,000,000 MISSING keys, 0 to 10,000 declared ties.
 
-    python benchmarks/report_scale.py                       # some ten minutes, 5 GB of memory at the last size
-    python benchmarks/report_scale.py --max-keys 10000
+    python -m benchmarks.load.report_scale                       # some ten minutes, 5 GB of memory at the last size
+    python -m benchmarks.load.report_scale --max-keys 10000
 
 Each point is a real `from_pretrained` of a model of transformer-like layers (ten tensors each, in a module of its own)
 whose checkpoint holds the embedding alone. A clock lies on either side of each of tiedquiet's wrappers, so that its
@@ -15,13 +15,11 @@ import logging
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clocks import Clocks
 from benchmarks.record import arguments, spread, stop, write
 

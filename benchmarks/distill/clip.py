@@ -1,8 +1,8 @@
 """A clip of the teacher beside one of its two-step student, with all blocks and with half: seconds of each.
 
-    python benchmarks/distill_clip.py                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
-    python benchmarks/distill_clip.py --shape tiny --device cpu --timed_steps 2
-    python benchmarks/distill_clip.py --paths             # a path of the teacher as training has its blocks
+    python -m benchmarks.distill.clip                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
+    python -m benchmarks.distill.clip --shape tiny --device cpu --timed_steps 2
+    python -m benchmarks.distill.clip --paths             # a path of the teacher as training has its blocks
 
 Random weights, bf16, batch 1, plain diffusers with torch's attention. Teacher: 30 blocks, 50 steps, guided, so 100
 forward passes; students: all blocks or half of them, 2 steps, no guidance. They take turns. Of the teacher's 50 equal
@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.distill_step import CHANNELS, SHAPES, models
+from benchmarks.distill.shapes import CHANNELS, SHAPES, models
 from benchmarks.record import arguments, show, spread, stop, write
 
 STEPS, STUDENT_STEPS = 50, 2

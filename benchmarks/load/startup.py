@@ -1,6 +1,6 @@
 """What tiedquiet costs at start-up, in whole processes.
 
-    python benchmarks/startup.py
+    python -m benchmarks.load.startup
 
 Two small virtual environments are made, which borrow every library of this one: one with tiedquiet's start-up file in
 its site-packages, one without. Commands are run in rotating order, and each is compared with its baseline of the same
@@ -11,17 +11,15 @@ tiedquiet` in a program that imports a model of transformers anyway.
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import arguments, show, spread, stop, write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = "from transformers import UMT5EncoderModel"
 
 

@@ -1,8 +1,8 @@
 """One update of the second stage, whole weights and LoRA: seconds, share of the ceiling, memory; beside the plan.
 
-    python benchmarks/distill_matching.py                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
-    python benchmarks/distill_matching.py --shape wan2.2-a14b --arms lora        # one H200
-    python benchmarks/distill_matching.py --shape tiny --device cpu --rounds 1
+    python -m benchmarks.distill.matching                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
+    python -m benchmarks.distill.matching --shape wan2.2-a14b --arms lora        # one H200
+    python -m benchmarks.distill.matching --shape tiny --device cpu --rounds 1
 
 Random weights, batch 1, bf16, AdamW; the second of two steps, so one pass of the student leads to its own state. An
 update is that of `tiedquiet.distill.train`: the student's own state, its clip, the guided teacher's and the critic's
@@ -16,15 +16,13 @@ backward pass.
 import gc
 import math
 import statistics
-import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.distill_step import CHANNELS, SHAPES, ceiling, models, useful_flops
+from benchmarks.distill.shapes import CHANNELS, SHAPES, models, useful_flops
+from benchmarks.distill.steps import ceiling
 from benchmarks.record import arguments, spread, stop, write
 
 RANK = 64

@@ -1,7 +1,7 @@
 """The whole example on a pipeline of a real Wan's size, with random weights: phases, seconds, peak memory.
 
-    python benchmarks/distill_whole.py                    # one GPU: Wan2.1-T2V-1.3B, its UMT5-XXL, its VAE
-    python benchmarks/distill_whole.py --shape tiny --device cpu
+    python -m benchmarks.distill.whole                    # one GPU: Wan2.1-T2V-1.3B, its UMT5-XXL, its VAE
+    python -m benchmarks.distill.whole --shape tiny --device cpu
 
 A pipeline folder of that form is made, of the text encoder only `shared.weight` stored and its tie denied, as the
 published one is; then `python -m tiedquiet.distill` runs on it as the README has it, from one prompt, for a few steps,
@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.distill_step import CHANNELS, SHAPES, wan_transformer
-from benchmarks.gpu_load import SIZES as ENCODERS
+from benchmarks.distill.shapes import CHANNELS, SHAPES, wan_transformer
+from benchmarks.load.gpu import SIZES as ENCODERS
 from benchmarks.record import arguments, stop, write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = [
     "--student_steps",
     "4",

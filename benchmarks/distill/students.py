@@ -1,8 +1,8 @@
 r"""The control: students of few steps, stage by stage, of the same teacher and from the same seeds.
 
-    python benchmarks/distill_students.py                 # three seeds of each; hours on two CPU cores
-    python benchmarks/distill_students.py --jobs 18       # all at once on a GPU: minutes, with CUDA's MPS
-    python benchmarks/distill_students.py --seeds 1 --max_train_steps 2 --distribution_matching_steps 1 \
+    python -m benchmarks.distill.students                 # three seeds of each; hours on two CPU cores
+    python -m benchmarks.distill.students --jobs 18       # all at once on a GPU: minutes, with CUDA's MPS
+    python -m benchmarks.distill.students --seeds 1 --max_train_steps 2 --distribution_matching_steps 1 \
         --samples_per_prompt 1                            # does it run?
 
 Every run is `python -m tiedquiet.distill` with the tiny teacher, and but for what STUDENTS has its default settings. A
@@ -24,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.record import arguments, spread, stop, write
 
 ALONE = ["--max_train_steps", "0", "--segment_weight", "0"]
@@ -101,7 +100,7 @@ def one(student: str, seed: int, passed: dict[str, str], cache: str) -> dict[str
         out = Path(folder) / "out"
         command = [sys.executable, "-m", "tiedquiet.distill", *flags(student, passed), "--seed", str(seed)]
         command += ["--cache_dir", cache, "--output_dir", str(out)]
-        done = subprocess.run(command, stdout=sys.stderr, cwd=Path(__file__).parents[1])
+        done = subprocess.run(command, stdout=sys.stderr, cwd=Path(__file__).parents[2])
         if done.returncode:
             stop(f"{student}, seed {seed}: failed, as told above")
         told = {"student": student, "seed": seed, **json.loads((out / "metrics.json").read_text())}
