@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tests.distill.running import SHORT, TWO, VELOCITY, copied
 from tiedquiet.distill import evaluate, train
 from tiedquiet.distill import prompts as prompts_of_ours
-from tiedquiet.distill.data import Cache, Data, noise_of, read_clip, read_prompts
+from tiedquiet.distill.data import Cache, Data, noise_of
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
+from tiedquiet.distill.sources import read_clip, read_prompts
 from tiedquiet.distill.tiny.clips import PROMPTS
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
