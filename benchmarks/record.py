@@ -1,4 +1,7 @@
-"""What every benchmark shares: the description of where it ran, and its result files."""
+"""What every benchmark shares: the description of where it ran, and its result files.
+
+`python -m benchmarks.record` lays out the results that are there already.
+"""
 
 import argparse
 import json
@@ -94,9 +97,24 @@ def write(theme: str, configuration: dict[str, Any], results: Any, out: Path, wh
         "results": results,
     }
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(laid_out(content) + "\n")
     temporary.replace(path)
     return path
+
+
+def laid_out(value: Any, indent: int = 0, is_row: bool = False) -> str:
+    """JSON that a diff can show: a line for each row of a table, and for whatever is short."""
+    flat = json.dumps(value)
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    is_row = is_row or not any(isinstance(item, (dict, list)) and item for item in items)
+    if not items or len(flat) + indent <= (800 if is_row else 200):
+        return flat
+    inside = " " * (indent + 1)
+    parts = [laid_out(item, indent + 1, isinstance(value, list)) for item in items]
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + "\n" + ",\n".join(inside + part for part in parts) + "\n" + " " * indent + closing
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -107,3 +125,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def show(values: dict[str, float], scale: float = 1, digits: int = 3) -> str:
     """A spread as `median (min to max)`, each times `scale`."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * values[k] for k in ("median", "min", "max")), d=digits)
+
+
+if __name__ == "__main__":
+    for each in RESULTS.glob("*.json"):
+        each.write_text(laid_out(json.loads(each.read_text())) + "\n")

@@ -77,7 +77,8 @@ def main() -> None:
     pictures: dict[str, bytes] = {}
     for run in runs:
         pictures.setdefault(run["student"], run.pop("picture"))  # of the first seed
-    results = {"arms": table, "training": cost, "runs": runs}
+    *_, prompts = (run.pop("prompts") for run in runs)  # the same of all
+    results = {"arms": table, "training": cost, "prompts": prompts, "runs": runs}
     import torch  # noqa: F401 - so that the record names the GPU on which the runs trained
 
     path = write("distill-students", {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
