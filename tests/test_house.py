@@ -20,7 +20,6 @@ LONGER = {
     "tiedquiet/distill/pipeline.py": "the teacher, and what of it a student begins with",
     "tiedquiet/proof/judge.py": "every verdict",
     "tests/doors/test_failsafe.py": "every function of ours that may break, and the loads that run them",
-    "tests/gate/test_check.py": "every form of a checkpoint and every way of being none",
     "benchmarks/silencers.py": "every situation, and every tool that is tried on it",
 }
 WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
