@@ -67,6 +67,7 @@ def test_a_plan_counts_what_an_update_passes() -> None:
     assert plan.memory(args, Teacher(str(TINY_WAN)).transformer) == (16 + 4 + 2) * millions
 
 
+@pytest.mark.slow
 def test_the_cache_is_counted_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,6 +167,7 @@ def test_validation_shows_the_students_of_both_experts(
     monkeypatch.setattr(evaluate, "load_student", lambda *args: (left.append(args[2].name), load(*args))[1])
     monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
     argv = [*SHORT, *prompts, "--max_train_steps", "1", "--distribution_matching_steps", "1", "--use_ema"]
+    argv += ["--cache_dir", str(tmp_path / "cache")]  # the first pipeline is the one that makes the paths
     argv += ["--validation_prompts", PROMPTS[0], "--validation_steps", "1", "--output_dir", str(tmp_path / "out")]
     assert main(argv) == 0
     first, second = "transformer", "transformer_2"
