@@ -333,7 +333,7 @@ def test_releases_make_one_table(
 ) -> None:
     monkeypatch.setattr("tests.compat.__main__.python_of", lambda release: sys.executable)
     arguments = ["5.0.0", "5.2.0", "--only", "^GPT2LMHeadModel$", "--jobs", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["census.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["census", *arguments])
     assert main() == 0
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("| transformers | classes | loads |")

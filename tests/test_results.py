@@ -173,9 +173,16 @@ def test_there_is_one_result_for_each_question() -> None:
     assert {path.name for path in RESULTS.glob("*.json")} - set(newest.values()) == OLDER.keys()
 
 
+def test_what_the_benchmarks_page_leads_to_is_there() -> None:
+    page = RESULTS.parent / "README.md"
+    targets = re.findall(r"\]\((?!\w+:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
 def test_a_page_leads_to_every_result() -> None:
     pages = [*PAGES, RESULTS.parent / "README.md"]
     linked = {name for page in pages for name in re.findall(r"results/([^)#\s]+)\)", page.read_text(encoding="utf-8"))}
+    assert [name for name in linked if not (RESULTS / name).exists()] == []
     # A table leads to the JSON that it was made of.
     alone = [path.name for path in RESULTS.iterdir() if path.name not in linked]
     assert [name for name in alone if Path(name).with_suffix(".md").name not in linked] == []
