@@ -1,4 +1,7 @@
-"""What every benchmark shares: the description of where it ran, and its result files."""
+"""What every benchmark shares: the description of where it ran, and its result files.
+
+`python -m benchmarks.record` lays out the results that are there already.
+"""
 
 import argparse
 import json
@@ -20,9 +23,9 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     """The command line that every benchmark has: its docstring as help, and `--out`."""
     first, *rest = doc.splitlines()
     parser = argparse.ArgumentParser(
-        description=first, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(), description=first, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (default: beside this script)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (default: benchmarks/results)")
     return parser
 
 
@@ -35,9 +38,15 @@ def pins_of(releases: Sequence[str]) -> dict[str, list[str]]:
     return {release: RELEASES[release] for release in releases}
 
 
+def program() -> str:
+    """The name of the script, or of the folder that is run as a module."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
 def stop(message: str) -> NoReturn:
     """End with one line and exit status 2: the input cannot be used."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{program()}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -88,9 +97,24 @@ def write(theme: str, configuration: dict[str, Any], results: Any, out: Path, wh
         "results": results,
     }
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(laid_out(content) + "\n")
     temporary.replace(path)
     return path
+
+
+def laid_out(value: Any, indent: int = 0, is_row: bool = False) -> str:
+    """JSON that a diff can show: a line for each row of a table, and for whatever is short."""
+    flat = json.dumps(value)
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    is_row = is_row or not any(isinstance(item, (dict, list)) and item for item in items)
+    if not items or len(flat) + indent <= (800 if is_row else 200):
+        return flat
+    inside = " " * (indent + 1)
+    parts = [laid_out(item, indent + 1, isinstance(value, list)) for item in items]
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + "\n" + ",\n".join(inside + part for part in parts) + "\n" + " " * indent + closing
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -101,3 +125,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def show(values: dict[str, float], scale: float = 1, digits: int = 3) -> str:
     """A spread as `median (min to max)`, each times `scale`."""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*(scale * values[k] for k in ("median", "min", "max")), d=digits)
+
+
+if __name__ == "__main__":
+    for each in RESULTS.glob("*.json"):
+        each.write_text(laid_out(json.loads(each.read_text())) + "\n")

@@ -12,9 +12,6 @@ if TYPE_CHECKING:  # some tests are run where there is no torch
     from tests.checkpoints import Printed
 
 
-TWO = "a red circle moving left\na blue square moving up\n"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", help="append the truth table of tests/compat to this file, as JSON lines")
 
@@ -24,22 +21,6 @@ def _enabled() -> Iterator[None]:
     tiedquiet.enable("on")
     yield
     tiedquiet.enable("on")
-
-
-@pytest.fixture
-def own_run() -> Iterator[None]:
-    """Accelerate keeps the first run's precision for all that follow in one process."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> list[str]:
-    """The options of a run of the example on two prompts."""
-    (tmp_path / "prompts.txt").write_text(TWO)
-    return ["--prompts_file", str(tmp_path / "prompts.txt"), "--cache_dir", str(tmp_path / "cache")]
 
 
 @pytest.fixture

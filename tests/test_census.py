@@ -1,8 +1,10 @@
-"""The census (benchmarks/census.py): a sample that shows every form of declaration, and that it sees what is wrong."""
+"""The census (`python -m benchmarks.census`): a sample that shows every form of declaration, and that it sees what is wrong."""
 
+import gc
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,12 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import census, census_resume, tiny_models
+from benchmarks import tiny_models
+from benchmarks.census import loads, resume
+from benchmarks.census.__main__ import main
+from benchmarks.census.models import Saved, asks
+from benchmarks.census.report import COUNTED, summarise, table_of_resumes
+from benchmarks.census.ways import WAYS
 from tiedquiet import Finding, Verdict
 from tiedquiet.doors import trainer
 from tiedquiet.proof import judge
@@ -30,12 +37,20 @@ SAMPLE = """
 """.split()  # noqa: SIM905
 
 
-LOADS = {way for way in census.WAYS if way != "flag off at the top only"}  # which is for composites
+LOADS = {way for way in WAYS if way != "flag off at the top only"}  # which is for composites
 ALL = LOADS | {"resume"}
 
 
 def wrong(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if any(line.get(what) for what in census.COUNTED)]
+    return [line for line in lines if any(line.get(what) for what in COUNTED)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> Iterator[None]:
+    """The Trainer collects garbage after each shard; it need not walk over every module of transformers anew."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.slow
@@ -45,14 +60,14 @@ def test_no_true_row_is_hidden_and_no_verdict_is_wrong(name: str) -> None:
     cls: Any = getattr(transformers, name, None)
     if cls is None:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    tried = [line for line in census.census_of_class(cls) if "reason" not in line]
+    tried = [line for line in loads.census_of_class(cls) if "reason" not in line]
     assert len(tried) >= 8
     assert wrong(tried) == []
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> dict[str, dict[str, Any]]:
-    return {line["way"]: line for line in census.census_of_class(transformers.GPT2LMHeadModel)}
+    return {line["way"]: line for line in loads.census_of_class(transformers.GPT2LMHeadModel)}
 
 
 def test_every_way_is_tried_and_finds_what_it_is_for(gpt2: dict[str, dict[str, Any]]) -> None:
@@ -81,21 +96,20 @@ def test_every_way_is_tried_and_finds_what_it_is_for(gpt2: dict[str, dict[str, A
 
 
 def test_what_the_added_ways_load(tmp_path: Path) -> None:
-    saved = census.Saved(transformers.GPT2LMHeadModel)
-    ways = census.WAYS
-    file = ways["bfloat16 into float32"].tensors(saved)
+    saved = Saved(transformers.GPT2LMHeadModel)
+    file = WAYS["bfloat16 into float32"].tensors(saved)
     assert file is not None
     assert {value.dtype for value in file.values()} == {torch.bfloat16}
-    assert ways["bfloat16 into float32"].load(saved, tmp_path) == {"dtype": torch.float32}
-    assert ways["float32 into bfloat16"].load(saved, tmp_path) == {"dtype": torch.bfloat16}
-    options = ways["partly on disk"].load(saved, tmp_path)
+    assert WAYS["bfloat16 into float32"].load(saved, tmp_path) == {"dtype": torch.float32}
+    assert WAYS["float32 into bfloat16"].load(saved, tmp_path) == {"dtype": torch.bfloat16}
+    options = WAYS["partly on disk"].load(saved, tmp_path)
     assert options is not None
     assert {key for key, place in options["device_map"].items() if place == "disk"} == {"transformer.wte", "lm_head"}
     config = {"vocab_size": 128, "text_config": {"vocab_size": 64, "type_vocab_size": 2}}
-    ways["another vocabulary"].change(config)
+    WAYS["another vocabulary"].change(config)
     assert config == {"vocab_size": 136, "text_config": {"vocab_size": 72, "type_vocab_size": 2}}
-    assert ways["another vocabulary"].load(saved, tmp_path) == {"ignore_mismatched_sizes": True}
-    users = ways["a user's subclass, shards"].cls(saved.cls)
+    assert WAYS["another vocabulary"].load(saved, tmp_path) == {"ignore_mismatched_sizes": True}
+    users = WAYS["a user's subclass, shards"].cls(saved.cls)
     assert issubclass(users, saved.cls)
     assert users is not saved.cls
 
@@ -110,8 +124,8 @@ def test_a_class_that_only_carries_a_tied_model_is_found() -> None:
 
 
 def lines_of(cls: Any, monkeypatch: pytest.MonkeyPatch, *ways: str) -> list[dict[str, Any]]:
-    monkeypatch.setattr(census, "WAYS", {way: census.WAYS[way] for way in ways if way != "resume"})
-    return [line for line in census.census_of_class(cls) if line["way"] in ways]
+    monkeypatch.setattr(loads, "WAYS", {way: WAYS[way] for way in ways if way != "resume"})
+    return [line for line in loads.census_of_class(cls) if line["way"] in ways]
 
 
 VERSION_4 = "a user's subclass of version 4, no biases"
@@ -197,17 +211,17 @@ def test_the_census_sees_a_culprit_that_did_not_do_it(monkeypatch: pytest.Monkey
 def test_a_tie_is_asked_for_only_where_somebody_can_ask() -> None:
     from transformers import LlamaConfig, LlavaConfig, T5Config
 
-    assert census.asks(LlamaConfig(tie_word_embeddings=True))
-    assert not census.asks(LlamaConfig(tie_word_embeddings=False))
-    assert not census.asks(T5Config())  # which sets it in any case
+    assert asks(LlamaConfig(tie_word_embeddings=True))
+    assert not asks(LlamaConfig(tie_word_embeddings=False))
+    assert not asks(T5Config())  # which sets it in any case
     inside = LlavaConfig(text_config=LlamaConfig(tie_word_embeddings=False), tie_word_embeddings=True)
-    assert not census.asks(inside)
+    assert not asks(inside)
 
 
 # The resume
 
 
-@pytest.mark.parametrize("write", [census_resume.by_trainer, census_resume.in_shards, census_resume.as_bin])
+@pytest.mark.parametrize("write", [resume.by_trainer, resume.in_shards, resume.as_bin])
 @pytest.mark.parametrize(
     ("cls", "has_lost"),
     [
@@ -218,8 +232,8 @@ def test_a_tie_is_asked_for_only_where_somebody_can_ask() -> None:
     ],
 )
 def test_what_a_resume_loses_is_told_and_repaired(cls: Any, has_lost: bool, write: Any) -> None:
-    line = census_resume.census_of_resume(census.Saved(cls), write)
-    assert {what: line[what] for what in census.COUNTED if line.get(what)} == {}
+    line = resume.census_of_resume(Saved(cls), write)
+    assert {what: line[what] for what in COUNTED if line.get(what)} == {}
     assert bool(line["lost"]) is has_lost
     assert (line["told"], line["left"]) == (line["lost"], 0)
     assert line["tensors"] > line["rows_false"] >= (not has_lost)
@@ -300,7 +314,7 @@ def test_a_class_that_transformers_does_not_resume_is_not_tried(monkeypatch: pyt
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "load_state_dict", refuse)
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "resume")
     assert line["reason"].startswith("transformers does not resume it: RuntimeError: size mismatch")
-    summary = census.summarise([line])
+    summary = summarise([line])
     assert summary["resumed"]["classes"] == 0
     assert "size mismatch" in "".join(summary["unloaded"])
 
@@ -308,7 +322,7 @@ def test_a_class_that_transformers_does_not_resume_is_not_tried(monkeypatch: pyt
 def test_the_table_has_a_row_for_each_class_that_loses() -> None:
     line = {"class": "X", "way": "resume", "tensors": 9, "lost": 6, "told": 6, "left": 1}
     clean = {**line, "class": "Y", "lost": 0, "told": 0, "left": 0}
-    lines = census_resume.table([clean, line])
+    lines = table_of_resumes([clean, line])
     assert "| 2 | 1 | 1 | 0 | 18 | 6 | 6 | 1 |" in lines
     assert lines[-1] == "| X | 6 | 9 | 6 | 1 |"
 
@@ -319,8 +333,8 @@ def test_releases_make_one_table(
 ) -> None:
     monkeypatch.setattr("tests.compat.__main__.python_of", lambda release: sys.executable)
     arguments = ["5.0.0", "5.2.0", "--only", "^GPT2LMHeadModel$", "--jobs", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["census.py", *arguments])
-    assert census.main() == 0
+    monkeypatch.setattr(sys, "argv", ["census", *arguments])
+    assert main() == 0
     head, rule, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("| transformers | classes | loads |")
     assert set(rule) <= set("|-: ")

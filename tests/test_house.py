@@ -1,15 +1,27 @@
 """What is written in two places is the same in both."""
 
+import ast
 import json
 import re
 
 import pytest
 
 import tiedquiet
+from tests import map as map_of_the_house
 from tests.compat.__main__ import NEWEST, RELEASES, newest_of, requirements
 from tests.pages import ROOT
 from tiedquiet.__main__ import TESTED
 
+LONGEST = 350
+# Longer files, and why they are.
+LONGER = {
+    "tiedquiet/distill/train.py": "one script, to be read from top to bottom",
+    "tiedquiet/distill/options.py": "every flag of it, and what each may be",
+    "tiedquiet/distill/pipeline.py": "the teacher, and what of it a student begins with",
+    "tiedquiet/proof/judge.py": "every verdict",
+    "tests/doors/test_failsafe.py": "every function of ours that may break, and the loads that run them",
+    "benchmarks/silencers.py": "every situation, and every tool that is tried on it",
+}
 WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
 
@@ -55,3 +67,24 @@ def test_the_changelog_has_a_link_for_each_version() -> None:
     assert sections[0] == "Unreleased"
     if ".dev" not in tiedquiet.__version__:
         assert sections[1] == tiedquiet.__version__
+
+
+def python_files() -> dict[str, str]:
+    paths = [path for top in ("benchmarks", "tests", "tiedquiet") for path in (ROOT / top).rglob("*.py")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
+
+
+def test_no_file_needs_a_table_of_contents() -> None:
+    longer = {name: text.count("\n") for name, text in python_files().items() if text.count("\n") > LONGEST}
+    assert longer.keys() - LONGER.keys() == set(), longer
+    assert LONGER.keys() - longer.keys() == set(), "they are short enough by now"
+
+
+def test_every_file_says_what_is_in_it() -> None:
+    assert [name for name, text in python_files().items() if not ast.get_docstring(ast.parse(text))] == []
+
+
+def test_the_map_is_the_tree() -> None:
+    assert map_of_the_house.shown() == map_of_the_house.drawn(), "`python -m tests.map --write` draws it anew"
+    folders = {path.parent for top in ("benchmarks", "tests", "tiedquiet") for path in (ROOT / top).rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []

@@ -14,7 +14,7 @@ SESSIONS = [block for page in PAGES for block in blocks(page, "console")]
 # Commands that are shown and not run here, and where they are run.
 NOT_RUN = {
     "pip install .": ".ci/run installs the wheel",
-    "pip install '.[distill]' && python -m tiedquiet.distill --show_broken_tie": "ten minutes; tests/test_distill.py",
+    "pip install '.[distill]' && python -m tiedquiet.distill --show_broken_tie": "ten minutes; tests/distill/test_run.py",
 }
 
 

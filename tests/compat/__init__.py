@@ -1,0 +1,1 @@
+"""`python -m tests.compat`: the truth table on many releases of transformers."""

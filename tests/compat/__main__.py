@@ -35,14 +35,23 @@ RELEASES = {
     "5.24.0": ["diffusers==0.42.1", "huggingface_hub==2.4.0", "peft==0.21.2", "accelerate==1.15.0"],
 }
 NEWEST = "newest"
+DOORS = [
+    "adapters",
+    "from_pretrained",
+    "modes",
+    "records",
+    "strict",
+    "trainer",
+    "trainer_files",
+    "trainer_rows",
+    "unread",
+]
+DOORS += ["unread_ends", "wrapping"]
 TESTS = [
     "tests/compat",
-    *(
-        f"tests/doors/test_{name}.py"
-        for name in ("adapters", "from_pretrained", "modes", "trainer", "unread", "wrapping")
-    ),
+    *(f"tests/doors/test_{name}.py" for name in DOORS),
     *(f"tests/proof/test_{name}.py" for name in ("ties", "names", "reading", "watch_property")),
-    "tests/test_idioms.py",
+    "tests/idioms",
     "tests/test_faq.py",
 ]
 

@@ -1,0 +1,1 @@
+"""Loads through each door: what is said, kept, repaired and stopped."""

@@ -1,6 +1,5 @@
-"""What each mode does with each verdict, through the real `from_pretrained`."""
+"""What `off`, `on` and `repair` do with each verdict, through the real `from_pretrained`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers import GPT2LMHeadModel, T5ForConditionalGeneration
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, holds, save, t5
 from tests.compat import cases
-from tiedquiet import Finding, LoadError, Verdict
+from tiedquiet import Finding, Verdict
 from tiedquiet.words import explanations
 
 
@@ -222,135 +221,6 @@ def test_repair_does_not_touch_a_module_with_a_second_stored_name(tmp_path: Path
     assert model.head.weight.data_ptr() != model.transformer.wte.weight.data_ptr()
     assert not any("is now" in line for line in printed.confirmed)
     assert stored["head.weight"].shape == model.head.weight.shape
-
-
-@pytest.mark.parametrize("name", ["gpt2_flag_off", "DoesNothing", "t5_two_different_members_without_the_source"])
-def test_strict_raises_after_the_report(name: str, tmp_path: Path, printed: Printed) -> None:
-    cls, _ = cases.CASES[name](tmp_path)
-    with tiedquiet.enable("strict"), pytest.raises(LoadError) as caught:
-        cls.from_pretrained(tmp_path)
-    assert isinstance(caught.value, RuntimeError)
-    assert {finding.broken for finding in caught.value.findings} == {True}
-    assert "\n" not in str(caught.value)
-    assert printed.loud == [], "it stands once, in the error"
-
-
-def test_strict_raises_for_what_was_overwritten(tmp_path: Path) -> None:
-    save(_LosesWhatItLoaded(gpt2()), tmp_path)
-    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"overwritten.*transformer\.wte\.weight"):
-        _LosesWhatItLoaded.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gpt2_as_saved",
-        "Clones",
-        "DeclaresNothing",
-        "gpt2_with_neither_end",
-        "bert_base_file_into_the_mlm_class",
-        "umt5_generation_with_a_head_of_its_own",
-    ],
-)
-def test_strict_lets_pass_what_is_tied_absent_or_stored(name: str, tmp_path: Path) -> None:
-    cls, _ = cases.CASES[name](tmp_path)
-    if name.startswith("umt5"):
-        cls, _ = T5ForConditionalGeneration, save(T5ForConditionalGeneration(t5()), tmp_path)
-    with tiedquiet.enable("strict"):
-        cls.from_pretrained(tmp_path)
-
-
-def test_strict_lets_pass_a_switched_off_tie_that_transformers_does_not_report(
-    tmp_path: Path, printed: Printed
-) -> None:
-    class FreshHead(GPT2LMHeadModel):
-        _keys_to_ignore_on_load_missing = ["lm_head.weight"]  # noqa: RUF012
-
-    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
-    with tiedquiet.enable("strict"):
-        FreshHead.from_pretrained(tmp_path)
-    assert "GPT2Config.tie_word_embeddings is false" in printed.loud[0]
-
-
-def test_strict_inside_an_except_block_of_the_program_still_raises(tmp_path: Path) -> None:
-    cls, _ = cases.CASES["DoesNothing"](tmp_path)
-    with tiedquiet.enable("strict"):
-        try:
-            raise KeyError("the program's own")
-        except KeyError:
-            with pytest.raises(LoadError):
-                cls.from_pretrained(tmp_path)
-
-
-def test_a_load_that_fails_keeps_its_own_error(tmp_path: Path) -> None:
-    class Fails(GPT2LMHeadModel):
-        def _initialize_missing_keys(self, *_: object, **__: object) -> None:
-            raise ArithmeticError("the load's own")
-
-    save(GPT2LMHeadModel(gpt2()), tmp_path, flag=False)
-    with tiedquiet.enable("strict"), pytest.raises(ArithmeticError, match="the load's own"):
-        Fails.from_pretrained(tmp_path)
-
-
-def test_mismatched_shapes_still_raise_and_are_not_stored(tmp_path: Path, printed: Printed) -> None:
-    model = GPT2LMHeadModel(gpt2())
-    save(
-        model,
-        tmp_path,
-        transformer__wte__weight=torch.ones(65, 16),
-        keys=[k for k in model.state_dict() if k != "lm_head.weight"],
-    )
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert "MISMATCH" in printed.report
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-    assert set(verdicts(loaded).values()) == {Verdict.MISSING}
-
-
-def head_of(folder: Path, saved_by: str) -> type[GPT2LMHeadModel]:
-    """A file without a head, of a config that says that the head is not tied; who wrote it is what is said."""
-    save(GPT2LMHeadModel(gpt2()), folder, flag=False)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [saved_by]}))
-    return GPT2LMHeadModel
-
-
-def test_a_new_head_that_nobody_asked_to_tie_is_not_broken(tmp_path: Path, printed: Printed) -> None:
-    cls = head_of(tmp_path, "GPT2Model")
-    for mode in ("on", "repair", "strict"):
-        printed.records.clear()
-        with tiedquiet.enable(mode):
-            model = cls.from_pretrained(tmp_path)
-        assert printed.shows("lm_head.weight")
-        assert model.lm_head.weight is not model.transformer.wte.weight, "the config says so"
-        (line,) = printed.loud
-        assert "so it is a new head. Load a checkpoint that has the head" in line
-        assert "repair" not in line
-        assert [f.broken for f in tiedquiet.check(model).findings] == [False]
-
-
-def test_the_head_of_a_file_of_the_very_class_is_broken(tmp_path: Path) -> None:
-    cls = head_of(tmp_path, "GPT2LMHeadModel")
-
-    class OfAUser(cls):  # type: ignore[valid-type, misc]
-        """Inherits the head along with the rest."""
-
-    for kind in (cls, OfAUser):
-        with tiedquiet.enable("strict"), pytest.raises(LoadError, match="untied"):
-            kind.from_pretrained(tmp_path)
-
-
-def test_two_embeddings_that_cannot_part_are_broken_whoever_wrote_the_file(tmp_path: Path) -> None:
-    cls, _ = cases.CASES["marian_flag_off"](tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MarianModel"]}))
-    _, info = cls.from_pretrained(tmp_path, output_loading_info=True)
-    embeddings = {key for key in info["missing_keys"] if key.endswith("embed_tokens.weight")}
-    if not embeddings:
-        pytest.skip("up to 5.2 no row says that they are missing")
-    with tiedquiet.enable("strict"), pytest.raises(LoadError) as caught:
-        cls.from_pretrained(tmp_path)
-    assert {f.key for f in caught.value.findings} == embeddings
 
 
 @pytest.mark.parametrize("word", ["2", "loud", "repair!"])

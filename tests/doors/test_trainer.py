@@ -3,13 +3,11 @@
 Truth is what `from_pretrained` gives of the same folder. Nothing of the Trainer is mocked.
 """
 
-import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,106 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    CLIPVisionConfig,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MixtralConfig,
     MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
 import tiedquiet
-from tests.checkpoints import Printed, gpt2
+from tests.checkpoints import Printed
+from tests.doors.training import DATA, EVALUATED, LOSSY, ROOT, differing, llama, mixtral, resumed, right, trainer_of
 from tiedquiet import LoadError, Verdict
-from tiedquiet.doors import trainer as door
-
-ROOT = Path(__file__).parents[2]
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "bos_token_id": 1}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 2, "pad_token_id": 0}
-TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-TOKENS = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
-EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
-EVALUATED |= {"save_strategy": "steps", "greater_is_better": True}
-DATA = [{"input_ids": row, "labels": row} for row in TOKENS]
-
-
-def llama() -> Any:
-    return LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
-
-
-def llava() -> Any:
-    tower = CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=tower, text_config=LlamaConfig(**SMALL), image_token_index=63)
-    )
-
-
-def mixtral() -> Any:
-    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2))
-
-
-def qwen3_moe() -> Any:
-    how = {"moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **how))
-
-
-# What each has of how many, and what a plain resume leaves as it was.
-LOSSY: dict[Callable[[], Any], Callable[[str], bool]] = {
-    llava: lambda key: True,
-    mixtral: lambda key: ".mlp." in key,
-    qwen3_moe: lambda key: ".mlp.experts." in key,
-}
-
-
-def trainer_of(model: Any, folder: Path, steps: int = 2, **how: Any) -> Trainer:
-    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, "save_steps": 2, **how}
-    given = TrainingArguments(output_dir=str(folder), max_steps=steps, **arguments)
-    return Trainer(model, given, train_dataset=DATA, eval_dataset=DATA)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Callable[[], Any]], Path]]:
-    """For each model a folder with `base`, and a real checkpoint of two steps of training from it."""
-    made: dict[Callable[[], Any], Path] = {}
-
-    def run(build: Callable[[], Any]) -> Path:
-        if build not in made:
-            folder = made[build] = tmp_path_factory.mktemp(build.__name__)
-            torch.manual_seed(0)
-            build().save_pretrained(folder / "base")
-            model = type(build()).from_pretrained(folder / "base")
-            trainer_of(model, folder, **EVALUATED).train()
-        return made[build]
-
-    with tiedquiet.enable("on"):
-        yield run
-
-
-def resumed(build: Callable[[], Any], folder: Path, checkpoint: Path | None = None) -> Any:
-    model = type(build()).from_pretrained(folder / "base")
-    trainer_of(model, folder)._load_from_checkpoint(str(checkpoint or folder / "checkpoint-2"))
-    return model
-
-
-def state(model: Any) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def right(build: Callable[[], Any], checkpoint: Path) -> dict[str, torch.Tensor]:
-    with tiedquiet.enable("off"):
-        return state(type(build()).from_pretrained(checkpoint))
-
-
-def differing(model: Any, truth: dict[str, torch.Tensor]) -> set[str]:
-    now = model.state_dict()
-    assert now.keys() == truth.keys()
-    return {key for key in truth if not torch.equal(now[key], truth[key])}
 
 
 @pytest.mark.parametrize("build", LOSSY)
@@ -232,85 +140,6 @@ def test_a_clean_resume_leaves_its_record(runs: Any, printed: Printed) -> None:
     assert not printed.loud
 
 
-def split(checkpoint: Path, to: Path, kind: str) -> Path:
-    """The same checkpoint in two shards, or as pickles."""
-    to.mkdir()
-    tensors = load_file(checkpoint / "model.safetensors")
-    (to / "config.json").write_text((checkpoint / "config.json").read_text())
-    if kind == "whole.bin":
-        torch.save(tensors, to / "pytorch_model.bin")
-        return to
-    end = kind.rpartition(".")[2]
-    stem = "model" if end == "safetensors" else "pytorch_model"
-    names = [f"{stem}-0000{number}-of-00002.{end}" for number in (1, 2)]
-    keys = sorted(tensors)
-    for name, some in zip(names, (keys[::2], keys[1::2]), strict=True):
-        part = {key: tensors[key].clone() for key in some}
-        if end == "safetensors":
-            save_file(part, to / name, {"format": "pt"})
-        else:
-            torch.save(part, to / name)
-    index = {"metadata": {}, "weight_map": {key: names[i % 2] for i, key in enumerate(keys)}}
-    (to / f"{stem}.{end}.index.json").write_text(json.dumps(index))
-    return to
-
-
-@pytest.mark.parametrize("kind", ["shards.safetensors", "shards.bin", "whole.bin"])
-def test_shards_and_pickles(kind: str, runs: Any, tmp_path: Path) -> None:
-    folder = runs(mixtral)
-    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", kind)
-    assert tiedquiet.check(resumed(mixtral, folder, checkpoint)).unread == 6
-    with tiedquiet.enable("repair"):
-        model = resumed(mixtral, folder, checkpoint)
-    assert differing(model, right(mixtral, folder / "checkpoint-2")) == set()
-    assert tiedquiet.check(model).ok
-
-
-def test_an_index_that_promises_what_no_shard_has(runs: Any, tmp_path: Path, printed: Printed) -> None:
-    folder = runs(llama)
-    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
-    shard = checkpoint / "model-00001-of-00002.safetensors"
-    tensors = load_file(shard)
-    gone = next(key for key in sorted(tensors) if "mlp" in key)
-    save_file({key: value for key, value in tensors.items() if key != gone}, shard, {"format": "pt"})
-    printed.records.clear()
-    proof = tiedquiet.check(resumed(llama, folder, checkpoint))
-    assert [(f.key, f.verdict) for f in proof.findings if f.key != "lm_head.weight"] == [(gone, Verdict.MISSING)]
-    assert not proof.ok
-
-
-def test_one_name_in_two_shards(runs: Any, tmp_path: Path) -> None:
-    folder = runs(llama)
-    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
-    first, second = sorted(checkpoint.glob("*.safetensors"))
-    key, other = next(iter(load_file(first))), load_file(second)
-    save_file({**other, key: load_file(first)[key] + 1}, second, {"format": "pt"})
-    proof = tiedquiet.check(resumed(llama, folder, checkpoint))
-    assert {f.key: f.verdict for f in proof.findings}[key] is Verdict.AMBIGUOUS
-    assert not proof.ok
-
-
-@pytest.mark.parametrize(("old", "new"), [("", "module."), ("", "_orig_mod."), ("model.", "transformer.model.")])
-def test_another_prefix(old: str, new: str, runs: Any, tmp_path: Path, printed: Printed) -> None:
-    """As a training script writes it that forgets to unwrap its model."""
-    folder = runs(llama)
-    tensors = load_file(folder / "checkpoint-2" / "model.safetensors")
-    renamed = {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in tensors.items()}
-    (tmp_path / "c").mkdir()
-    save_file(renamed, tmp_path / "c" / "model.safetensors", {"format": "pt"})
-    printed.records.clear()
-    proof = tiedquiet.check(resumed(llama, folder, tmp_path / "c"))
-    assert proof.unread == len(renamed.keys() - tensors.keys())
-    assert "key_mapping" not in printed.loud[0], "a Trainer takes none"
-    with tiedquiet.enable("repair"):
-        model = resumed(llama, folder, tmp_path / "c")
-    assert differing(model, right(llama, folder / "checkpoint-2")) == set()
-    assert tiedquiet.check(model).ok
-    with tiedquiet.enable("strict"):  # what it holds already, nothing has to read
-        trainer_of(model, folder)._load_from_checkpoint(str(tmp_path / "c"))
-    assert tiedquiet.check(model).ok
-
-
 def test_a_resume_in_another_type_keeps_the_model_s(runs: Any) -> None:
     folder = runs(mixtral)
     truth = right(mixtral, folder / "checkpoint-2")
@@ -319,30 +148,6 @@ def test_a_resume_in_another_type_keeps_the_model_s(runs: Any) -> None:
         trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
     assert differing(model, {key: value.bfloat16() for key, value in truth.items()}) == set()
-
-
-def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
-    """Transformers saves it under the names that the mapping undoes; the class alone does not know them."""
-    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "base")
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    renamed = {key.replace("transformer.h.", "transformer.blocks."): value for key, value in tensors.items()}
-    save_file(renamed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-
-    def load() -> Any:
-        return GPT2LMHeadModel.from_pretrained(
-            tmp_path / "base", key_mapping={r"^transformer\.blocks\.": "transformer.h."}
-        )
-
-    trained = load()
-    for parameter in trained.parameters():
-        parameter.data.normal_()
-    trained.save_pretrained(tmp_path / "checkpoint-1")
-    if not any("blocks" in key for key in load_file(tmp_path / "checkpoint-1" / "model.safetensors")):
-        pytest.skip("this release saves it under the model's own names")
-    truth, model = state(trained), load()
-    with tiedquiet.enable("repair"):
-        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
-    assert differing(model, truth) == set()
 
 
 def test_a_resume_that_fails_keeps_its_own_error(runs: Any, tmp_path: Path) -> None:
@@ -417,22 +222,6 @@ def test_a_record_that_cannot_be_left_does_not_stop_the_run(
     assert any("goes on without it: KeyError" in line for line in printed.loud)
 
 
-def test_a_module_that_renames_while_it_is_read_is_known() -> None:
-    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(1, 1, 1))
-    model = torch.nn.Sequential(conv, torch.nn.Linear(1, 1))
-    assert door._renames_itself(model, "0.parametrizations.weight.original0")
-    assert door._renames_itself(model, "0.bias")
-    assert not door._renames_itself(model, "1.weight")
-
-
-def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: Path) -> None:
-    folder = runs(llama)
-    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
-    for number, shard in enumerate(sorted(checkpoint.glob("*.safetensors"))):
-        save_file({**load_file(shard), "more": torch.tensor([float(number)])}, shard, {"format": "pt"})
-    assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok
-
-
 def test_off_is_off(runs: Any, printed: Printed) -> None:
     folder = runs(mixtral)
     printed.records.clear()
@@ -444,7 +233,7 @@ def test_off_is_off(runs: Any, printed: Printed) -> None:
 
 PROGRAM = """
 import os, sys, torch, tiedquiet
-from tests.doors.test_trainer import differing, mixtral, right, trainer_of
+from tests.doors.training import differing, mixtral, right, trainer_of
 from pathlib import Path
 from transformers import MixtralForCausalLM
 folder = Path(sys.argv[1])

@@ -1,7 +1,5 @@
 """What the files have under another name or in another form, and `from_pretrained` does not read."""
 
-import ast
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -19,57 +16,16 @@ from transformers import (
     BertForSequenceClassification,
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPVisionConfig,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, state_of
+from tests.doors.renamed import BERT, CLIP, llava, mapping_of, qwen2, verdicts, written, wrong
 from tests.idioms import Idiom, Tiny
 from tiedquiet import LoadError, Verdict
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-BERT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-CLIP = {**BERT, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def qwen2(**how: Any) -> Any:
-    return Qwen2ForCausalLM(Qwen2Config(**SMALL, **{"tie_word_embeddings": True, **how}))
-
-
-def written(model: Any, folder: Path, change: Callable[[str], str] = str, **more: torch.Tensor) -> dict[str, Any]:
-    """Save a model, its tensors under other names; returns what the file holds, under the names of the class."""
-    state_of(model)  # random values: none is right by accident
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    renamed = {change(key): value for key, value in tensors.items()} | more
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def wrong(model: Any, truth: dict[str, torch.Tensor]) -> set[str]:
-    now = model.state_dict()
-    return {key for key in truth if now[key].shape != truth[key].shape or not torch.equal(now[key], truth[key])}
-
-
-def verdicts(model: Any) -> dict[str, Verdict]:
-    return {finding.key: finding.verdict for finding in tiedquiet.check(model).findings}
-
-
-def mapping_of(line: str) -> dict[str, str]:
-    """The `key_mapping` that a line advises, as somebody would paste it."""
-    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to from_pretrained", line)[0]))
-
 
 PREFIXES: dict[str, Callable[[str], str]] = {
     "added by DDP": lambda key: f"module.{key}",
@@ -108,13 +64,6 @@ def test_another_prefix(change: Callable[[str], str], tied: bool, tmp_path: Path
     assert not info["unexpected_keys"]
     model.save_pretrained(tmp_path / "again")
     assert not wrong(Qwen2ForCausalLM.from_pretrained(tmp_path / "again"), truth), "what was repaired can be saved"
-
-
-def llava() -> Any:
-    tower = CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=tower, text_config=LlamaConfig(**SMALL), image_token_index=63)
-    )
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector"])
@@ -247,32 +196,6 @@ def test_what_became_infinite_by_a_cast(tmp_path: Path) -> None:
     assert tiedquiet.check(GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.bfloat16)).ok
 
 
-def in_two_shards(folder: Path, again: dict[str, torch.Tensor]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    keys = sorted(tensors)
-    save_file({key: tensors[key] for key in keys[1:]}, folder / names[0], {"format": "pt"})
-    save_file({keys[0]: tensors[keys[0]], **again}, folder / names[1], {"format": "pt"})
-    where = {**dict.fromkeys(keys, names[0]), keys[0]: names[1]}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
-
-def test_one_name_in_two_shards(tmp_path: Path) -> None:
-    written(qwen2(), tmp_path)
-    norm = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
-    in_two_shards(tmp_path, {"model.norm.weight": norm + 1})
-    assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path))["model.norm.weight"] is Verdict.AMBIGUOUS
-    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
-        Qwen2ForCausalLM.from_pretrained(tmp_path)
-
-
-def test_the_same_twice_in_two_shards_is_well(tmp_path: Path) -> None:
-    written(qwen2(), tmp_path)
-    in_two_shards(tmp_path, {"model.norm.weight": load_file(tmp_path / "model.safetensors")["model.norm.weight"]})
-    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path)).ok
-
-
 @pytest.mark.parametrize("kind", ["bin", "state_dict"])
 def test_from_a_pickle_and_from_a_state_dict(kind: str, tmp_path: Path) -> None:
     truth = written(qwen2(), tmp_path, lambda key: f"module.{key}")
@@ -290,135 +213,6 @@ def test_from_a_pickle_and_from_a_state_dict(kind: str, tmp_path: Path) -> None:
     with tiedquiet.enable("repair"):
         model = Qwen2ForCausalLM.from_pretrained(source, **how)
     assert not wrong(model, truth)
-
-
-def test_partly_on_disk_it_is_told_and_not_repaired(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    written(qwen2(), tmp_path, lambda key: f"module.{key}")
-    where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    how = {"device_map": {**where, "model.layers": "disk"}, "offload_folder": tmp_path / "offload"}
-    with tiedquiet.enable("repair"):
-        try:
-            model = Qwen2ForCausalLM.from_pretrained(tmp_path, **how)
-        except (KeyError, ValueError) as error:
-            pytest.skip(f"transformers itself does not load it: {error!r}")
-    assert Verdict.UNREAD in verdicts(model).values()
-
-
-ON_DISK = {
-    "llama": {"model": "disk", "lm_head": "cpu"},
-    "llava": {
-        **dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu"),
-        "model.language_model": "disk",
-    },
-}
-
-
-@pytest.mark.parametrize("kind", ON_DISK)
-def test_a_random_head_beside_an_embedding_on_disk(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    if transformers.__version__.startswith("5.2."):
-        pytest.skip("it leaves such a head on meta, and accelerate raises, tiedquiet or not")
-    model = llava() if kind == "llava" else LlamaForCausalLM(LlamaConfig(**SMALL))
-    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
-    model.tie_weights()
-    written(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
-    if kind == "llava":
-        config["text_config"]["tie_word_embeddings"] = False
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    how = {"device_map": ON_DISK[kind], "offload_folder": tmp_path / "offload"}
-    loaded = type(model).from_pretrained(tmp_path, **how)
-    assert verdicts(loaded) == {"lm_head.weight": Verdict.UNTIED}, "and `check` knows what the load said"
-    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="untied"):
-        type(model).from_pretrained(tmp_path, **how)
-    with tiedquiet.enable("repair"):
-        loaded = type(model).from_pretrained(tmp_path, **how)
-    assert verdicts(loaded) == {"lm_head.weight": Verdict.COPIED}
-    stored = load_file(tmp_path / "model.safetensors")
-    (embedding,) = [value for key, value in stored.items() if key.endswith("embed_tokens.weight")]
-    assert torch.equal(loaded.lm_head.weight, embedding)
-
-
-def test_what_is_written_to_the_placeholder_of_what_is_on_disk_is_no_loss(tmp_path: Path, printed: Printed) -> None:
-    pytest.importorskip("accelerate")
-    model = DiffLlamaForCausalLM(DiffLlamaConfig(**SMALL, tie_word_embeddings=False)).eval()
-    written(model, tmp_path)
-    where = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    how = {"device_map": {**where, "model.layers": "disk"}, "offload_folder": tmp_path / "offload"}
-    tokens = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        right = model(tokens).logits
-        for mode in ("on", "repair", "strict"):
-            with tiedquiet.enable(mode):
-                loaded = DiffLlamaForCausalLM.from_pretrained(tmp_path, **how).eval()
-            assert torch.allclose(loaded(tokens).logits, right, atol=1e-6)
-            assert tiedquiet.check(loaded).ok
-    assert not printed.loud
-
-
-def drifted(folder: Path, **flags: Any) -> Any:
-    written(qwen2(), folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1e-3
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **flags}))
-    return Qwen2ForCausalLM
-
-
-def test_both_ends_of_a_tie_that_is_asked_for(tmp_path: Path, printed: Printed) -> None:
-    model = drifted(tmp_path).from_pretrained(tmp_path)
-    if model.lm_head.weight is model.model.embed_tokens.weight:
-        pytest.skip("this release ties them all the same")
-    (finding,) = tiedquiet.check(model).findings
-    assert (finding.key, finding.verdict) == ("lm_head.weight", Verdict.AMBIGUOUS)
-    assert "the tie is asked for, but the checkpoint has both, and they differ" in printed.loud[0]
-    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
-        Qwen2ForCausalLM.from_pretrained(tmp_path)
-
-
-def test_both_ends_of_a_tie_that_the_config_denies(tmp_path: Path, printed: Printed) -> None:
-    with tiedquiet.enable("strict"):
-        model = drifted(tmp_path, tie_word_embeddings=False).from_pretrained(tmp_path)
-    assert tiedquiet.check(model).ok
-    assert not printed.loud
-
-
-def test_both_ends_of_a_tie_that_only_the_text_config_denies(tmp_path: Path, printed: Printed) -> None:
-    model = llava()
-    model.config.tie_word_embeddings = True
-    model.config.text_config.tie_word_embeddings = False
-    model.save_pretrained(tmp_path)
-    with tiedquiet.enable("strict"):
-        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.lm_head.weight is not loaded.model.language_model.embed_tokens.weight or torch.equal(
-        loaded.lm_head.weight, loaded.model.language_model.embed_tokens.weight
-    )
-    assert not [line for line in printed.loud if "ambiguous" in line]
-
-
-def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
-    written(qwen2(), tmp_path)
-
-    def after(change: Callable[[Any], Any]) -> dict[str, str]:
-        model = Qwen2ForCausalLM.from_pretrained(tmp_path)
-        assert tiedquiet.check(model).ok
-        change(model)
-        return {f.key: f.why for f in tiedquiet.check(model).findings if f.verdict is Verdict.UNPROVEN}
-
-    def replace(model: Any) -> None:
-        model.model.norm.weight = nn.Parameter(torch.ones(32))
-
-    assert after(replace) == {"model.norm.weight": "it was read, and another tensor has taken its place since"}
-    assert after(lambda model: delattr(model.model, "norm")) == {
-        "model.norm.weight": "it was read, and has been taken out of the model since"
-    }
-    assert after(lambda model: model.model.norm.to("meta")) == {
-        "model.norm.weight": "it was read, and has been put on meta since, where nothing has values"
-    }
-    for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
-        assert after(harmless) == {}
 
 
 def test_nothing_has_values_on_meta(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`python -m tiedquiet check` on folders that are well, broken or malicious."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, T5EncoderModel
 
-from benchmarks.census import limited as in_time
+from benchmarks.census.loads import limited as in_time
 from tests.checkpoints import gpt2, t5
 from tiedquiet.__main__ import main
 

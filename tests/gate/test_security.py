@@ -131,6 +131,7 @@ def documented(what: str) -> list[str]:
     return row.split("|")[2].replace("`", " ").replace(",", " ").split()
 
 
+@pytest.mark.slow
 def test_nothing_of_the_current_folder_is_imported_and_nobody_is_asked(zoo: Zoo) -> None:
     """The folder has a `transformers.py` and an `accelerate.py` that leave a mark."""
     done = run("-m", "tiedquiet", "check", ".", cwd=zoo.top / "beside", input="y\n" * 9)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedquiet.proof.names import Prefixes, by_prefix, conversions_of, likely, native_class
@@ -97,6 +97,7 @@ parts = st.sampled_from(["a", "b", "c", "0", "1", "weight"])
 name = st.lists(parts, min_size=1, max_size=4).map(".".join)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),
     st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),

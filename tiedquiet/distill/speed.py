@@ -1,6 +1,6 @@
 """What makes a step fast or small: compiled blocks, what is computed again backward, other kernels for attention.
 
-What each bought is measured by `benchmarks/distill_step.py`.
+What each bought is measured by `benchmarks/distill/step.py`.
 """
 
 from argparse import Namespace

@@ -56,7 +56,7 @@ from tiedquiet.distill.checkpoint import (
     save_checkpoint,
 )
 from tiedquiet.distill.console import in_one_line, words_above_the_bar
-from tiedquiet.distill.data import Data, read_metadata, read_prompts
+from tiedquiet.distill.data import Data
 from tiedquiet.distill.evaluate import Judge
 from tiedquiet.distill.lora import FILE, Adapter
 from tiedquiet.distill.losses import (
@@ -82,6 +82,7 @@ from tiedquiet.distill.pipeline import (
 )
 from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.report import track_film
+from tiedquiet.distill.sources import read_metadata, read_prompts
 from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up, whole
 
 

@@ -1,0 +1,1 @@
+"""What is measured: each result with its hardware, versions and date."""

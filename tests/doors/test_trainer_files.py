@@ -1,0 +1,137 @@
+"""The files that a Trainer resumes from: shards, pickles, an index that lies, names of another class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2LMHeadModel,
+)
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2
+from tests.doors.training import differing, llama, mixtral, resumed, right, state, trainer_of
+from tiedquiet import Verdict
+from tiedquiet.doors import trainer as door
+
+
+def split(checkpoint: Path, to: Path, kind: str) -> Path:
+    """The same checkpoint in two shards, or as pickles."""
+    to.mkdir()
+    tensors = load_file(checkpoint / "model.safetensors")
+    (to / "config.json").write_text((checkpoint / "config.json").read_text())
+    if kind == "whole.bin":
+        torch.save(tensors, to / "pytorch_model.bin")
+        return to
+    end = kind.rpartition(".")[2]
+    stem = "model" if end == "safetensors" else "pytorch_model"
+    names = [f"{stem}-0000{number}-of-00002.{end}" for number in (1, 2)]
+    keys = sorted(tensors)
+    for name, some in zip(names, (keys[::2], keys[1::2]), strict=True):
+        part = {key: tensors[key].clone() for key in some}
+        if end == "safetensors":
+            save_file(part, to / name, {"format": "pt"})
+        else:
+            torch.save(part, to / name)
+    index = {"metadata": {}, "weight_map": {key: names[i % 2] for i, key in enumerate(keys)}}
+    (to / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+    return to
+
+
+@pytest.mark.parametrize("kind", ["shards.safetensors", "shards.bin", "whole.bin"])
+def test_shards_and_pickles(kind: str, runs: Any, tmp_path: Path) -> None:
+    folder = runs(mixtral)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", kind)
+    assert tiedquiet.check(resumed(mixtral, folder, checkpoint)).unread == 6
+    with tiedquiet.enable("repair"):
+        model = resumed(mixtral, folder, checkpoint)
+    assert differing(model, right(mixtral, folder / "checkpoint-2")) == set()
+    assert tiedquiet.check(model).ok
+
+
+def test_an_index_that_promises_what_no_shard_has(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    folder = runs(llama)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    gone = next(key for key in sorted(tensors) if "mlp" in key)
+    save_file({key: value for key, value in tensors.items() if key != gone}, shard, {"format": "pt"})
+    printed.records.clear()
+    proof = tiedquiet.check(resumed(llama, folder, checkpoint))
+    assert [(f.key, f.verdict) for f in proof.findings if f.key != "lm_head.weight"] == [(gone, Verdict.MISSING)]
+    assert not proof.ok
+
+
+def test_one_name_in_two_shards(runs: Any, tmp_path: Path) -> None:
+    folder = runs(llama)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
+    first, second = sorted(checkpoint.glob("*.safetensors"))
+    key, other = next(iter(load_file(first))), load_file(second)
+    save_file({**other, key: load_file(first)[key] + 1}, second, {"format": "pt"})
+    proof = tiedquiet.check(resumed(llama, folder, checkpoint))
+    assert {f.key: f.verdict for f in proof.findings}[key] is Verdict.AMBIGUOUS
+    assert not proof.ok
+
+
+@pytest.mark.parametrize(("old", "new"), [("", "module."), ("", "_orig_mod."), ("model.", "transformer.model.")])
+def test_another_prefix(old: str, new: str, runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """As a training script writes it that forgets to unwrap its model."""
+    folder = runs(llama)
+    tensors = load_file(folder / "checkpoint-2" / "model.safetensors")
+    renamed = {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in tensors.items()}
+    (tmp_path / "c").mkdir()
+    save_file(renamed, tmp_path / "c" / "model.safetensors", {"format": "pt"})
+    printed.records.clear()
+    proof = tiedquiet.check(resumed(llama, folder, tmp_path / "c"))
+    assert proof.unread == len(renamed.keys() - tensors.keys())
+    assert "key_mapping" not in printed.loud[0], "a Trainer takes none"
+    with tiedquiet.enable("repair"):
+        model = resumed(llama, folder, tmp_path / "c")
+    assert differing(model, right(llama, folder / "checkpoint-2")) == set()
+    assert tiedquiet.check(model).ok
+    with tiedquiet.enable("strict"):  # what it holds already, nothing has to read
+        trainer_of(model, folder)._load_from_checkpoint(str(tmp_path / "c"))
+    assert tiedquiet.check(model).ok
+
+
+def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
+    """Transformers saves it under the names that the mapping undoes; the class alone does not know them."""
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    renamed = {key.replace("transformer.h.", "transformer.blocks."): value for key, value in tensors.items()}
+    save_file(renamed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+
+    def load() -> Any:
+        return GPT2LMHeadModel.from_pretrained(
+            tmp_path / "base", key_mapping={r"^transformer\.blocks\.": "transformer.h."}
+        )
+
+    trained = load()
+    for parameter in trained.parameters():
+        parameter.data.normal_()
+    trained.save_pretrained(tmp_path / "checkpoint-1")
+    if not any("blocks" in key for key in load_file(tmp_path / "checkpoint-1" / "model.safetensors")):
+        pytest.skip("this release saves it under the model's own names")
+    truth, model = state(trained), load()
+    with tiedquiet.enable("repair"):
+        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert differing(model, truth) == set()
+
+
+def test_a_module_that_renames_while_it_is_read_is_known() -> None:
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(1, 1, 1))
+    model = torch.nn.Sequential(conv, torch.nn.Linear(1, 1))
+    assert door._renames_itself(model, "0.parametrizations.weight.original0")
+    assert door._renames_itself(model, "0.bias")
+    assert not door._renames_itself(model, "1.weight")
+
+
+def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: Path) -> None:
+    folder = runs(llama)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
+    for number, shard in enumerate(sorted(checkpoint.glob("*.safetensors"))):
+        save_file({**load_file(shard), "more": torch.tensor([float(number)])}, shard, {"format": "pt"})
+    assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok

@@ -1,0 +1,147 @@
+"""What cannot be loaded: one line that says why, and a status of 2."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+from tests.checkpoints import gpt2
+from tests.gate.test_check import check, config_of
+from tiedquiet.gate.diagnosis import damage, explain
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path.parent
+
+
+def cut(folder: Path, size: int) -> Path:
+    path = folder / "model.safetensors"
+    return write(path, path.read_bytes()[:size])
+
+
+def as_bin(folder: Path, extra: Any = None, keep: int | None = None) -> Path:
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({**stored, **(extra or {})}, path)
+    return write(path, path.read_bytes()[:keep])
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("it-was-run",)
+
+
+def without_a_shard(folder: Path) -> Path:
+    GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="8KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    return folder
+
+
+def as_an_index(folder: Path, content: Any) -> Path:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    return write(folder / "model.safetensors.index.json", json.dumps(content))
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    config_of(folder, **changes)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda g: g.parent / "nowhere" / "at" / "all", "is not a folder, and no model on the hub can have this name"),
+        (lambda g: "some/model", "is neither a folder nor in the local cache, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
+        (lambda g: g.parent, "has neither config.json nor model_index.json"),
+        (lambda g: g / "model.safetensors", "is a file; give the folder that it is in"),
+        (lambda g: write(g / "config.json", "{"), "cannot be read"),
+        (lambda g: write(g / "config.json", "[]"), "holds no JSON object"),
+        (lambda g: write(g / "model_index.json", "{}"), "is a pipeline, and its model_index.json names no component"),
+        (lambda g: changed(g, architectures=["NoSuchModel"]), "config.json names NoSuchModel, which transformers"),
+        (lambda g: changed(g, vocab_size=80), "transformer.wte.weight is 64 by 16 in the file and 80 by 16 in the model"),
+        (lambda g: cut(g, 5000), "model.safetensors is truncated: its header promises"),
+        (lambda g: cut(g, 100), "model.safetensors is truncated or not a safetensors file: it has 100 bytes"),
+        (lambda g: cut(g, 0), "model.safetensors is truncated or not a safetensors file: it has 0 bytes"),
+        (lambda g: write(g / "model.safetensors", b"\x04" + bytes(7) + b"abcd"), "is damaged: its header cannot be read"),
+        (lambda g: write(g / "model.safetensors", "version https://git-lfs.github.com/spec/v1\noid"), "is a Git LFS pointer"),
+        (without_a_shard, "names model-00002-of-0000"),
+        (lambda g: write(g / "model.safetensors.index.json", "[]") and cut(g, 0), "model.safetensors.index.json is damaged"),
+        (lambda g: as_an_index(g, {"metadata": {}, "weight_map": {}}), "model.safetensors.index.json is damaged: it names no files"),
+        (lambda g: as_an_index(g, {"weight_map": {"transformer.wte.weight": "a.safetensors"}}), "index.json has no metadata, for which transformers asks"),
+        (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is truncated: the end of it is missing"),
+        (lambda g: as_bin(g, keep=0), "pytorch_model.bin is empty"),
+        (lambda g: as_bin(g, {"x": RunsCode()}), "pytorch_model.bin is a pickle that wants to run code when it is read"),
+        (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)), "m.gguf is a GGUF file, which cannot be loaded here: "),
+        (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)) / "m.gguf", "m.gguf is a GGUF file, which cannot be loaded here: "),
+        (lambda g: write(g.parent / "two" / "a.gguf", b"") and write(g.parent / "two" / "b.gguf", b""), "holds 2 GGUF files; name one of them"),
+        (lambda g: write(g.parent / "lora" / "adapter_config.json", '{"base_model_name_or_path": "no/base"}'), "lora is an adapter, and its base model is not available: no/base is neither"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_gets_one_line(
+    make: Any, says: str, good: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(good.parent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    path = make(good)
+    capsys.readouterr()
+    assert check(path) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert error.startswith("tiedquiet: ")
+    assert "report" not in error
+    assert not Path("it-was-run").exists()
+
+
+def test_a_file_that_may_not_be_read(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert list(damage(good)) == [
+        "generation_config.json cannot be read as a JSON object",
+        "model.safetensors cannot be read: Permission denied",
+    ]
+
+
+def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
+    (good / "model.safetensors.index.json").write_text("[]")
+    (good / "a.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "model.safetensors"}}))
+    (good / "b.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "one.bin", "y": "two.bin"}}))
+    cut(good, 0)
+    assert [line.partition(":")[0] for line in damage(good)] == [
+        "b.bin.index.json names one.bin, two.bin, which are not there",
+        "model.safetensors.index.json is damaged",
+        "model.safetensors is truncated or not a safetensors file",
+    ]
+
+
+def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
+    assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "AttributeError: 'list' object has no attribute 'keys'"  # fmt: skip
+    assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip
+    assert explain(AttributeError("'X' object has no attribute 'all_tied_weights_keys'"), None, False).startswith("X.__init__ does")  # fmt: skip
+    assert explain(KeyError(), None, False) == "KeyError"
+
+
+def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("nowhere")
+    module.__file__ = __file__  # 5.0.0 opens it, and it does not have the class
+    monkeypatch.setitem(sys.modules, "nowhere", module)
+    names: dict[str, Any] = {"__name__": "nowhere"}
+    exec(
+        "class NoFile(Base):\n    _tied_weights_keys = ['lm_head.weight']\n", {**names, "Base": GPT2LMHeadModel}, names
+    )
+    with pytest.raises(AttributeError) as raised:
+        names["NoFile"](gpt2())
+    assert explain(raised.value, None, False).startswith("NoFile._tied_weights_keys is a list, but transformers 5")

@@ -1,0 +1,114 @@
+"""Code that comes with a checkpoint, some of it written for transformers 4."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.gate.test_broken import write
+from tests.gate.test_check import check, config_of
+
+MODELLING = """
+import torch
+from transformers import PreTrainedModel, PretrainedConfig
+
+
+class MyConfig(PretrainedConfig):
+    model_type = "mymodel"
+
+    def __init__(self, tie_word_embeddings=True, **kwargs):
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+
+
+class MyForCausalLM(PreTrainedModel):
+    config_class = MyConfig
+    _tied_weights_keys = {"head.weight": "embed.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(8, 4)
+        self.head = torch.nn.Linear(4, 8, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def _init_weights(self, module):
+        pass
+"""
+
+
+def remote(folder: Path, old: str = "", new: str = "") -> Path:
+    assert old in MODELLING
+    write(folder / "modeling_my.py", MODELLING.replace(old, new) if old else MODELLING)
+    auto = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
+    config = {
+        "model_type": "mymodel",
+        "architectures": ["MyForCausalLM"],
+        "auto_map": auto,
+        "tie_word_embeddings": True,
+    }
+    write(folder / "config.json", json.dumps(config))
+    save_file({"embed.weight": torch.randn(8, 4)}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_code_of_the_checkpoint_runs_only_if_it_is_let(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    remote(tmp_path / "remote")
+    assert check(tmp_path / "remote") == 2
+    assert (
+        "its class MyForCausalLM is code that ships with it (modeling_my.py); --trust-remote-code allows"
+        in capsys.readouterr().err
+    )
+    assert check(tmp_path / "remote", "--trust-remote-code") == 0
+    assert "MyForCausalLM: 1 of 1 tensor holds the file's bytes; 1 tied" in capsys.readouterr().out
+    config_of(tmp_path / "remote", architectures=None)
+    assert check(tmp_path / "remote") == 2
+    assert (
+        "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
+        in capsys.readouterr().err
+    )
+
+
+def test_what_code_of_the_checkpoint_prints_is_not_in_what_a_machine_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = remote(
+        tmp_path / "remote",
+        "        super().__init__(config)\n",
+        "        super().__init__(config)\n        print('no flash')\n",
+    )
+    assert check(folder, "--trust-remote-code", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["components"]
+    assert "no flash" in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('{"head.weight": "embed.weight"}', '["head.weight"]', 'modeling_my.py:16) is a list, but transformers 5 needs to know what each key is tied to; write _tied_weights_keys = {"head.weight": "embed.weight"}'),
+        ("        self.post_init()\n", "", "modeling_my.py:18) does not call self.post_init(), which transformers 5 needs"),
+        ("    def _init_weights", "    def tie_weights(self):\n        self.head.weight = self.embed.weight\n\n    def _init_weights", "modeling_my.py:30) takes no arguments, but transformers 5 passes some; write def tie_weights(self, *args, **kwargs)"),
+        ('_tied_weights_keys = {"head.weight": "embed.weight"}', '_tied_weights_keys = ["head.weight"]\n    get_input = None', "modeling_my.py:16) is a list"),
+        ("    def get_input_embeddings(self):\n        return self.embed", "    def get_input_embeddings(self):\n        raise NotImplementedError", None),
+    ],
+)  # fmt: skip
+def test_a_modelling_file_of_transformers_4_is_told_what_to_change(
+    old: str, new: str, says: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = remote(tmp_path / "remote", old, new)
+    if says is None:  # the source cannot be told
+        text = (folder / "modeling_my.py").read_text().replace('{"head.weight": "embed.weight"}', '["head.weight"]')
+        (folder / "modeling_my.py").write_text(text)
+        says = 'write _tied_weights_keys = {"head.weight": "NAME_OF_THE_INPUT_EMBEDDING.weight"}'
+    assert check(folder, "--trust-remote-code") == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

@@ -1,0 +1,197 @@
+"""The figures on the pages are those of the files in benchmarks/results, of which there is one for each question."""
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.record import laid_out
+from tests.pages import PAGES, ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+# Older ones that stay: what they measured has not been measured since.
+OLDER = {"distill-students_h100-80gb-hbm3_2026-11-25.json": "the velocity, and half the blocks"}
+RESUMED = ["5.0.0", "5.3.0", "5.13.1", "5.24.0"]  # releases whose census has the resume
+CENSUS = [*RESUMED, "5.2.0", "5.20.2"]
+
+
+def results(theme: str) -> tuple[str, Any]:
+    """The newest file of a theme, and what was measured."""
+    path = max(RESULTS.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[1])
+    return path.name, json.loads(path.read_text())["results"]
+
+
+def ranged(spread: dict[str, float], digits: int, scale: float = 1) -> str:
+    """A median and its range as pages give them; the median alone where there is no range to be seen."""
+    median, low, high = (f"{scale * spread[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+Figures = Iterator[tuple[str, str, str]]
+
+
+def of_the_load() -> Figures:
+    name, found = results("gpu-load-xxl")
+    ours, again = (found["arms"][arm] for arm in ("tiedquiet", "nothing again"))
+    for figure in (
+        f"{ours['ratio_to_nothing']['median']:.3f} times as long",
+        ranged(ours["ratio_to_nothing"], 3).partition(" ")[2],
+        ranged(again["ratio_to_nothing"], 3),
+        f"{found['bytes'] / 1e9:.2f} GB",
+    ):
+        yield "README.md", figure, name
+    for arm in ("nothing", "nothing again", "tiedquiet"):
+        seconds, ratio = (found["arms"][arm][what] for what in ("seconds", "ratio_to_nothing"))
+        (peak,) = found["arms"][arm]["peak_bytes"]
+        ratio = "1" if arm == "nothing" else ranged(ratio, 3)
+        yield "docs/cost.md", f"| {arm} | {ranged(seconds, 3)} | {ratio} | {peak:,} |", name
+        yield "docs/cost.md", f"{found['arms'][arm]['cold_seconds']['median']:.2f} s", name
+    hooks = found["hooks_microseconds"]
+    yield "docs/cost.md", ranged(hooks["later"], 1, 1e-3).replace(" (", " ms ("), name
+    yield "docs/cost.md", f"{hooks['first'] / 1e3:.1f} ms of a process's first load", name
+
+
+def of_the_census() -> Figures:
+    counts = {release: results(f"census-{release}") for release in CENSUS}
+    for release, (name, found) in counts.items():
+        total = found["total"]
+        cells = [total[what] for what in ("classes", "loads", "tensors", "buffers", "rows_true", "loud")]
+        cells += [total["hidden_wrongly"], total["missed"], total["false_alarms"]]
+        cells += [total["cause_wrong"] + total["verdict_wrong"], total["declared_hides"], total["is_hides"]]
+        yield "docs/evidence.md", "| " + " | ".join(f"{cell:,}" for cell in cells) + " |", name
+        if release in RESUMED:
+            row = [found["resumed"][what] for what in found["resumed"]]
+            yield "docs/resuming.md", "| " + " | ".join(f"{cell:,}" for cell in row) + " |", name
+    total = {
+        what: sum(counts[release][1]["total"][what] for release in RESUMED) for what in counts["5.0.0"][1]["total"]
+    }
+    wrong = ("hidden_wrongly", "missed", "false_alarms", "not_repaired", "best_differs")
+    assert [total[what] for what in wrong] == [0] * len(wrong)
+    name, resumed = "census-*.json", counts["5.24.0"][1]["resumed"]
+    assert resumed["told"] == resumed["lost"]
+    for figure in (
+        f"{total['loads']:,} loads",
+        f"{total['tensors']:,} stored tensors",
+        f"{total['declared_hides']:,} true ones",
+        f"Of {resumed['classes']} classes resumed on 5.24.0, {resumed['lose something']} lost",
+        f"{resumed['lose everything']} all of them",
+    ):
+        yield "README.md", figure, name
+
+
+def of_the_fuzzer() -> Figures:
+    name, found = results("fuzz-5.24.0")
+    total = found["total"]
+    for figure in (
+        f"{total['loads']:,} loads on 5.24.0",
+        f"{total['truths']:,} things",
+        f"{total['told']:,} were told",
+        f"{total['unseen']} cannot be seen",
+        f"{total['missed']} were missed",
+        f"{total['false alarm']} false alarms",
+        f"{total['raised for nothing']} sound loads stopped",
+    ):
+        yield "docs/evidence.md", figure, name
+
+
+def of_the_students() -> Figures:
+    name, found = results("distill-students")
+    two = [run["arms"] for run in found["runs"] if run["student"] == "2 steps"]
+    teacher = f"{100 * two[0]['teacher, 24 steps']['adherence']:.1f} %"
+    mean = f"{100 * statistics.mean(arms['student, 2 steps']['adherence'] for arms in two):.1f} %"
+    yield "README.md", f"{mean} for {teacher}", name
+    yield "docs/distill.md", f"three seeds is {mean}, the teacher's {teacher}", name
+    words = {"segments": "segments, {}", "student": "**segments, then DMD2, {}**", "alone": "DMD2 alone, {}"}
+    for steps in ("4 steps", "2 steps", "1 step"):
+        for arm, words_of in words.items():
+            key = f"{steps}, DMD2 alone: student, {steps}" if arm == "alone" else f"{steps}: {arm}, {steps}"
+            measured = found["arms"][key]
+            bold = "**" if arm == "student" and steps != "1 step" else ""
+            cells = [f"{bold}{ranged(measured['adherence'], 1, 100)}{bold}", ranged(measured["psnr"], 1)]
+            cells += [ranged(measured[what], 2) for what in ("spread_of_place", "spread_of_size", "speed_of_motion")]
+            label = words_of.format(steps) if bold else words_of.format(steps).replace("**", "")
+            yield "docs/distill.md", f"| {label} | {' | '.join(cells)} |", name
+    for arm, measured in two[0].items():
+        cells = [f"{100 * measured['adherence']:.1f}%"] + ([f"{measured['psnr']:.1f} dB"] if "psnr" in measured else [])
+        yield "docs/example.md", " | ".join([arm, *cells]), name
+
+
+def of_speed() -> Figures:
+    name, clip = results("distill-clip-wan2.1-1.3b")
+    fast, decoded = clip["times_as_fast_all_blocks"]["median"], clip["times_as_fast_with_decoding_all_blocks"]
+    yield "README.md", f"{fast:.0f} times as fast", name
+    yield "README.md", f"{decoded:.0f} times as fast once it is decoded", name
+    for arm, words in (("all_blocks", "all blocks"), ("half_the_blocks", "half the blocks")):
+        seconds = f"{clip[f'{arm}_denoising']['median']:.{2 if arm == 'all_blocks' else 3}f}"
+        cells = [seconds, f"{clip[f'times_as_fast_{arm}']['median']:.0f}"]
+        cells += [f"{clip[f'times_as_fast_with_decoding_{arm}']:.1f}"]
+        yield "docs/distill.md", f"| student, 2 steps, {words} | {' | '.join(cells)} |", name
+    teacher = f"{clip['teacher_denoising']['median']:.1f}"
+    yield "docs/distill.md", f"| teacher, 50 steps, guided | {teacher} |", name
+    yield "docs/example.md", f"{teacher} s to denoise a clip", name
+    yield "docs/example.md", f"{fast:.0f} times as fast in denoising alone, {decoded:.1f} times with decoding", name
+    name, paths = results("distill-paths-wan2.1-1.3b")
+    for arm in paths.values():
+        for page in ("docs/example.md", "docs/distill.md", "benchmarks/README.md"):
+            yield page, f"{arm['seconds']['median']:.1f} s", name
+    yield "docs/example.md", f"{paths['compiled, float8']['times_as_fast']:.2f} times as fast", name
+    name, update = results("distill-matching-wan2.1-1.3b")
+    for arm, words in (("whole", "whole weights"), ("lora", "`--lora_rank 64`")):
+        told = update["arms"][arm]
+        cells = [ranged(told["seconds"], 2), f"{told['percent_of_ceiling']:.1f} %", f"{told['peak_gib']:.1f}"]
+        cells += [f"{told['planned_seconds']:.1f} s, {told['planned_gib']:.1f} GiB"]
+        yield "docs/distill.md", f"| {words} | {' | '.join(cells)} |", name
+    for theme in ("distill-step-wan2.1-1.3b", "distill-step-wan2.1-1.3b-30-blocks"):
+        name, steps = results(theme)
+        for arm, told in steps["arms"].items():
+            if "flash3" not in arm:
+                cells = [ranged(told["seconds"], 3), f"{told['percent_of_ceiling']:.1f} %", f"{told['peak_gib']:.1f}"]
+                yield "docs/distill.md", f"| {' | '.join(cells)} |", f"{name}: {arm}"
+
+
+FIGURES = [
+    figure
+    for of_one_kind in (of_the_load, of_the_census, of_the_fuzzer, of_the_students, of_speed)
+    for figure in of_one_kind()
+]
+
+
+@pytest.mark.parametrize(("page", "figure", "file"), FIGURES, ids=[f"{page}: {what}" for page, what, _ in FIGURES])
+def test_a_figure_is_the_one_that_was_measured(page: str, figure: str, file: str) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert figure in re.sub(r" +", " ", text), f"{page} does not have `{figure}`, which {file} has"
+
+
+def test_there_is_one_result_for_each_question() -> None:
+    newest: dict[str, str] = {}
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem.rsplit("_", 1)[1]):
+        newest[path.stem.rsplit("_", 1)[0]] = path.name
+    assert {path.name for path in RESULTS.glob("*.json")} - set(newest.values()) == OLDER.keys()
+
+
+def test_what_the_benchmarks_page_leads_to_is_there() -> None:
+    page = RESULTS.parent / "README.md"
+    targets = re.findall(r"\]\((?!\w+:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_a_page_leads_to_every_result() -> None:
+    pages = [*PAGES, RESULTS.parent / "README.md"]
+    linked = {name for page in pages for name in re.findall(r"results/([^)#\s]+)\)", page.read_text(encoding="utf-8"))}
+    assert [name for name in linked if not (RESULTS / name).exists()] == []
+    # A table leads to the JSON that it was made of.
+    alone = [path.name for path in RESULTS.iterdir() if path.name not in linked]
+    assert [name for name in alone if Path(name).with_suffix(".md").name not in linked] == []
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_a_result_can_be_read_in_a_diff(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if path.name.startswith("silencers_"):
+        pytest.skip("it is written before record.py lays out its rows")
+    assert text == laid_out(json.loads(text)) + "\n", "`python -m benchmarks.record` lays it out"
+    assert text.count("\n") < 1000
