@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clocks import Clocks
 from benchmarks.record import arguments, show, spread, stop, write
-from benchmarks.silencers import nothing, record_filter, verbosity_error
+from benchmarks.silencers.ways import nothing, record_filter, verbosity_error
 
 SIZES = {
     "tiny": {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},

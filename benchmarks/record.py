@@ -88,9 +88,23 @@ def write(theme: str, configuration: dict[str, Any], results: Any, out: Path, wh
         "results": results,
     }
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(folded(content) + "\n")
     temporary.replace(path)
     return path
+
+
+def folded(value: Any, depth: int = 0, width: int = 240) -> str:
+    """JSON in which whatever fits into a line stands on one, so that a diff shows rows and not single cells."""
+    text = json.dumps(value)
+    if (depth and len(text) + depth <= width) or not isinstance(value, (dict, list)) or not value:
+        return text
+    if isinstance(value, dict):
+        items = [f"{json.dumps(str(key))}: {folded(each, depth + 1, width)}" for key, each in value.items()]
+    else:
+        items = [folded(each, depth + 1, width) for each in value]
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return start + inner + f",{inner}".join(items) + outer + end
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
