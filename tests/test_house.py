@@ -1,12 +1,14 @@
 """What is written in two places is the same in both."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 import tiedquiet
-from tests.compat.__main__ import NEWEST, RELEASES, newest_of, requirements
+from tests.compat.__main__ import NEWEST, RELEASES, constraints, newest_of, requirements
 from tests.pages import ROOT
 from tiedquiet.__main__ import TESTED
 
@@ -29,7 +31,18 @@ def test_the_newest_releases_are_asked_of_the_index() -> None:
     except SystemExit as no_index:
         pytest.skip(str(no_index))
     assert re.fullmatch(r"\d+(\.\d+)+", version)
-    assert [pin.partition("==")[0] for pin in requirements(NEWEST)] == ["transformers", "diffusers", "wrapt"]
+    assert [pin.partition("==")[0] for pin in requirements(NEWEST)] == ["transformers", "diffusers", "wrapt", "torch"]
+
+
+def test_what_pip_is_held_to_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "held.txt").write_text("torchvision==0.1\ntorch==2.13.0 ; python_version >= '3.9'\nwrapt<2 # old\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "held.txt"))
+    assert list(constraints("torch").filter(["2.15.0", "2.13.0+cpu", "2.13.0"])) == ["2.13.0+cpu", "2.13.0"]
+    assert constraints("wrapt") == "<2"
+    assert not constraints("diffusers")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "absent.txt"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert not constraints("wrapt")
 
 
 def test_an_index_that_knows_no_such_package_gets_one_line() -> None:
