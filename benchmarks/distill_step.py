@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.record import arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
 
 # heads, blocks of teacher and student, feed-forward, text width; latent frames, height, width; text tokens
 SHAPES: dict[str, dict[str, int]] = {
@@ -557,22 +557,22 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
     from matplotlib import pyplot as plt
 
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure, axes = plt.subplots(len(arms), 3, figsize=(11, 2.8 * len(arms) + 0.4), squeeze=False)
+    figure, axes = plt.subplots(len(arms), 3, figsize=(PAGE_INCHES, 2.8 * len(arms) + 0.4), squeeze=False)
     for row, arm in zip(axes, arms, strict=True):
         ours = [run for run in runs if run["arm"] == arm]
         names = [f"{run['kind']}\n{run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in ours]
         speeds = row[0].bar(names, [run["tokens_per_s"] for run in ours])
         row[0].bar_label(speeds, [f"{run['ratio_to_one']:.2f}x" if run["ratio_to_one"] else "" for run in ours])
         row[0].margins(y=0.1)
-        row[0].set(title="tokens per second", ylabel=textwrap.fill(arm, 24))
+        row[0].set(title="tokens/s", ylabel=textwrap.fill(arm, 24))
         row[1].bar(names, [run["peak_gib"] for run in ours])
-        row[1].set(title="peak memory per GPU, GiB")
+        row[1].set(title="GiB, peak per GPU")
         row[2].bar(names, [100 * run["communication"] for run in ours])
         row[2].bar(names, [100 * run["communication_not_hidden"] for run in ours], color="tab:red")
-        row[2].set(title="communication", ylabel="% of a step (red: not hidden)")
+        row[2].set(title="communication, % of a\nstep (red: not hidden)")
     figure.suptitle(f"one distillation step, {shape}")
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def report(results: dict[str, Any]) -> None:
@@ -600,15 +600,15 @@ def plot(path: Path, results: dict[str, Any], shape: str) -> None:
     from matplotlib import pyplot as plt
 
     arms = results["arms"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.6 * len(arms) + 1.6), sharey=True)
-    names = [textwrap.fill(name, 36) for name in arms]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE_INCHES, 0.6 * len(arms) + 1.6), sharey=True)
+    names = [textwrap.fill(name, 30) for name in arms]
     left.barh(names, [arm["percent_of_ceiling"] for arm in arms.values()])
-    left.set(xlabel="useful arithmetic,\n% of the matrix-product ceiling", title=shape)
+    left.set(xlabel="useful arithmetic, % of\nthe matrix-product ceiling", title=shape)
     right.barh(names, [arm["peak_gib"] for arm in arms.values()], color="tab:orange")
     right.set(xlabel="peak memory, GiB")
     left.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import PAGE_INCHES
 from benchmarks.silencers.tables import (
     ALARM,
     BOTH,
@@ -29,8 +30,7 @@ WORDS = {
         NOTICED: "corrupt, noticed", QUIET: "sound, quiet", MISSED: "corrupt, missed", ALARM: "sound, false alarm",
     },
 }  # fmt: skip
-# A page shows a plot some 700 pixels wide: letters of 9 points on 7.4 inches are 12 pixels high there.
-INCHES, POINTS = 7.4, 9
+POINTS = 9
 
 
 def plot(path: Path, results: Results) -> list[Path]:
@@ -44,7 +44,7 @@ def plot(path: Path, results: Results) -> list[Path]:
     for table, words in WORDS.items():
         ways = results[table]
         names = list(next(iter(ways.values())))
-        figure, axis = plt.subplots(figsize=(INCHES, 2.9 + 0.27 * len(names)), constrained_layout=True)
+        figure, axis = plt.subplots(figsize=(PAGE_INCHES, 2.9 + 0.27 * len(names)), constrained_layout=True)
         stripes(axis, ways, names)
         seen = {score for way in ways.values() for scores in way.values() for score in scores.values()}
         legend(figure, {score: word for score, word in words.items() if score in seen}, releases(results))
