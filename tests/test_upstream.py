@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.pages import ROOT, fenced
-from tests.upstream import BUGS, PATCHES, RELEASES, packages, patched
+from tests.upstream import BUGS, PATCHES, RELEASES, packages, patched, program
 
 needs_the_releases = pytest.mark.skipif(
     any(metadata.version(package) != release for package, release in RELEASES.items()), reason=f"of {RELEASES}"
@@ -50,6 +50,31 @@ def test_the_released_one_fails_and_the_patched_one_passes(title: str, tmp_path:
     cured = run(code, tmp_path, patched(tmp_path / "copy", patch), packages(patch))
     assert cured.returncode == 0, cured.stderr[-2000:]
     assert cured.stdout.endswith("cured\n")
+
+
+@needs_the_releases
+@pytest.mark.slow
+def test_no_part_of_a_weight_with_weight_norm_stays_unwritten(tmp_path: Path) -> None:
+    (patch,) = (diff for title, diff in PATCHES.items() if "weight norm" in title)
+    only = "Hubert|SpeechT5|Vits"
+    released = program("tests.upstream", "parts", only)
+    cured = program("tests.upstream", "parts", only, paths=(patched(tmp_path, patch),))
+    assert [row["class"] for row in released] == [row["class"] for row in cured]
+    assert len(released) == 3
+    assert all(row["parts"] == row["unwritten"] for row in released)
+    assert all(row["parts"] and not row["unwritten"] for row in cured)
+
+
+@needs_the_releases
+@pytest.mark.slow
+def test_the_patched_trainer_resumes_a_class_that_loses_everything(tmp_path: Path) -> None:
+    (patch,) = (diff for title, diff in PATCHES.items() if "on resume" in title)
+    (released,) = program("tests.upstream", "resumed", "^LlavaForConditionalGeneration$")
+    (cured,) = program(
+        "tests.upstream", "resumed", "^LlavaForConditionalGeneration$", paths=(patched(tmp_path, patch),)
+    )
+    assert released["lost"] == released["lost_of_best"] != []
+    assert cured["lost"] == cured["lost_of_best"] == cured["rows"] == []
 
 
 @needs_the_releases

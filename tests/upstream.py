@@ -1,7 +1,8 @@
 """`python -m tests.upstream`: what the patches of docs/upstream.md do, beside the programs of that page.
 
-python -m tests.upstream             # how many of the idioms of tests/idioms.py they put right together
+python -m tests.upstream             # how many of the idioms of tests/idioms.py are right with all of them together
 python -m tests.upstream resumes     # what each class of the census loses on resume, without and with them
+python -m tests.upstream parts       # which classes leave the parts of a weight with weight norm unwritten
 """
 
 import argparse
@@ -21,6 +22,11 @@ import transformers
 from tests.pages import ROOT, fenced, sections
 
 RELEASES = {"transformers": "5.24.0", "diffusers": "0.42.1"}  # of the page
+# Of docs/upstream.md, 8.
+WITH_WEIGHT_NORM = (
+    "HubertModel", "SpeechT5ForSpeechToText", "VitsModel", "EncodecModel", "MusicgenForConditionalGeneration", "SEWModel",
+    "UniSpeechModel", "Wav2Vec2Model", "Wav2Vec2ConformerModel", "WavLMModel",
+)  # fmt: skip
 BUGS = {title: text for title, text in sections(ROOT / "docs" / "upstream.md").items() if title[0].isdigit()}
 PATCHES = {title: diff for title, text in BUGS.items() for diff in fenced(text, "diff")}
 
@@ -104,6 +110,37 @@ def resumes(only: str = "") -> int:
     return int(any(row.get("lost") or row.get("lost_of_best") for row in after))
 
 
+def parts(only: str) -> int:
+    """One line for each class with weight norm: how many of its parts nobody writes to if the file lacks them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from benchmarks import census, tiny_models
+
+    census.prepare()
+    torch.use_deterministic_algorithms(True)  # what nobody wrote to is NaN
+    for name in filter(re.compile(only).search, WITH_WEIGHT_NORM):
+        cls = getattr(transformers, name)
+        for shrink in tiny_models.attempts():
+            try:
+                config = tiny_models.default(cls.config_class)
+                shrink(config)
+                model = cls(config)
+                break
+            except Exception:
+                continue
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            path = Path(folder, "model.safetensors")
+            kept = {key: value for key, value in load_file(path).items() if "parametrizations" not in key}
+            save_file(kept, path, {"format": "pt"})
+            state = cls.from_pretrained(folder).state_dict()
+        of_weights = [value for key, value in state.items() if "parametrizations" in key]
+        unwritten = sum(not value.isfinite().all() for value in of_weights)
+        print(json.dumps({"class": name, "parts": len(of_weights), "unwritten": unwritten}), flush=True)
+    return 0
+
+
 def resumed(only: str) -> int:
     """One line for each class that the census resumes: what a Trainer loses of its own checkpoint, tiedquiet off."""
     from benchmarks import census, tiny_models
@@ -143,12 +180,12 @@ def resume_of(cls: type[Any], folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", default="idioms", choices=["idioms", "resumes", "resumed"])
+    parser.add_argument("what", nargs="?", default="idioms", choices=["idioms", "resumes", "resumed", "parts"])
     parser.add_argument("only", nargs="?", default="", help="classes whose name has a match")
     options = parser.parse_args()
     if options.what == "idioms":
         return idioms()
-    return resumes(options.only) if options.what == "resumes" else resumed(options.only)
+    return {"resumes": resumes, "resumed": resumed, "parts": parts}[options.what](options.only)
 
 
 if __name__ == "__main__":
