@@ -14,12 +14,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)((?:#[^)\s]*)?)(?=\))")
+# The changelog compares releases where the repository lies; a site lies elsewhere.
+_OF_THE_FORGE = re.compile(r"^\[[^\]]+\]: \.\./\.\./.*\n", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the first page, and whatever is linked to, pages with their own links included."""
-    waiting = [ROOT / "README.md", *sorted(Path(config.docs_dir).glob("*.md"))]
+    """Add the first page, the changelog, and whatever is linked to, pages with their own links included."""
+    waiting = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(Path(config.docs_dir).glob("*.md"))]
     seen = set(waiting)
     while waiting:
         page = waiting.pop()
@@ -49,6 +51,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return link[0]
         return posixpath.relpath(_place(target), posixpath.dirname(page.file.src_uri) or ".") + link[2]
 
+    if source.name == "CHANGELOG.md":
+        markdown = re.sub(r"^## \[(.+?)\]", r"## \1", _OF_THE_FORGE.sub("", markdown), flags=re.MULTILINE)
     # Not in code: what stands between the fences is left alone.
     pieces = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(piece if piece.startswith("```") else _LINK.sub(moved, piece) for piece in pieces)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 RESULTS = Path(__file__).parent / "results"
+# A page shows a plot some 700 pixels wide: letters of 10 points are 12 pixels high there if the plot is this wide.
+PAGE_INCHES = 7.6
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "safetensors", "huggingface_hub", "accelerate", "diffusers")
 
 

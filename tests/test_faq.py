@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from transformers import GPT2LMHeadModel
 
 import tiedquiet
 from benchmarks.tiny_models import tiny
+from tests.checkpoints import Printed, gpt2
 from tests.pages import ROOT, fenced, sections
 
 CRASHES = {
@@ -56,6 +59,25 @@ def test_the_usual_answer_leaves_the_head_random(model_of: Callable[[str], Any])
     code = fenced(CRASHES["`'list' object has no attribute 'keys'`"], "python")[0]
     (finding,) = tiedquiet.check(model_of(code.replace('["lm_head.weight"]', "None"))).findings
     assert finding.verdict is tiedquiet.Verdict.UNTIED
+
+
+def test_a_log_level_silences_and_changes_nothing_else(tmp_path: Path, printed: Printed) -> None:
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with tiedquiet.enable("on"):
+            untied = GPT2LMHeadModel.from_pretrained(tmp_path, tie_word_embeddings=False)
+        with tiedquiet.enable("repair"):
+            repaired = GPT2LMHeadModel.from_pretrained(tmp_path, tie_word_embeddings=False)
+        with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError):
+            GPT2LMHeadModel.from_pretrained(tmp_path, tie_word_embeddings=False)
+    finally:
+        transformers.logging.set_verbosity(before)
+    assert not printed.report
+    (finding,) = tiedquiet.check(untied).findings
+    assert finding.verdict is tiedquiet.Verdict.UNTIED
+    assert repaired.lm_head.weight is repaired.transformer.wte.weight
 
 
 def test_the_renaming_that_a_subclass_does_not_get(tmp_path: Path) -> None:

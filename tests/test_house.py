@@ -2,13 +2,15 @@
 
 import ast
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 import tiedquiet
 from tests import map as map_of_the_house
-from tests.compat.__main__ import NEWEST, RELEASES, newest_of, requirements
+from tests.compat.__main__ import NEWEST, RELEASES, constraints, newest_of, requirements
 from tests.pages import ROOT
 from tiedquiet.__main__ import TESTED
 
@@ -18,9 +20,7 @@ LONGER = {
     "tiedquiet/distill/train.py": "one script, to be read from top to bottom",
     "tiedquiet/distill/options.py": "every flag of it, and what each may be",
     "tiedquiet/distill/pipeline.py": "the teacher, and what of it a student begins with",
-    "tiedquiet/proof/judge.py": "every verdict",
     "tests/doors/test_failsafe.py": "every function of ours that may break, and the loads that run them",
-    "benchmarks/silencers.py": "every situation, and every tool that is tried on it",
 }
 WORKFLOWS = {path.name: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 
@@ -41,7 +41,18 @@ def test_the_newest_releases_are_asked_of_the_index() -> None:
     except SystemExit as no_index:
         pytest.skip(str(no_index))
     assert re.fullmatch(r"\d+(\.\d+)+", version)
-    assert [pin.partition("==")[0] for pin in requirements(NEWEST)] == ["transformers", "diffusers", "wrapt"]
+    assert [pin.partition("==")[0] for pin in requirements(NEWEST)] == ["transformers", "diffusers", "wrapt", "torch"]
+
+
+def test_what_pip_is_held_to_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "held.txt").write_text("torchvision==0.1\ntorch==2.13.0 ; python_version >= '3.9'\nwrapt<2 # old\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "held.txt"))
+    assert list(constraints("torch").filter(["2.15.0", "2.13.0+cpu", "2.13.0"])) == ["2.13.0+cpu", "2.13.0"]
+    assert constraints("wrapt") == "<2"
+    assert not constraints("diffusers")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "absent.txt"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    assert not constraints("wrapt")
 
 
 def test_an_index_that_knows_no_such_package_gets_one_line() -> None:

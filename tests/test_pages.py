@@ -52,6 +52,16 @@ def test_the_python_of_the_readme_runs(folder: Path) -> None:
         exec(block.text, {**names, "path": folder / "untied-model"})
 
 
+def test_the_python_of_the_api_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(ROOT / "docs" / "api.md", "python")
+    exec(block.text, {"path": folder / "my-model"})
+    assert "the load was sound" in capsys.readouterr().out
+    with pytest.raises(tiedquiet.LoadError):
+        exec(block.text, {"path": folder / "untied-model"})
+    named = set(re.findall(r"^::: tiedquiet\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert named == {name for name in tiedquiet.__all__ if not name.startswith("__")}
+
+
 def test_every_row_of_the_table_is_a_line_that_exists() -> None:
     """The words under `you see` are the words of the code."""
     sources = "".join(path.read_text() for path in (ROOT / "tiedquiet").rglob("*.py"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.distill.shapes import ARMS, SHAPES, latent_tokens
 from benchmarks.distill.steps import Steps, timed
-from benchmarks.record import show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, show, spread, stop, write
 
 
 def scaling(options: Any) -> None:
@@ -146,19 +146,19 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
     from matplotlib import pyplot as plt
 
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure, axes = plt.subplots(len(arms), 3, figsize=(11, 2.8 * len(arms) + 0.4), squeeze=False)
+    figure, axes = plt.subplots(len(arms), 3, figsize=(PAGE_INCHES, 2.8 * len(arms) + 0.4), squeeze=False)
     for row, arm in zip(axes, arms, strict=True):
         ours = [run for run in runs if run["arm"] == arm]
         names = [f"{run['kind']}\n{run['processes']} GPUs" if run["processes"] > 1 else "one GPU" for run in ours]
         speeds = row[0].bar(names, [run["tokens_per_s"] for run in ours])
         row[0].bar_label(speeds, [f"{run['ratio_to_one']:.2f}x" if run["ratio_to_one"] else "" for run in ours])
         row[0].margins(y=0.1)
-        row[0].set(title="tokens per second", ylabel=textwrap.fill(arm, 24))
+        row[0].set(title="tokens/s", ylabel=textwrap.fill(arm, 24))
         row[1].bar(names, [run["peak_gib"] for run in ours])
-        row[1].set(title="peak memory per GPU, GiB")
+        row[1].set(title="GiB, peak per GPU")
         row[2].bar(names, [100 * run["communication"] for run in ours])
         row[2].bar(names, [100 * run["communication_not_hidden"] for run in ours], color="tab:red")
-        row[2].set(title="communication", ylabel="% of a step (red: not hidden)")
+        row[2].set(title="communication, % of a\nstep (red: not hidden)")
     figure.suptitle(f"one distillation step, {shape}")
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.distill.scaling import scaling, scaling_worker
 from benchmarks.distill.shapes import ARMS, REFERENCE, SCALED, SHAPES, latent_tokens, segments, useful_flops
 from benchmarks.distill.steps import Steps, ceiling, gradient_error, timed
-from benchmarks.record import arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
 
 
 def main() -> None:
@@ -170,15 +170,15 @@ def plot(path: Path, results: dict[str, Any], shape: str) -> None:
     from matplotlib import pyplot as plt
 
     arms = results["arms"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.6 * len(arms) + 1.6), sharey=True)
-    names = [textwrap.fill(name, 36) for name in arms]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(PAGE_INCHES, 0.6 * len(arms) + 1.6), sharey=True)
+    names = [textwrap.fill(name, 30) for name in arms]
     left.barh(names, [arm["percent_of_ceiling"] for arm in arms.values()])
-    left.set(xlabel="useful arithmetic,\n% of the matrix-product ceiling", title=shape)
+    left.set(xlabel="useful arithmetic, % of\nthe matrix-product ceiling", title=shape)
     right.barh(names, [arm["peak_gib"] for arm in arms.values()], color="tab:orange")
     right.set(xlabel="peak memory, GiB")
     left.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":

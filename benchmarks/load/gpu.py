@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clocks import Clocks
-from benchmarks.record import arguments, show, spread, stop, write
-from benchmarks.silencers import nothing, record_filter, verbosity_error
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
+from benchmarks.silencers.ways import nothing, record_filter, verbosity_error
 
 SIZES = {
     "tiny": {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
@@ -287,24 +287,24 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
     warm = [r["arms"] for r in results["rounds"] if not r["cold"]]
     names = list(ARMS)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(PAGE_INCHES, 6.4), sharex=True, constrained_layout=True)
     seconds = [[arms[name]["seconds"] for arms in warm] for name in names]
     ratios = [[arms[name]["seconds"] / arms["nothing"]["seconds"] for arms in warm] for name in names]
     labels = "seconds per load, warm page cache", "ratio to `nothing` of the same round"
-    for axis, values, label in zip((left, right), (seconds, ratios), labels, strict=True):
+    for axis, values, label in zip((upper, lower), (seconds, ratios), labels, strict=True):
         for place, (name, points) in enumerate(zip(names, values, strict=True)):
             color = "tab:green" if name == "tiedquiet" else "tab:gray"
             axis.scatter([place] * len(points), points, s=18, alpha=0.6, color=color)
             axis.hlines(statistics.median(points), place - 0.3, place + 0.3, color=color, linewidth=2)
-        axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+        axis.set_xticks(range(len(names)), names)
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
-    right.axhline(1, color="black", linewidth=0.8)
+    lower.axhline(1, color="black", linewidth=0.8)
     content = json.loads(path.read_text())
     used = content["versions"]
     stack = f"transformers {used['transformers']}, torch {used['torch']}"
-    figure.suptitle(f"Loading {results['bytes'] / 1e9:.2f} GB: {content['hardware']}, {stack}; bars: medians")
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    figure.suptitle(f"{results['bytes'] / 1e9:.2f} GB, {content['hardware']}, {stack}; bars: medians", fontsize=10)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def report(path: Path, results: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clocks import Clocks
-from benchmarks.record import arguments, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, spread, stop, write
 
 LAYER = ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2", "norm3")
 FORMS = ("names", "pattern")
@@ -139,8 +139,8 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, constrained_layout=True)
-    titles = {"none": "MISSING keys", "names": "ties declared by name", "pattern": "ties declared by one pattern"}
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE_INCHES, 3.6), sharey=True, constrained_layout=True)
+    titles = {"none": "MISSING keys", "names": "ties, by name", "pattern": "ties, by one pattern"}
     for axis, (form, title) in zip(axes, titles.items(), strict=True):
         chosen = [point for point in points if point["form"] == form]
         sizes = [max(point["missing"], point["ties"]) for point in chosen]
@@ -149,13 +149,13 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
             seconds = [point[part]["median"] for point in chosen]
             low = [point[part]["min"] for point in chosen]
             high = [point[part]["max"] for point in chosen]
-            axis.loglog(sizes, seconds, "o-", color=color, label=label)
+            axis.loglog(sizes, seconds, "o-", color=color, label=label, markersize=4)
             axis.fill_between(sizes, low, high, color=color, alpha=0.2)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("seconds, median and range")
-    axes[0].legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def report(points: list[dict[str, Any]]) -> None:

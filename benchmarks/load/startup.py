@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
 
 ROOT = Path(__file__).parents[2]
 MODEL = "from transformers import UMT5EncoderModel"
@@ -113,7 +113,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     compared = [name for name in results if results[name]["baseline"]]
-    figure, axis = plt.subplots(figsize=(9, 4), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(PAGE_INCHES, 4), constrained_layout=True)
     for place, name in enumerate(reversed(compared)):
         base = results[results[name]["baseline"]]["runs"]
         added = [1e3 * (own - other) for own, other in zip(results[name]["runs"], base, strict=True)]
@@ -124,9 +124,9 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     axis.set_yticks(range(len(compared)), labels)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_xscale("symlog", linthresh=10)
-    axis.set_xlabel("milliseconds added to the process, pair by pair (linear within ±10); bars: medians")
+    axis.set_xlabel("milliseconds added to the process, pair by pair\n(linear within ±10); bars: medians")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def report(results: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Each release gets a virtual environment under `.compat/` that borrows torch and pytest from the one that runs this;
 what goes with which release is written here and nowhere else. `newest` stands for the newest releases of transformers,
-diffusers and wrapt that the package index has. Exit status: 0 all passed, 1 a release did not.
+diffusers, wrapt and torch that the package index has and pip's own constraints allow. Exit status: 0 all passed, 1 a release did not.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import sysconfig
 import venv
 from collections import Counter
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 from tiedquiet import Verdict
 
@@ -47,6 +49,7 @@ DOORS = [
     "unread",
 ]
 DOORS += ["unread_ends", "wrapping"]
+OF_NEWEST = ("transformers", "diffusers", "wrapt", "torch")
 TESTS = [
     "tests/compat",
     *(f"tests/doors/test_{name}.py" for name in DOORS),
@@ -61,17 +64,32 @@ def requirements(release: str) -> list[str]:
     """What is installed for a release, transformers first."""
     if release != NEWEST:
         return [f"transformers=={release}", *RELEASES[release]]
-    return [f"{package}=={newest_of(package)}" for package in ("transformers", "diffusers", "wrapt")]
+    return [f"{package}=={newest_of(package)}" for package in OF_NEWEST]
 
 
 def newest_of(package: str) -> str:
-    """The newest release of a package that the index has for this Python; pre-releases do not count."""
+    """The newest release of a package that the index has for this Python, and that pip's own constraints allow.
+
+    Pre-releases do not count.
+    """
     command = [sys.executable, "-m", "pip", "index", "versions", "--disable-pip-version-check", package]
     asked = subprocess.run(command, capture_output=True, text=True)
-    found = re.match(rf"{package} \((.+)\)", asked.stdout)
+    found = re.search(r"^Available versions: (.+)$", asked.stdout, re.MULTILINE)
     if not found:
         sys.exit(f"tests.compat: the index does not say what the newest {package} is: {asked.stderr.strip()}")
-    return found[1]
+    allowed = list(constraints(package).filter(found[1].split(", ")))
+    return allowed[0] if allowed else sys.exit(f"tests.compat: pip's constraints allow no {package} of {found[1]}")
+
+
+def constraints(package: str) -> SpecifierSet:
+    """What pip's configuration or environment allows of a package, whatever is asked for; anything, where it is silent."""
+    configured = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    allowed = SpecifierSet()
+    for files in re.findall(r"^\S+\.constraint='(.*)'$", configured, re.MULTILINE):
+        for file in filter(Path.is_file, map(Path, files.split())):
+            for line in re.findall(rf"^{package}\b *([^#;\n]+)", file.read_text(), re.MULTILINE):
+                allowed &= SpecifierSet(line)
+    return allowed
 
 
 def interpreter(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Loads that are spread over processes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,3 +41,20 @@ def test_sharded_weights_are_proven_by_their_local_part(kind: str, mode: str, tm
     assert plain["verdicts"] == {"lm_head.weight": "tied"}
     unwritten = {key for key, verdict in masks["verdicts"].items() if verdict == "unwritten"}
     assert (len(unwritten), masks["verdicts"]["lm_head.weight"]) == (8 if mode == "on" else 0, "tied")
+
+
+@pytest.mark.slow
+def test_partitioned_parameters_are_judged(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; it belongs to no extra")
+    command = [sys.executable, "-m", "tests.zero3_on_cpu", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for mode in ("on", "repair", "strict"):
+        assert found[mode]["sound"]["ok"], found[mode]
+        assert found[mode]["sound"]["mask"]
+    assert found["on"]["untied"]["lm_head.weight"] == "untied"
+    assert found["repair"]["untied"] == {"ok": True, "mask": True, "lm_head.weight": "tied"}
+    assert "untied, values are NOT from the checkpoint: lm_head.weight" in found["strict"]["untied"]
