@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module, metadata
 
 import tiedquiet
-from tiedquiet.gate import report
+from tiedquiet.gate import progress, report
 from tiedquiet.gate.diagnosis import CannotCheck
 
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "diffusers", "accelerate", "peft")
@@ -55,7 +55,7 @@ def check(options: argparse.Namespace) -> int:
     from tiedquiet.gate.load import How
 
     how = How(options.dtype, options.device, options.trust_remote_code, options.trust_pickle, options.resume)
-    with _silence(), tiedquiet.enable("on"):
+    with _silence(), progress.shown(not options.json and not options.quiet), tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
     status = int(any(result.is_loud for result in results))
     if options.json:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tiedquiet.gate import progress
 from tiedquiet.gate.beside import rivals
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
@@ -29,6 +30,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
+    progress.loading(part.label)
     forms = weights_of(part.source, part.name, OF_DIFFUSERS, how.trust_pickle)
     is_here = part.source.is_local
     files = [str(path) for form in forms[:1] for path in form.files] if is_here else _files(part, how)
