@@ -5,14 +5,13 @@
 
 The files are made on first use and kept: the text encoder of benchmarks/gpu_load.py in two of its sizes, and a GPT-2 of
 very many very small layers. A round takes each way once, in rotating order; ratios are taken within a round. The model
-is loaded anew each time, which on a CPU maps the file and reads nothing: the comparing is the first to touch it. The one
-of very many tensors is loaded once. Each comparison is checked: every tensor is held. In a cold round the page cache is
+is loaded anew each time, which on a CPU maps the file and reads nothing: comparing is the first to touch it. That of
+very many tensors is loaded once. Each comparison is checked: every tensor is held. In a cold round the page cache is
 told to forget the file before each way. With a GPU, the model is also loaded onto it and compared there.
 """
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu_load
-from benchmarks.record import arguments, show, spread, stop, write
+from benchmarks.record import arguments, processor, show, spread, stop, write
 
 MANY = "many"
 SIZES = (*gpu_load.SIZES, MANY)
@@ -53,7 +52,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "sizes": {}}
+    results: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "sizes": {}}
     with tiedquiet.enable("on"):
         for size in options.sizes:
             if size == MANY:
@@ -97,9 +96,9 @@ def many(count: int, cache: Path) -> Path:
 def measure(size: str, folder: Path, options: Any, device: str) -> dict[str, Any]:
     """Every way in every round, seconds; what the first comparison of a process pays besides is not counted."""
     path = folder / "model.safetensors"
+    kept, loading = load(folder, "cpu")
     before = anonymous()
     with sampled() as seen:
-        kept, loading = load(folder, "cpu")
         held = compare(kept)[1]
     more = max(seen) - before
     if size != MANY:  # to load very many tensors takes far longer than to compare them
@@ -121,7 +120,7 @@ def measure(size: str, folder: Path, options: Any, device: str) -> dict[str, Any
         "bytes": path.stat().st_size,
         "tensors": held,
         "rounds": rounds,
-        "by_threads": {} if kept is not None else threads_of(folder, options.rounds),
+        "by_threads": {} if kept is not None else threads_of(folder, min(2, options.rounds)),
         "first_loading_seconds": loading,
         "anonymous_bytes_at_most_more": more,
         "largest_tensor_bytes": largest(path),
@@ -272,7 +271,7 @@ def medians(measured: dict[str, Any], is_cold: bool) -> dict[str, dict[str, floa
 
 
 def report(results: dict[str, Any]) -> None:
-    print(f"{results['threads']} threads")
+    print(f"{results['processor']}, {results['threads']} threads")
     print("| size | way | seconds, median (min to max) | GB/s | its time to comparing's in the same round |")
     print("| --- | --- | --- | --- | --- |")
     for size, measured in results["sizes"].items():
@@ -290,7 +289,7 @@ def report(results: dict[str, Any]) -> None:
         more, most = measured["anonymous_bytes_at_most_more"], measured["largest_tensor_bytes"]
         print(
             f"{size}: loaded first in {measured['first_loading_seconds']:.2f} s; "
-            f"loading and comparing took at most {more / 1e6:.1f} MB that cannot be reclaimed; "
+            f"comparing took at most {more / 1e6:.1f} MB that cannot be reclaimed; "
             f"the largest tensor has {most / 1e6:.1f} MB"
         )
 
@@ -320,6 +319,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
             label = f"{way}, {measured['bytes'] / 1e9:.2f} GB"
             right.plot(list(found), rates, f"o{style}", color=f"C{shift}", label=label)
     right.set_xlabel("threads")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylabel("GB/s, best round")
     right.set_ylim(bottom=0)
     for axis in (left, right):
@@ -328,7 +328,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
             axis.legend()
     content = json.loads(path.read_text())
     stack = f"transformers {content['versions']['transformers']}, torch {content['versions']['torch']}"
-    figure.suptitle(f"Comparing a model with its file: {content['hardware']}, {os.cpu_count()} CPUs, {stack}")
+    figure.suptitle(f"Comparing a model with its file: {results['processor']}, {stack}")
     figure.savefig(path.with_suffix(".png"), dpi=120)
 
 
