@@ -71,6 +71,11 @@ def hardware() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name(0))
+    return processor()
+
+
+def processor() -> str:
+    """The processor, and the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

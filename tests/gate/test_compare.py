@@ -1,6 +1,7 @@
 """Every tensor of a model against the bytes of its files."""
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from transformers import (
     MixtralForCausalLM,
     T5ForConditionalGeneration,
 )
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from tests.checkpoints import gpt2, save, state_of, t5
 from tiedquiet import Finding, Verdict
 from tiedquiet.gate.compare import Comparison, compare
 from tiedquiet.proof import record
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.names import conversions_of
 
 
 def compared(model: Any, files: list[str] | None = None) -> Comparison:
@@ -127,6 +129,36 @@ def test_fused_experts_are_held_against_the_single_ones_of_the_file(tmp_path: Pa
     (finding,) = found.findings
     assert (finding.key, finding.verdict) == (experts, Verdict.UNPROVEN)
     assert "converted back it does not match the file" in finding.why
+
+
+def test_merged_tensors_are_made_again_only_where_they_cannot_be_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixtral().save_pretrained(tmp_path)
+    model = MixtralForCausalLM.from_pretrained(tmp_path)
+    known, conversions = record.of(model), conversions_of(model)
+    assert known is not None
+    merged = {name for name, tensor in model.named_parameters() if tensor.dim() == 3}
+    made: list[str] = []
+
+    def convert(self: Any, key: str, **options: Any) -> Any:
+        made.extend([key] if key in merged else [])  # the other way it is called with the names of the files
+        return truth(self, key, **options)
+
+    def refuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if merged & tensors.keys():
+            raise ValueError
+        return dict(revert_weight_conversion(model, tensors))
+
+    truth = WeightConverter.convert
+    monkeypatch.setattr(WeightConverter, "convert", convert)
+    checkpoint = Checkpoint(None, known.files, model.base_model_prefix)
+    found = compare(model, known, checkpoint, [partial(revert_weight_conversion, model)], conversions)
+    assert (found.held, made) == (found.total, [])
+    found = compare(model, known, checkpoint, [refuse], conversions)
+    assert (found.held, set(made)) == (found.total, merged)
+    model.get_parameter(made[0]).data[0, 0, 0] += 1
+    assert compare(model, known, checkpoint, [refuse], conversions).held == found.total - 1
 
 
 def test_what_was_renamed_is_found_by_its_values(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module, metadata
 
 import tiedquiet
-from tiedquiet.gate import report
+from tiedquiet.gate import progress, report
 from tiedquiet.gate.diagnosis import CannotCheck
 
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "diffusers", "accelerate", "peft")
@@ -68,7 +68,8 @@ def check(options: argparse.Namespace) -> int:
         options.variant,
         options.lora,
     )
-    with _silence(), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
+    shown = progress.shown(not options.json and not options.quiet)
+    with _silence(), shown, pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
     status = int(any(result.is_loud for result in results))
     if options.json:

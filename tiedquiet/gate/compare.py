@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tiedquiet.gate import progress
+from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import holds, plain, same
@@ -43,7 +45,7 @@ def compare(
     undos: Sequence[Undo],
     conversions: Sequence[Any] = (),
 ) -> Comparison:
-    """Compare each tensor that the checkpoint delivered with the files, one at a time.
+    """Compare each tensor that the checkpoint delivered with the files.
 
     Args:
         model: a loaded model.
@@ -70,10 +72,13 @@ def compare(
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), buffers, [*findings.values(), unread])
     open_ = {name: state[name] for name in names if name not in lost}
-    on_disk = {name for name in open_ if known.place(name) is not None or is_moved(model, name)}
-    comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered)
-    comparing.make_again(conversions)
-    found = [*comparing.run(), *comparing.rivals(state.keys())]
+    empty = [name for name, tensor in open_.items() if tensor.is_meta]
+    on_disk = {name for name in empty if known.place(name) is not None or is_moved(model, name)}
+    progress.comparing(sum(map(_size, open_.values())))
+    with Threads() as threads:
+        comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered, threads)
+        comparing.make_again(conversions)
+        found = [*comparing.run(), *comparing.rivals(state.keys())]
     for name in comparing.held:
         findings.pop(name, None)  # what could not be proven by watching is proven now
     findings.update({finding.key: finding for finding in found})
@@ -93,16 +98,18 @@ class _Comparing:
         undos: Sequence[Undo],
         on_disk: Collection[str],
         altered: Collection[str],
+        threads: Threads,
     ) -> None:
         self._model, self._state, self._checkpoint, self._undo = model, state, checkpoint, undos[0]
-        self._undos, self._on_disk, self._altered = undos, on_disk, altered
+        self._undos, self._on_disk, self._altered, self._threads = undos, on_disk, altered, threads
         self.held: set[str] = set()
         self._claimed: set[str] = set()  # names in the files
         self._prefixes: dict[tuple[int, torch.dtype], dict[bytes, list[str]]] = {}
 
     def run(self) -> list[Finding]:
-        for name, tensor in self._state.items():
-            self._try_names({name: tensor}, [name])
+        for name, key in zip(self._state, self._keys_of(self._state), strict=True):
+            if key is not None:
+                self._hold([name], [key])
         for undo in self._undos:
             self._undo = undo
             self._go_back()
@@ -118,12 +125,17 @@ class _Comparing:
             self._state,
             list(conversions),
             lambda name: self._checkpoint.tensors[name](),
+            self._is_given_back,
         )
         for name, origin, values in made:
             pieces = plain(self._state[name])
             if origin.is_converted and len(pieces) == 1 and same(pieces[0], values):
-                self.held.add(name)
-                self._claimed |= set(origin.names)
+                self._hold([name], origin.names)
+
+    def _is_given_back(self, name: str) -> bool:
+        """Whether it is held when it is converted back, of which nothing is copied where that is slices of it."""
+        self._try_names(self._undone([name]), [name])
+        return name in self.held
 
     def _go_back(self) -> None:
         # One at a time, as far as that goes: several tensors that were one in the file have to go back together.
@@ -169,14 +181,28 @@ class _Comparing:
 
     def _try_names(self, tensors: Tensors, names: list[str]) -> None:
         """Take the names for held if the files have all of the tensors, which are these in the files' form."""
-        keys = {key for name, tensor in tensors.items() if (key := self._key_of(name, tensor)) is not None}
+        keys = {key for key in self._keys_of(tensors) if key is not None}
         if tensors and len(keys) == len(tensors):
-            self._claimed |= keys
-            self.held |= set(names)
+            self._hold(names, keys)
+
+    def _hold(self, names: Collection[str], keys: Collection[str]) -> None:
+        progress.compared(sum(_size(self._state[name]) for name in names if name not in self.held))
+        self.held.update(names)
+        self._claimed.update(keys)
+
+    def _keys_of(self, tensors: Tensors) -> Iterator[str | None]:
+        """For each tensor the name under which a file has it, of those that its name in the model tells."""
+        pairs = (self._pair_of(name, tensor) for name, tensor in tensors.items())
+        for (name, tensor), is_same in zip(tensors.items(), self._threads.same(pairs), strict=True):
+            yield next(self._checkpoint.names_of(name)) if is_same else self._key_of(name, tensor)
+
+    def _pair_of(self, name: str, tensor: torch.Tensor) -> Pair | None:
+        """The tensor and what a file has under the first of these names, which is nearly always the one."""
+        key, pieces = next(self._checkpoint.names_of(name), None), _pieces(tensor)
+        return None if key is None or len(pieces) != 1 else (pieces[0], self._checkpoint.tensors[key]())
 
     def _key_of(self, name: str, tensor: torch.Tensor) -> str | None:
-        """The name under which a file has the tensor, of those that its name in the model tells."""
-        pieces = plain(tensor) or ([] if tensor.is_meta or tensor.numel() else [tensor])
+        pieces = _pieces(tensor)
         for key in self._checkpoint.names_of(name) if len(pieces) == 1 else ():
             values = self._checkpoint.tensors[key]()
             if same(pieces[0], values):
@@ -197,8 +223,7 @@ class _Comparing:
                     self._prefixes[kind].setdefault(_prefix(values, tensor.dtype), []).append(key)
         for key in self._prefixes[kind].get(_prefix(tensor, tensor.dtype), ()):
             if key not in self._claimed and same(tensor, self._checkpoint.tensors[key]()):
-                self._claimed.add(key)
-                self.held.add(name)
+                self._hold([name], [key])
                 return
 
     def _explain(self, name: str) -> Finding:
@@ -226,6 +251,14 @@ class _Comparing:
             why = "transformers converted it while reading, and converted back it does not match the file"
             return Finding(name, Verdict.UNPROVEN, None, why)
         return Finding(name, Verdict.UNPROVEN, None, "no file holds these values, under this name or any other")
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return plain(tensor) or ([] if tensor.is_meta or tensor.numel() else [tensor])
 
 
 def _converter() -> type:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tiedquiet.gate import progress
 from tiedquiet.gate.beside import rivals
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
@@ -38,6 +39,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
+    progress.loading(part.label)
     names = of_variant(OF_DIFFUSERS, how.variant)
     forms = weights_of(part.source, part.name, names, how.trust_pickle)
     if not forms and (others := variants_in(part.source, part.name, OF_DIFFUSERS)):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tiedquiet.gate import progress
 from tiedquiet.gate.components import Part, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.report import Result
@@ -63,6 +64,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     from tiedquiet.proof import record
     from tiedquiet.proof.files import Checkpoint
 
+    progress.loading(part.label)
     loader, problem = (kind, "") if kind else loader_of(part, how.trust)
     forms = _forms(part, how)
     model, info = _load(part, loader, how)

@@ -47,7 +47,7 @@ def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[s
 def coloured(text: str, colour: str, stream: Any = None) -> str:
     """Text in a colour, where the stream is a terminal that has colours and `NO_COLOR` is not set."""
     stream = sys.stdout if stream is None else stream
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not _is_terminal(stream)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not is_terminal(stream)
     return text if plain else f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
@@ -58,7 +58,8 @@ def prepare(*streams: Any) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream leads to a terminal."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # there is none, or it is closed

@@ -111,7 +111,12 @@ def origins(model: Any, headers: Headers, state: Headers, conversions: list[Any]
 
 
 def converted(
-    model: Any, headers: Headers, state: Headers, conversions: list[Any], read: Callable[[str], torch.Tensor]
+    model: Any,
+    headers: Headers,
+    state: Headers,
+    conversions: list[Any],
+    read: Callable[[str], torch.Tensor],
+    leave_out: Callable[[str], bool] = lambda key: False,
 ) -> Iterator[tuple[str, Origin, torch.Tensor]]:
     """Each tensor that `from_pretrained` makes of what the files hold, by transformers' own code, one group at a time.
 
@@ -121,6 +126,7 @@ def converted(
         state: the model's tensors by name.
         conversions: transformers' own for its class.
         read: gives the tensor that the files have under a name, or its header.
+        leave_out: asked of each of the model's names before it is converted to.
     """
     groups: dict[str, list[tuple[str, Any, str]]] = {}
     for name, key, converter in _renamed(model, headers, state, conversions):
@@ -129,6 +135,8 @@ def converted(
         else:
             groups.setdefault(key, []).append((name, *converter))
     for key, parts in groups.items():
+        if leave_out(key):
+            continue
         one, origin = copy.deepcopy(parts[0][1]), Origin(tuple(name for name, _, _ in parts), True)
         with suppress(Exception):  # it wants values, or a tensor that the files do not have
             for name, _, pattern in parts:

@@ -74,12 +74,12 @@ def is_moved(model: torch.nn.Module, name: str) -> bool:
     """Whether accelerate holds the values of a tensor elsewhere until they are needed."""
     module: Any = model
     for part in name.split(".")[:-1]:
-        if hasattr(module, "_hf_hook"):
+        if "_hf_hook" in vars(module):  # `hasattr` takes ten times as long where it is not
             return True
         module = module._modules.get(part)
         if module is None:
             return False
-    return hasattr(module, "_hf_hook")
+    return "_hf_hook" in vars(module)
 
 
 def asks_for_ties(model: Any) -> bool:
