@@ -1,13 +1,17 @@
 """A model in memory against a folder that it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
+import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from tiedquiet.gate.again import begin
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
+from tiedquiet.gate.quantised import settle
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, weights_of
 from tiedquiet.proof import names
@@ -15,7 +19,7 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
-from tiedquiet.verdict import Proof
+from tiedquiet.verdict import Finding, Proof
 
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
@@ -39,11 +43,25 @@ def check(model: Any, path: str) -> Proof:
         found = names.origins(model, checkpoint.headers, state, conversions)
     except Exception as error:
         raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    reading = read(model, state.keys() - found.keys(), checkpoint)
+    settled = _settle(model, path, checkpoint, state)
+    conversions = [] if settled else conversions  # a quantiser's may change the model that they are carried out on
+    reading = read(model, state.keys() - found.keys() - settled.keys(), checkpoint)
     total = len(reading.stored) + len(reading.missing)
     known = Record(reading.stored, reading.missing, total, reading.free, lasting=reading.found, files=checkpoint.files)
-    result = compare(model, known, checkpoint, [partial(undo, model), partial(undo_anew, model)], conversions)
+    undos = [partial(undo, model), partial(undo_anew, model)]
+    result = compare(model, known, checkpoint, undos, conversions, settled)
     return Proof(type(model).__name__, result.held, tuple(result.findings), total)
+
+
+def _settle(model: Any, path: str, checkpoint: Checkpoint, state: Mapping[str, Any]) -> dict[str, Finding | None]:
+    """What a quantiser had its hands in, compared; it is given the files as it was when the model was loaded."""
+    if (quantiser := getattr(model, "hf_quantizer", None)) is None:
+        return {}
+    options = {"dtype": model.config.dtype, "device_map": getattr(model, "hf_device_map", str(model.device))}
+    if not quantiser.pre_quantized:
+        options["quantization_config"] = copy.deepcopy(quantiser.quantization_config)
+    again = begin(partial(type(model).from_pretrained, path, **options))
+    return {} if again is None or again.quantiser is None else settle(model, again, checkpoint, set(state)).findings
 
 
 def _files(path: str) -> list[str]:
