@@ -13,6 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HrmTextConfig, HrmTextForCausalLM, LlamaForCausalLM
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import tiedquiet
 from tests.gate.quantised import MAKERS, configured, plain
@@ -177,6 +180,72 @@ def test_what_is_quantised_while_it_is_loaded_is_quantised_again(package: str, t
         assert (finding.key, finding.verdict) == ("model.layers.0.mlp.down_proj.weight", Verdict.OVERWRITTEN)
 
 
+class _Pair(torch.Tensor):
+    """Codes and scales in one tensor, as torchao has them."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor, block: int) -> "_Pair":
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, block: int) -> None:
+        self.codes, self.scale, self.block = codes, scale, block
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, int]]:
+        return ["codes", "scale"], {"block": self.block}
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is torch.ops.aten.detach.default, function
+        return cls(args[0].codes, args[0].scale, args[0].block)
+
+
+class _PairConfig(QuantizationConfigMixin):
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = "pairs"
+
+
+class _PairQuantizer(HfQuantizer):
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return "_proj." in param_name
+
+    def get_quantize_ops(self) -> Any:
+        return _ToPairs()
+
+    def is_serializable(self, **_: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _ToPairs(ConversionOps):
+    def convert(self, input_dict: Any, **_: Any) -> dict[str, torch.Tensor]:
+        made = {}
+        for name, (values,) in input_dict.items():
+            scale = values.abs().amax(1, keepdim=True) / 127
+            codes = (values / scale).round().to(torch.int8)
+            made[name] = torch.nn.Parameter(_Pair(codes, scale, values.shape[1]), requires_grad=False)
+        return made
+
+
+def test_a_tensor_that_consists_of_several_is_compared_piece_by_piece(tmp_path: Path) -> None:
+    register_quantization_config("pairs")(_PairConfig)
+    register_quantizer("pairs")(_PairQuantizer)
+    source = plain(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(source, quantization_config=_PairConfig(), dtype="auto")
+    assert type(down(model).weight) is _Pair
+    assert tiedquiet.check(model, source).findings == ()
+    down(model).weight.block = 32
+    flip(model.model.layers[0].mlp.up_proj.weight.scale)
+    whys = [finding.why for finding in tiedquiet.check(model, source).findings]
+    by = "transformers (pairs)"
+    assert whys == [
+        f"its codes are read by {{'block': 32}}, and {by} reads those of the file by {{'block': 128}}",
+        f"differs from what {by} makes of the file in 1 of 128 elements of _weight_scale",
+    ]
+
+
 def test_what_one_tensor_of_the_file_is_split_into_is_compared(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     source = plain(tmp_path, HrmTextForCausalLM(HrmTextConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
@@ -257,3 +326,10 @@ def test_a_quantiser_that_transformers_does_not_know_changes_nothing(
     config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": "evil.module"}}
     path.write_text(json.dumps(config))
     assert check(capsys, tmp_path)[0] == 0
+
+
+def test_a_gguf_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    assert main(["check", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "model.gguf is a GGUF file, which cannot be loaded here: " in error
