@@ -180,7 +180,8 @@ def _of_gguf(part: Part) -> tuple[Any, str]:
     import transformers
 
     with suppress(Exception):  # loading it says what is wrong
-        config = transformers.AutoConfig.from_pretrained(part.source.name, gguf_file=part.source.gguf)
+        read = transformers.AutoConfig.from_pretrained
+        config = read(part.source.name, gguf_file=part.source.gguf, trust_remote_code=False)
         found = [classes.named("transformers", name) for name in config.architectures or ()]
         found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
         return found[0], ""

@@ -1,13 +1,13 @@
 """A model in memory against a folder that it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
 
-from tiedquiet.gate.again import begin
+from tiedquiet.gate.again import Again, begin
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
@@ -19,7 +19,7 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
-from tiedquiet.verdict import Finding, Proof
+from tiedquiet.verdict import Proof
 
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
@@ -38,14 +38,21 @@ def check(model: Any, path: str) -> Proof:
     model = model.module if isinstance(model, _PARALLEL) else model
     checkpoint = Checkpoint(None, _files(path), getattr(model, "base_model_prefix", ""))
     conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
-    state = survey(model).state
+    state, settled = survey(model).state, None
+    found: Collection[str]
     try:
-        found = names.origins(model, checkpoint.headers, state, conversions)
+        if (again := _begin_again(model, path)) is None:
+            found = names.origins(model, checkpoint.headers, state, conversions).keys()
+        else:
+            settled = settle(model, again, checkpoint, set(state)).findings
+            conversions = []  # a quantiser's may change the model that they are carried out on
+            theirs = survey(again.model).state
+            found = names.sources(again.model, checkpoint.headers, theirs, again.conversions).keys() | settled.keys()
+    except CannotCheck:
+        raise
     except Exception as error:
         raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    settled = _settle(model, path, checkpoint, state)
-    conversions = [] if settled else conversions  # a quantiser's may change the model that they are carried out on
-    reading = read(model, state.keys() - found.keys() - settled.keys(), checkpoint)
+    reading = read(model, state.keys() - found, checkpoint)
     total = len(reading.stored) + len(reading.missing)
     known = Record(reading.stored, reading.missing, total, reading.free, lasting=reading.found, files=checkpoint.files)
     undos = [partial(undo, model), partial(undo_anew, model)]
@@ -53,15 +60,17 @@ def check(model: Any, path: str) -> Proof:
     return Proof(type(model).__name__, result.held, tuple(result.findings), total)
 
 
-def _settle(model: Any, path: str, checkpoint: Checkpoint, state: Mapping[str, Any]) -> dict[str, Finding | None]:
-    """What a quantiser had its hands in, compared; it is given the files as it was when the model was loaded."""
+def _begin_again(model: Any, path: str) -> Again | None:
+    """The load of a quantised model, from these files, as it was loaded; None for one that is not quantised."""
     if (quantiser := getattr(model, "hf_quantizer", None)) is None:
-        return {}
+        return None
     options = {"dtype": model.config.dtype, "device_map": getattr(model, "hf_device_map", str(model.device))}
     if not quantiser.pre_quantized:
         options["quantization_config"] = copy.deepcopy(quantiser.quantization_config)
     again = begin(partial(type(model).from_pretrained, path, **options))
-    return {} if again is None or again.quantiser is None else settle(model, again, checkpoint, set(state)).findings
+    if again is None or again.quantiser is None:
+        raise CannotCheck(f"{path} does not load as a quantised model, and without that it cannot be compared with one")
+    return again
 
 
 def _files(path: str) -> list[str]:
