@@ -57,28 +57,35 @@ def _by(package: str, **more: Any) -> Callable[[Path], None]:
     return make
 
 
-def _compressed(folder: Path) -> None:
-    """Int8 codes and one scale a row, as compressed-tensors writes them."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
+def _compressed(scheme: str) -> Callable[[Path], None]:
+    """Codes of eight bits and one scale a row, or of four bits, packed, and one scale for 32 of a row."""
 
-    model = LlamaForCausalLM.from_pretrained(plain(folder / "plain"))
-    groups = {"group_0": preset_name_to_scheme("W8A8", ["Linear"])}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for module in model.modules():
-        if hasattr(module, "quantization_scheme"):
-            module.weight_scale.data = (module.weight.abs().amax(1, keepdim=True) / 127).to(module.weight_scale.dtype)
-            module.quantization_status = QuantizationStatus.FROZEN
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(folder)
+    def make(folder: Path) -> None:
+        pytest.importorskip("compressed_tensors")
+        from compressed_tensors.compressors import ModelCompressor
+        from compressed_tensors.quantization import (
+            QuantizationConfig,
+            QuantizationStatus,
+            apply_quantization_config,
+            preset_name_to_scheme,
+        )
+
+        model = LlamaForCausalLM.from_pretrained(plain(folder / "plain"))
+        group = preset_name_to_scheme(scheme, ["Linear"])
+        if group.weights.group_size:
+            group.weights.group_size = 32
+        apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"]))
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                groups = module.weight.reshape(*module.weight_scale.shape, -1).abs().amax(-1)
+                module.weight_scale.data = (groups / (2 ** (group.weights.num_bits - 1) - 1)).to(torch.bfloat16)
+                module.quantization_status = QuantizationStatus.FROZEN
+        compressor = ModelCompressor.from_pretrained_model(model)
+        compressor.compress_model(model)
+        model.save_pretrained(folder)
+        compressor.update_config(folder)
+
+    return make
 
 
 def _add_config(folder: Path, **quantisation: Any) -> None:
@@ -202,7 +209,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
         "bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
     "torchao": _by("torchao"),
-    "compressed-tensors": _compressed,
+    "compressed-tensors": _compressed("W8A8"),
+    "compressed-tensors, 4 bits": _compressed("W4A16"),
     "fp8": _float8,
     "fp8 experts": _float8_experts,
     "mxfp4": _float4,

@@ -83,7 +83,12 @@ class _Settling:
 
     def is_touched(self, key: str) -> bool:
         """Whether the loader does more with it than to rename and cast it, or it is codes."""
-        return self._is_made(key) or self._headers[self.sources[key].names[0]].dtype in _CODES
+        return self._is_made(key) or self._is_codes(key, self.sources[key].names[0])
+
+    def _is_codes(self, key: str, name: str) -> bool:
+        """By its type; several codes are packed into one number of a parameter, which is no floating one then."""
+        dtype = self._headers[name].dtype
+        return dtype in _CODES or (dtype is torch.int32 and isinstance(self._theirs.get(key), torch.nn.Parameter))
 
     def _is_made(self, key: str) -> bool:
         return self.sources[key].is_converted or self._again.given is not None or key in self._quantised
@@ -139,9 +144,8 @@ class _Settling:
         return f"{did} again from the file by {self._by}, and {{are}} equal"
 
     def _is_coded(self, key: str, names: tuple[str, ...]) -> bool:
-        if self._again.given is not None or any(self._headers[name].dtype in _CODES for name in names):
-            return True
-        return key in self._quantised
+        is_given = self._again.given is not None
+        return is_given or key in self._quantised or any(self._is_codes(key, name) for name in names)
 
     def _codes_alone(self, names: tuple[str, ...]) -> str | None:
         """The type of the codes, where the file has nothing beside them that could be their scale."""
