@@ -153,6 +153,22 @@ class Zoo:
             path.parent.mkdir(exist_ok=True)
             path.write_text(content if isinstance(content, str) else json.dumps(content))
         copy("quantised", 0, 2, quantization_config={"quant_method": "evil.Model"})
+        quantised = {
+            "bitsandbytes": {
+                "load_in_4bit": True,
+                "bnb_4bit_compute_dtype": "__import__",
+                "bnb_4bit_quant_type": "evil",
+            },
+            "compressed-tensors": {"format": "evil.Model", "config_groups": {"group_0": {"targets": ["evil.Model"]}}},
+            "torchao": {"quant_type": {"default": {"_type": "os.system", "_data": {"command": f"touch {self.mark}"}}}},
+            "fp8": {"weight_block_size": ["evil.Model", 1], "modules_to_convert": ["(a+)+$"]},
+            "mxfp4": {"dequantize": "evil.Model"},
+            "gptq": {"bits": 4, "backend": "evil.Model", "tokenizer": "evil.Model"},
+            "awq": {"bits": 4, "backend": "evil.Model", "version": "evil"},
+            "quark": {"export": {"pack_method": "evil.Model"}, "import": "evil.Model"},
+        }
+        for name, said in quantised.items():
+            copy(f"quantised_{name}", 0, 1, 2, quantization_config={"quant_method": name, **said})
         copy("pipe_dotted", 2, source="pipe", text_encoder=["transformers", "pipe_dotted.evil.Model"])
         copy("pipe_library", 2, source="pipe", text_encoder=["evil", "Model"])
         copy("pipe_own", 1, source="pipe", _class_name=["evil", "Model"], unet=["evil", "Model"])

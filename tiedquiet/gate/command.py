@@ -97,7 +97,7 @@ def _silence() -> Iterator[None]:
     """
     from transformers.utils import logging as theirs
 
-    names = ("transformers", "diffusers", "huggingface_hub", "tiedquiet")
+    names = ("transformers", "diffusers", "huggingface_hub", "tiedquiet", "torch", "torchao", "bitsandbytes")
     loggers = [logging.getLogger(name) for name in names]
     levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
     for logger in loggers:

@@ -1,7 +1,7 @@
 """A model held against its checkpoint's files, every byte: this sees what passes the watch by, or was read wrongly."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,7 @@ def compare(
     checkpoint: Checkpoint,
     undos: Sequence[Undo],
     conversions: Sequence[Any] = (),
+    settled: Mapping[str, Finding | None] | None = None,
 ) -> Comparison:
     """Compare each tensor that the checkpoint delivered with the files.
 
@@ -53,6 +54,7 @@ def compare(
         checkpoint: the files that it was loaded from.
         undos: each gives tensors of the model, by name, back in the form and under the names that files have for them.
         conversions: those that it was loaded with; what cannot be given back is made of the files again.
+        settled: names that were compared already: what is wrong, or None.
 
     Returns:
         What was found. Where the files cannot be read, that is a finding.
@@ -71,22 +73,24 @@ def compare(
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), buffers, [*findings.values(), unread])
-    open_ = {name: state[name] for name in names if name not in lost}
+    settled = {name: finding for name, finding in (settled or {}).items() if name in names and name not in lost}
+    open_ = {name: state[name] for name in names if name not in lost and name not in settled}
     empty = [name for name, tensor in open_.items() if tensor.is_meta]
     on_disk = {name for name in empty if known.place(name) is not None or is_moved(model, name)}
     progress.comparing(sum(map(_size, open_.values())))
     with Threads() as threads:
         comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered, threads)
         comparing.make_again(conversions)
-        found = [*comparing.run(), *comparing.rivals(state.keys())]
-    for name in comparing.held:
+        found = [*comparing.run(), *comparing.rivals(state.keys()), *filter(None, settled.values())]
+    held = comparing.held | {name for name, finding in settled.items() if finding is None}
+    for name in held:
         findings.pop(name, None)  # what could not be proven by watching is proven now
     findings.update({finding.key: finding for finding in found})
     for finding in list(findings.values()):
         source = findings.get(finding.source or "")
         if finding.verdict in WELL and source is not None and source.verdict not in WELL:
             findings[finding.key] = Finding(finding.key, source.verdict, finding.source, source.why, source.broken)
-    return Comparison(len(comparing.held), len(names), buffers, [findings[key] for key in sorted(findings)])
+    return Comparison(len(held), len(names), buffers, [findings[key] for key in sorted(findings)])
 
 
 class _Comparing:

@@ -1,6 +1,7 @@
 """The models in what `check` is pointed at, and the class to load each as."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,8 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
     name = part.cls
     if name is None:
         listed = part.config.get("architectures")
+        if not listed and part.source.gguf:
+            return _of_gguf(part)
         if not listed:
             return transformers.AutoModel, "config.json names no class in `architectures`"
         name = listed[0] if isinstance(listed, list) else None
@@ -170,6 +173,19 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
         return _by_user(part, name), ""
     what = "which is no model" if found is not None else f"which transformers {transformers.__version__} does not have"
     raise CannotCheck(f"{part.label}: config.json names {name}, {what}; name another class with --class")
+
+
+def _of_gguf(part: Part) -> tuple[Any, str]:
+    """The class of a GGUF file: the one that transformers has for it, or the language model of its kind."""
+    import transformers
+
+    with suppress(Exception):  # loading it says what is wrong
+        read = transformers.AutoConfig.from_pretrained
+        config = read(part.source.name, gguf_file=part.source.gguf, trust_remote_code=False)
+        found = [classes.named("transformers", name) for name in config.architectures or ()]
+        found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+        return found[0], ""
+    return transformers.AutoModel, "a GGUF file names no class"
 
 
 def folders_of(part: Part) -> Iterator[Path]:

@@ -1,14 +1,18 @@
 """A model in memory against a folder that it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
+import copy
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
 
 from tiedquiet.gate.adapters import check_adapter
+from tiedquiet.gate.again import Again, begin
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
+from tiedquiet.gate.quantised import settle
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, weights_of
 from tiedquiet.proof import names
@@ -54,8 +58,18 @@ def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -
     put_in = {key for adapter in adapters for key in names_in_files(model, adapter)}
     before = {key: loaded_name(key) if adapters else key for key in survey(model).state if key not in put_in}
     state = {before[key]: tensor for key, tensor in survey(model).state.items() if key in before}
+    settled = None
+    found: Collection[str]
     try:
-        found = names.origins(model, checkpoint.headers, state, conversions)
+        if (again := _begin_again(model, path)) is None:
+            found = names.origins(model, checkpoint.headers, state, conversions).keys()
+        else:
+            settled = settle(model, again, checkpoint, set(state)).findings
+            conversions = []  # a quantiser's may change the model that they are carried out on
+            theirs = survey(again.model).state
+            found = names.sources(again.model, checkpoint.headers, theirs, again.conversions).keys() | settled.keys()
+    except CannotCheck:
+        raise
     except Exception as error:
         raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     reading = read(model, put_in | {key for key, own in before.items() if own not in found}, checkpoint)
@@ -64,8 +78,22 @@ def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -
     )
     total = len(stored) + len(missing)
     known = Record(stored, missing, total, free, lasting=reading.found, files=checkpoint.files)
-    result = compare(model, known, checkpoint, [partial(undo, model), partial(undo_anew, model)], conversions)
+    undos = [partial(undo, model), partial(undo_anew, model)]
+    result = compare(model, known, checkpoint, undos, conversions, settled)
     return Proof(type(model).__name__, result.held, tuple(result.findings), total)
+
+
+def _begin_again(model: Any, path: str) -> Again | None:
+    """The load of a quantised model, from these files, as it was loaded; None for one that is not quantised."""
+    if (quantiser := getattr(model, "hf_quantizer", None)) is None:
+        return None
+    options = {"dtype": model.config.dtype, "device_map": getattr(model, "hf_device_map", str(model.device))}
+    if not quantiser.pre_quantized:
+        options["quantization_config"] = copy.deepcopy(quantiser.quantization_config)
+    again = begin(partial(type(model).from_pretrained, path, **options))
+    if again is None or again.quantiser is None:
+        raise CannotCheck(f"{path} does not load as a quantised model, and without that it cannot be compared with one")
+    return again
 
 
 def _files(path: str) -> tuple[list[str], bool]:

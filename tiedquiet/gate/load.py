@@ -60,6 +60,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     """
     from tiedquiet.gate.beside import rivals
     from tiedquiet.gate.compare import compare
+    from tiedquiet.gate.quantised import settle
     from tiedquiet.gate.resume import of_trainer
     from tiedquiet.proof import record
     from tiedquiet.proof.files import Checkpoint
@@ -80,12 +81,18 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
     undos = [partial(undo, model), partial(undo_anew, model)]
     conversions = getattr(model, "_weight_conversions", None) or ()
-    held, total, buffers, findings = compare(model, known, checkpoint, undos, conversions)
+    again, settled = _begin_again(part, loader, how, model), None
+    if again is not None:
+        settled = settle(model, again, checkpoint, known.stored)
+        conversions = ()  # a quantiser's may change the model that they are carried out on
+        checkpoint = Checkpoint({}) if part.source.gguf else checkpoint
+    of_quantiser = settled.findings if settled is not None else None
+    held, total, buffers, findings = compare(model, known, checkpoint, undos, conversions, of_quantiser)
     judged = {finding.key for finding in findings}
     missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     missing |= set(info["missing_keys"]) - judged
     allowed = sorted(known.missing - missing - judged)
-    notes: list[str] = []
+    notes = settled.notes if settled is not None else []
     for form in forms:
         of_form = rivals(form, how.trust_pickle)
         findings, notes = findings + of_form[0], notes + of_form[1]
@@ -136,7 +143,41 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
     return [base, weights_of(part.source, "", OF_ADAPTERS, how.trust_pickle)]
 
 
+def _begin_again(part: Part, loader: Any, how: How, model: Any) -> Any:
+    """The load once more, if a quantiser had its hands in it; None where none had.
+
+    Raises:
+        CannotCheck: it cannot be loaded a second time.
+    """
+    if not part.source.gguf and getattr(model, "hf_quantizer", None) is None and not _names_quantiser(part.config):
+        return None
+    from tiedquiet.gate.again import begin
+
+    again = begin(partial(loader.from_pretrained, part.source.name, **_options(part, how)))
+    if again is None:
+        raise CannotCheck(f"{part.label}: it is quantised, and its values cannot be read a second time")
+    return again if again.quantiser is not None or again.given is not None else None
+
+
+def _names_quantiser(config: Any) -> bool:
+    """Whether a config, or one inside it, says how the checkpoint is quantised; after loading it may not say so."""
+    return isinstance(config, dict) and ("quantization_config" in config or any(map(_names_quantiser, config.values())))
+
+
 def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
+    options = _options(part, how)
+    try:
+        loaded = loader.from_pretrained(part.source.name, **options)
+    except Exception as error:
+        raise CannotCheck(_reason(part, loader, how, options, error)) from error
+    import torch
+
+    if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
+        raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is no model")
+    return loaded
+
+
+def _options(part: Part, how: How) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dtype": how.dtype,
         "device_map": how.device,
@@ -152,15 +193,7 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
     options |= {name: value for name, value in optional.items() if value}
     if not part.source.is_local and not how.trust_pickle and pickles_are_unsafe():
         options["use_safetensors"] = True
-    try:
-        loaded = loader.from_pretrained(part.source.name, **options)
-    except Exception as error:
-        raise CannotCheck(_reason(part, loader, how, options, error)) from error
-    import torch
-
-    if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
-        raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is no model")
-    return loaded
+    return options
 
 
 def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: Exception) -> str:

@@ -94,6 +94,15 @@ def targets(model: Any, headers: Headers, state: Headers, conversions: list[Any]
     return {name: key for name, key, _ in _renamed(model, headers, state, conversions)}
 
 
+def sources(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, Origin]:
+    """What each tensor of a model is made of, by names alone, nothing converted; of what is split, its first part."""
+    found: dict[str, Origin] = {}
+    for name, key, converter in _renamed(model, headers, state, conversions):
+        before = found[key].names if key in found else ()
+        found[key] = Origin((*before, name), converter is not None)
+    return found
+
+
 def origins(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, Origin]:
     """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
 
