@@ -3,7 +3,7 @@
     python -m benchmarks.gate_speed                     # 0.3 GB, 11.36 GB, 100,000 small tensors; 12 GB of disk
     python -m benchmarks.gate_speed --sizes small many  # without the large one
 
-The files are made on first use and kept: the text encoder of benchmarks/gpu_load.py in two of its sizes, and a GPT-2 of
+The files are made on first use and kept: the text encoder of benchmarks/load/gpu.py in two of its sizes, and a GPT-2 of
 very many very small layers. A round takes each way once, in rotating order; ratios are taken within a round. The model
 is loaded anew each time, which on a CPU maps the file and reads nothing: comparing is the first to touch it. That of
 very many tensors is loaded once. Each comparison is checked: every tensor is held. In a cold round the page cache is
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import gpu_load
+from benchmarks.load import gpu as gpu_load
 from benchmarks.record import arguments, processor, show, spread, stop, write
 
 MANY = "many"

@@ -20,7 +20,7 @@ from benchmarks.census.report import COUNTED, summarise, table_of_resumes
 from benchmarks.census.ways import WAYS
 from tiedquiet import Finding, Verdict
 from tiedquiet.doors import trainer
-from tiedquiet.proof import judge
+from tiedquiet.proof import judge, missing
 from tiedquiet.proof.files import Checkpoint
 
 SAMPLE = """
@@ -132,7 +132,7 @@ VERSION_4 = "a user's subclass of version 4, no biases"
 
 
 def test_the_census_sees_a_shim_that_confirms_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_judge_parted", lambda _, key, *more: Finding(key, Verdict.TIED, key))
+    monkeypatch.setattr(missing, "_judge_parted", lambda _, key, *more: Finding(key, Verdict.TIED, key))
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "flag off")
     assert line["hidden_wrongly"] == ["lm_head.weight"]
     assert line["missed"] == [["lm_head.weight", "tied", "untied"]]
@@ -140,7 +140,7 @@ def test_the_census_sees_a_shim_that_confirms_too_much(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("room", "nothing", "verdict"),
-    [("_judge_stored", ({}, set(), set()), "overwritten"), ("_judge_placeholders", {}, "unwritten")],
+    [("judge_stored", ({}, set(), set()), "overwritten"), ("judge_placeholders", {}, "unwritten")],
 )
 def test_the_census_sees_a_shim_that_misses_a_loss(
     room: str, nothing: object, verdict: str, monkeypatch: pytest.MonkeyPatch
@@ -153,13 +153,13 @@ def test_the_census_sees_a_shim_that_misses_a_loss(
 
 
 def test_the_census_sees_a_shim_that_lets_two_stored_ends_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_judge_two_ends", lambda *_: ())
+    monkeypatch.setattr(judge, "judge_two_ends", lambda *_: ())
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "two ends that differ")
     assert line["missed"] == [["lm_head.weight", None, "ambiguous"]]
 
 
 def test_the_census_sees_a_shim_that_says_nothing_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_judge_missing", lambda *_: ())
+    monkeypatch.setattr(judge, "judge_missing", lambda *_: ())
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "no end of a tie")
     assert [(ours, true) for _, ours, true in line["verdict_wrong"]] == [(None, "missing")] * 2
 
@@ -179,7 +179,7 @@ def test_the_census_sees_a_shim_that_does_not_look_into_the_files(monkeypatch: p
 
 def say_overwritten(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     found = {key: Finding(key, Verdict.OVERWRITTEN, key, "by nobody", True)}
-    monkeypatch.setattr(judge, "_judge_stored", lambda *_: (found, set(), set()))
+    monkeypatch.setattr(judge, "judge_stored", lambda *_: (found, set(), set()))
 
 
 def test_the_census_sees_a_false_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_the_census_sees_a_wrong_cause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_census_sees_a_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None:
     wpe = "transformer.wpe.weight"
-    monkeypatch.setattr(judge, "_judge_follower", lambda key, *more: Finding(key, Verdict.TIED, wpe))
+    monkeypatch.setattr(missing, "_judge_follower", lambda key, *more: Finding(key, Verdict.TIED, wpe))
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "as saved")
     assert [key for key, *_ in line["cause_wrong"]] == ["lm_head.weight"]
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,7 +23,6 @@ from tiedquiet.distill.train import main
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--use_ema", "under FSDP no GPU has them"),
         ("--expert=high", "--fsdp_version 2"),
         ("--lora_rank=4", "the base is frozen and lies on every GPU"),
     ],
@@ -62,6 +64,37 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
     begun = pipeline.new_student(teacher, 6, torch.float32).state_dict()
     moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
     assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.03 * moved
+
+
+@pytest.mark.slow
+def test_under_fsdp_the_average_is_kept_shown_and_gone_on_with(tmp_path: Path, prompts: list[str]) -> None:
+    """A run of two steps that grows to three has the average, and the films, of one of three under DDP."""
+    common = [*SHORT[:-4], *prompts, "--distribution_matching_steps", "0", "--student_dtype", "float32"]
+    common += ["--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
+    common += ["--use_ema", "--ema_decay", "0.5", "--checkpointing_steps", "1", "--validation_steps", "1"]
+    common += ["--validation_prompts", "a red circle moving left", "--output_dir"]
+    sharded, plain = tmp_path / "fsdp", tmp_path / "ddp"
+    for steps, more in (("2", []), ("3", ["--resume_from_checkpoint", "latest"])):
+        shutil.rmtree(sharded / "student", ignore_errors=True)
+        done = run(
+            *common, sharded, "--max_train_steps", steps, *more, launch=IN_TWO_PROCESSES,
+            module="tests.distill.fsdp_on_cpu",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    done = run(*common, plain, "--max_train_steps", "3", launch=IN_TWO_PROCESSES)
+    assert done.returncode == 0, done.stderr
+    films = [sorted(path.name for path in (out / "validation").iterdir()) for out in (sharded, plain)]
+    assert films[0] == films[1]
+    assert len(films[0]) == 2 * 3
+    for expert in experts():
+        one, two = (weights(out, expert.name) for out in (sharded, plain))
+        begun = Teacher(str(TINY_WAN)).expert(expert, torch.float32).state_dict()
+        moved = torch.stack([(two[name] - begun[name]).norm() for name in two]).norm()
+        assert torch.stack([(one[name] - two[name]).norm() for name in two]).norm() < 0.01 * moved
+    # Only this film was drawn by the same two experts: before, the longer run had no student of the other one.
+    last = (out / "validation" / "transformer_2-segments-3.gif" for out in (sharded, plain))
+    frames = [np.stack(imageio.mimread(film)).astype(float) for film in last]
+    assert np.abs(frames[0] - frames[1]).mean() < 1
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from importlib import import_module, metadata
+from typing import TextIO
 
 import tiedquiet
 from tiedquiet.gate import progress, report
@@ -69,7 +71,7 @@ def check(options: argparse.Namespace) -> int:
         options.lora,
     )
     shown = progress.shown(not options.json and not options.quiet)
-    with _silence(), shown, pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
+    with shown, _silence(how.trust), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
     status = int(any(result.is_loud for result in results))
     if options.json:
@@ -89,11 +91,18 @@ def versions() -> dict[str, str | None]:
     return {**found, "tiedquiet": tiedquiet.__version__}
 
 
+@cache
+def _nowhere() -> TextIO:
+    """What is written to it is lost. It stays open: a library that is imported meanwhile may log to it for good."""
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 @contextmanager
-def _silence() -> Iterator[None]:
+def _silence(trust: bool) -> Iterator[None]:
     """Nothing is logged, warned of or asked, and no bar is drawn, while a checkpoint is loaded.
 
-    What is printed afterwards says it all. What code of the checkpoint prints goes to stderr.
+    What is printed afterwards says it all. A library may print names that strangers chose, and draw bars of its own:
+    that goes nowhere. What code of the checkpoint prints, if it may run, goes to stderr.
     """
     from transformers.utils import logging as theirs
 
@@ -103,9 +112,9 @@ def _silence() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     theirs.disable_progress_bar()
-    stdin = sys.stdin
+    stdin, told = sys.stdin, sys.stderr if trust else _nowhere()
     try:
-        with open(os.devnull) as nothing, redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with open(os.devnull) as nothing, redirect_stdout(told), redirect_stderr(told), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             sys.stdin = nothing
             yield
