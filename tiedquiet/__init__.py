@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Finding", "LoadError", "Proof", "Verdict", "__version__", "check", "disable", "enable"]
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 
 class _Restore:

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 all is well, 1 something is not, 2 it cannot be checked: then one line on stderr says why, whatever happened.
+        0 no problems, 1 problems found, 2 cannot check: then one line on stderr says why, whatever happened.
 
     Raises:
         SystemExit: help or the version was asked for, and printed; its status is 0.
@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         except (CannotCheck, _Misused) as error:
             reason = str(error)
         except ImportError as error:
-            reason = f"{error}; python -m pip install transformers torch accelerate brings what is needed"
+            reason = f"{error}; to install it: python -m pip install transformers torch accelerate"
         except BrokenPipeError:
-            reason = "what reads its output has gone"
+            reason = "the output was closed before all of it was written"
         except KeyboardInterrupt:
             reason = "interrupted"
         except SystemExit as stop:
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             reason = stop.code.removeprefix("tiedquiet: ")
         except OSError as error:
-            reason = f"the system refuses: {error}"
+            reason = f"the operating system says: {error}"
         except Exception as error:
-            reason = f"this should not happen, please report it: {type(error).__name__}: {error}"
+            reason = f"internal error, please report it: {type(error).__name__}: {error}"
         return _fail("interrupted" if interrupts else reason, given)
 
 
@@ -100,17 +100,16 @@ def _main(arguments: list[str]) -> int:
     check = commands.add_parser(
         "check",
         help="load a checkpoint and say whether the model holds what it stores",
-        description="Load a checkpoint with transformers, or each model of a diffusers pipeline, and hold every tensor "
-        "of the model against the checkpoint's own files. Exit status: 0 all is well, 1 something is not, 2 it cannot "
-        "be checked.",
+        description="Load a checkpoint with transformers, or each model of a diffusers pipeline, and compare every "
+        "tensor with the checkpoint's own files. Exit status: 0 no problems, 1 problems found, 2 cannot check.",
         allow_abbrev=False,
     )
     gate.add_arguments(check)
     commands.add_parser(
         "info",
-        help="say what is wrapped, in which mode",
-        description="Say which versions are installed, which mode is in force, and what of transformers is wrapped. "
-        "Exit status: 0 all of it is understood, 1 something is not, 2 transformers is missing.",
+        help="show versions, the mode, and what is wrapped",
+        description="Show which versions are installed, which mode is in force, and which functions of transformers "
+        "are wrapped. Exit status: 0 everything is wrapped as expected, 1 something is not, 2 transformers is missing.",
     )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
     options = parser.parse_args(arguments)

@@ -72,7 +72,7 @@ def demo() -> None:
         )
         _both(resume)
 
-        _title("3. A list that is true: it reads nothing of the experts that it has just stored.")
+        _title("3. A true list: the Trainer reads none of the experts that it has just saved.")
         experts = MixtralForCausalLM(mixtral)
         resume = _saved_run(Trainer(experts, arguments), root / "mixtral" / "checkpoint-1")
         trained = {name: value.clone() for name, value in experts.state_dict().items()}

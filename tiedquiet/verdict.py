@@ -90,7 +90,7 @@ class Proof:
         said += [f"{count[verdict]} {verdict}" for verdict in Verdict if verdict not in WELL and count[verdict]]
         proven = any(finding.verdict not in {*WELL, Verdict.UNPROVEN} for finding in self.findings)
         said.append(f"the load was {'sound' if self.ok else 'not sound' if proven else 'not proven to be sound'}")
-        lines = [f"{self.model}: {'; '.join(said) if self.total or self.ok else 'nothing is known of its load'}"]
+        lines = [f"{self.model}: {'; '.join(said) if self.total or self.ok else 'nothing is known about its load'}"]
         for finding in self.findings:
             parts = [finding.verdict.value, finding.key, f"({finding.source})" if finding.source else "", finding.why]
             lines.append("  " + " ".join(filter(None, parts)))

@@ -20,7 +20,7 @@ def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -
     parts = [
         ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
         (
-            "reported missing but equal to what was loaded, in a tensor of its own, so training will part them: ",
+            "reported missing but equal to what was loaded, in a separate tensor, so training will drive them apart: ",
             _pairs(of[Verdict.COPIED], "is a copy of", fold),
         ),
     ]
@@ -50,8 +50,8 @@ def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> lis
             where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in _by_cause(some))
             lines.append(
                 f"overwritten, stored values were LOST after they were read: {where}. "
-                "Set TIEDQUIET=repair to keep what was stored, or have that code leave loaded tensors alone "
-                "(the functions of transformers.initialization do)"
+                "Set TIEDQUIET=repair to keep what was stored, or make that code skip loaded tensors, as the "
+                "functions of transformers.initialization do"
             )
         else:
             for broken in (True, False):
@@ -86,18 +86,17 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         return f"ambiguous, {why}. {cure}"
     if verdict is Verdict.AMBIGUOUS:
         return (
-            "ambiguous, the checkpoint stores two different tensors for what is one in the model: "
+            "ambiguous, the checkpoint stores two different tensors where the model has one: "
             f"{_pairs(findings, 'has the values of', fold)}, {why}. "
             "Find out which one the model was trained with, and store that one alone"
         )
     if why == BUFFER:
         return (
-            f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}. transformers 5 makes such buffers "
-            "anew, and what __init__ computed for them is gone. Set TIEDQUIET=repair, or compute them in "
-            "_init_weights as well"
+            f"unwritten, uninitialised memory: {_keys(findings, fold)}. transformers 5 re-allocates such buffers and "
+            "discards what __init__ computed. Set TIEDQUIET=repair, or compute them in _init_weights too"
         )
     return (
-        f"unwritten, holds whatever lay in memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
+        f"unwritten, uninitialised memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
         "initialiser wrote to it. Load a checkpoint that has it, or initialise it after loading"
     )
 
@@ -108,8 +107,8 @@ def hints(findings: list[Finding], fold: Fold) -> list[str]:
     if not some:
         return []
     return [
-        f"missing, and perhaps in the checkpoint under another name: {_pairs(some, 'may be', fold)}, "
-        "which nothing read. If so, pass a key_mapping to from_pretrained that says it"
+        f"missing, but perhaps in the checkpoint under another name: {_pairs(some, 'may be', fold)}, which was not "
+        "read. If so, pass from_pretrained a key_mapping that maps it"
     ]
 
 

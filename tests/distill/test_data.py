@@ -89,7 +89,7 @@ def test_a_torn_cache_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     cache.path("one").write_bytes(cache.path("one").read_bytes()[:20])
     with pytest.raises(SystemExit):
         cache.get("one")
-    assert f"{cache.path('one')}: is torn" in capsys.readouterr().err
+    assert f"{cache.path('one')}: is damaged" in capsys.readouterr().err
 
 
 def test_clips_are_read_at_16_frames_a_second(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_second_run_is_kept_out_of_the_folder_and_a_crash_leaves_no_lock(
             main(["--output_dir", str(out)])
         assert ended.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{out}: another run is in there (process {first.pid} on " in line
+        assert f"{out}: another run is using it (process {first.pid} on " in line
         assert [path.name for path in out.iterdir()] == [".lock"]
         assert main(["--output_dir", str(out), "--plan"]) == 0  # writes nothing
         with monkeypatch.context() as patched:
@@ -201,5 +201,5 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         f"tiedquiet.distill: no module {package}; in a checkout of tiedquiet, "
-        "python -m pip install '.[distill]' installs all that the example needs\n"
+        "python -m pip install '.[distill]' installs what the example needs\n"
     )

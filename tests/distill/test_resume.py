@@ -41,7 +41,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(
     status, lines = interrupt(signal.SIGTERM, f"checkpoints/{where}/checkpoint-*", broken, *often)
     assert status == 128 + signal.SIGTERM
     saved = re.fullmatch(
-        r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); go on with --resume_from_checkpoint latest", lines[-1]
+        r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); continue with --resume_from_checkpoint latest", lines[-1]
     )
     assert saved, lines[-1]
     assert Path(saved[1]).is_dir()
@@ -85,9 +85,7 @@ def test_a_run_may_grow(
     )
     assert "student is finished with fewer steps; move it away" in refused(*few, "3")
     (tmp_path / "out/student").rename(tmp_path / "before")
-    assert "the second stage goes on from what the first one left, and has begun" in refused(
-        *few[:-2], "3", few[-1], "3"
-    )
+    assert "the second stage builds on the first, and has begun" in refused(*few[:-2], "3", few[-1], "3")
     assert main([*few, "3", *more]) == 0
     assert main([*few, "3", *more]) == 0
     assert capsys.readouterr().out.endswith("is finished\n")
@@ -114,7 +112,7 @@ def test_a_run_may_grow(
     alone = [*common, str(tmp_path / "alone"), "--distribution_matching_steps", "1", "--checkpointing_steps", "1"]
     assert main([*alone, "--max_train_steps", "0"]) == 0
     shutil.rmtree(tmp_path / "alone/student")
-    assert "the second stage goes on from what the first one left" in refused(*alone, "--max_train_steps", "2")
+    assert "the second stage builds on the first" in refused(*alone, "--max_train_steps", "2")
     # Of a run that kept none there is nothing to go on from.
     with pytest.raises(SystemExit):
         main(
@@ -133,7 +131,7 @@ def test_a_run_may_grow(
     shutil.rmtree(tmp_path / "out/student")
     for left in checkpoints(tmp_path / "out/checkpoints/transformer_2/matching"):
         shutil.rmtree(left)
-    assert "matching: has no checkpoint to go on from" in refused(*few, "4")
+    assert "matching: has no checkpoint to continue from" in refused(*few, "4")
 
 
 def test_the_schedule_of_a_run_that_grew_is_that_of_its_new_length() -> None:

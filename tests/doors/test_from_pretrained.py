@@ -74,7 +74,7 @@ def test_what_stays_on_disk_is_proven_by_its_place_there(name: str, tmp_path: Pa
     elif name != "gpt2_flag_off" or printed.report:  # 5.2.0 has no row for what the config does not tie
         assert printed.shows("lm_head.weight")
     if verdict is Verdict.UNTIED:
-        cure = "correct config.json" if name == "gpt2_flag_off" else "mend that method"
+        cure = "correct config.json" if name == "gpt2_flag_off" else "fix that method"
         cure = "load it without disk offload" if "accelerate" in printed.loud[0] else cure
         assert f"set TIEDQUIET=repair or {cure};" in printed.loud[0]
         with tiedquiet.enable("strict"), pytest.raises(LoadError, match="untied"):

@@ -91,7 +91,7 @@ def test_untied_by_an_override_names_it(tmp_path: Path, printed: Printed) -> Non
     cls, _ = cases.CASES["DoesNothing"](tmp_path)
     cls.from_pretrained(tmp_path)
     assert re.search(
-        r"because DoesNothing.tie_weights \(.*cases.py:\d+\) does not tie it\. .*=repair or mend that method;",
+        r"because DoesNothing.tie_weights \(.*cases.py:\d+\) does not tie it\. .*=repair or fix that method;",
         printed.loud[0],
     )
 

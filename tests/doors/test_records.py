@@ -161,7 +161,7 @@ def test_a_model_that_loads_another_while_it_is_built(tmp_path: Path, printed: P
 def test_what_was_not_seen_to_be_loaded_is_not_well(model: Any) -> None:
     proof = tiedquiet.check(model)
     assert (proof.ok, proof.stored) == (False, 0)
-    assert str(proof).startswith(f"{type(model).__name__}: nothing is known of its load\n")
+    assert str(proof).startswith(f"{type(model).__name__}: nothing is known about its load\n")
     assert "no record of a load" in str(proof)
 
 

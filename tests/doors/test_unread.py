@@ -93,7 +93,7 @@ def test_a_subclass_gets_the_renaming_of_its_class(tmp_path: Path, printed: Prin
         pytest.skip("this release renames nothing of it")
     assert set(verdicts(model).values()) == {Verdict.UNREAD}
     assert (
-        "transformers renames what it reads for CLIPTextModel, and not for its subclass MyTextModel" in printed.loud[0]
+        "transformers renames what it reads for CLIPTextModel, but not for its subclass MyTextModel" in printed.loud[0]
     )
     with tiedquiet.enable("repair"):
         assert not wrong(MyTextModel.from_pretrained(tmp_path), truth)
@@ -125,7 +125,7 @@ def test_an_untied_head_is_not_tied_while_the_file_may_have_it(tmp_path: Path, p
         assert wrong(model, truth) == {"lm_head.weight"}
         assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
         (line,) = [line for line in printed.loud if "untied" in line]
-        assert "Look whether it is output_head.weight, which the checkpoint has and nothing read" in line
+        assert "Check whether it is output_head.weight, which is in the checkpoint and was not read" in line
         printed.records.clear()
 
 

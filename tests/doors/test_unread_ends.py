@@ -132,7 +132,7 @@ def test_both_ends_of_a_tie_that_is_asked_for(tmp_path: Path, printed: Printed) 
         pytest.skip("this release ties them all the same")
     (finding,) = tiedquiet.check(model).findings
     assert (finding.key, finding.verdict) == ("lm_head.weight", Verdict.AMBIGUOUS)
-    assert "the tie is asked for, but the checkpoint has both, and they differ" in printed.loud[0]
+    assert "the config ties them, but the checkpoint has both, and they differ" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
         Qwen2ForCausalLM.from_pretrained(tmp_path)
 
@@ -169,12 +169,12 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
     def replace(model: Any) -> None:
         model.model.norm.weight = nn.Parameter(torch.ones(32))
 
-    assert after(replace) == {"model.norm.weight": "it was read, and another tensor has taken its place since"}
+    assert after(replace) == {"model.norm.weight": "it was read, and has since been replaced by another tensor"}
     assert after(lambda model: delattr(model.model, "norm")) == {
-        "model.norm.weight": "it was read, and has been taken out of the model since"
+        "model.norm.weight": "it was read, and has since been removed from the model"
     }
     assert after(lambda model: model.model.norm.to("meta")) == {
-        "model.norm.weight": "it was read, and has been put on meta since, where nothing has values"
+        "model.norm.weight": "it was read, and has since been moved to meta, where nothing has values"
     }
     for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
         assert after(harmless) == {}

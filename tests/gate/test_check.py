@@ -138,7 +138,7 @@ def test_without_architectures_a_head_was_not_checked(good: Path, capsys: pytest
     assert check(good, "--class", "json.JSONDecoder") == 2
     assert "cannot be loaded as JSONDecoder" in capsys.readouterr().err
     assert check(good, "--class", "tests.gate.test_check.NotALoad") == 2
-    assert "str was not loaded by `from_pretrained`" in capsys.readouterr().err
+    assert "str was not loaded by transformers' `from_pretrained`" in capsys.readouterr().err
 
 
 class NotALoad:
@@ -198,7 +198,7 @@ def test_each_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert out[0] == "scheduler: FlowMatchEulerDiscreteScheduler: has no tensors"
     assert out[1].startswith("text_encoder: UMT5EncoderModel: ")
     held = sum(component["held"] for component in report["components"])
-    assert out[-1] == f"{4 - status} of 4 components are well; {held} of {held} tensors hold the files' bytes"
+    assert out[-1] == f"{4 - status} of 4 components are sound; {held} of {held} tensors hold the files' bytes"
     assert check(pipeline, "--class", "UMT5EncoderModel") == 2
     assert "is a pipeline of several models" in capsys.readouterr().err
 

@@ -126,7 +126,7 @@ def test_a_pipe_that_is_closed(good: Path) -> None:
     os.close(reads)
     done = run("check", str(good), "--json", stdout=writes)
     os.close(writes)
-    assert (done.returncode, done.stderr) == (2, "tiedquiet: what reads its output has gone\n")
+    assert (done.returncode, done.stderr) == (2, "tiedquiet: the output was closed before all of it was written\n")
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full(good: Path) -> None:
     with open("/dev/full", "w") as full:
         done = run("check", str(good), stdout=full)
     assert done.returncode == 2
-    assert done.stderr == "tiedquiet: the system refuses: [Errno 28] No space left on device\n"
+    assert done.stderr == "tiedquiet: the operating system says: [Errno 28] No space left on device\n"
 
 
 SLOW = """
@@ -207,13 +207,13 @@ def test_in_another_thread_there_are_no_signals(good: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (RuntimeError("a\nb"), r"this should not happen, please report it: RuntimeError: a\nb"),
-        (RecursionError("deep"), "this should not happen, please report it: RecursionError: deep"),
-        (MemoryError(), "this should not happen, please report it: MemoryError: "),
-        (OSError(5, "Input/output error"), "the system refuses: [Errno 5] Input/output error"),
+        (RuntimeError("a\nb"), r"internal error, please report it: RuntimeError: a\nb"),
+        (RecursionError("deep"), "internal error, please report it: RecursionError: deep"),
+        (MemoryError(), "internal error, please report it: MemoryError: "),
+        (OSError(5, "Input/output error"), "the operating system says: [Errno 5] Input/output error"),
         (KeyboardInterrupt(), "interrupted"),
         (SystemExit("tiedquiet: no guard"), "no guard"),
-        (BrokenPipeError(), "what reads its output has gone"),
+        (BrokenPipeError(), "the output was closed before all of it was written"),
     ],
 )
 @pytest.mark.parametrize("as_json", [True, False])

@@ -128,7 +128,7 @@ def test_fused_experts_are_held_against_the_single_ones_of_the_file(tmp_path: Pa
     assert found.held == found.total - 1
     (finding,) = found.findings
     assert (finding.key, finding.verdict) == (experts, Verdict.UNPROVEN)
-    assert "converted back it does not match the file" in finding.why
+    assert "converted back, it does not match the file" in finding.why
 
 
 def test_merged_tensors_are_made_again_only_where_they_cannot_be_given_back(
@@ -209,7 +209,7 @@ def test_types_that_do_not_show_their_values_stay_unproven(tmp_path: Path) -> No
     model.pooler.dense.bias = nn.Parameter(torch.zeros(3))
     model.embeddings.LayerNorm.to("meta")
     why = {finding.key: finding.why for finding in compared(model).findings}
-    assert why["pooler.dense.weight"] == "a Parameter does not show its values"
+    assert why["pooler.dense.weight"] == "the values of a Parameter cannot be read"
     assert why["pooler.dense.bias"] == "the file has it as (8,) of float32, the model as (3,) of float32"
     assert why["embeddings.LayerNorm.bias"] == "it has no values: it is on meta"
 

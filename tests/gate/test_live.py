@@ -145,8 +145,8 @@ def test_a_model_of_diffusers_and_one_of_nobody(tmp_path: Path) -> None:
     [
         ({}, "holds no weights: model.safetensors, "),
         ({"model.safetensors": b"junk"}, "cannot be read: "),
-        ({"model.safetensors.index.json": b"[]"}, "holds no JSON object"),
-        (None, "is no folder"),
+        ({"model.safetensors.index.json": b"[]"}, "does not hold a JSON object"),
+        (None, "is not a folder"),
     ],
 )
 def test_a_folder_without_such_files(content: dict[str, bytes] | None, says: str, tmp_path: Path) -> None:

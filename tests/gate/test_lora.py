@@ -88,7 +88,7 @@ def test_what_the_example_writes(wan: Path, published: Path, capsys: pytest.Capt
     assert check(wan, "--lora", str(published)) == 0
     *_, line, last = capsys.readouterr().out.splitlines()
     assert line == f"{ours.FILE}: WanPipeline: 20 of 20 tensors of the file reach transformer"
-    assert last.startswith("4 of 4 components are well; 144 of 144 tensors")
+    assert last.startswith("4 of 4 components are sound; 144 of 144 tensors")
 
 
 @pytest.mark.parametrize("alpha", [3.0, 4.0])
@@ -289,7 +289,7 @@ def test_what_is_no_lora_file(
     [
         ("{", "cannot be read: Expecting property name"),
         ("[" * 100_000, "cannot be read: "),
-        ("[]", "its lora_adapter_metadata holds no JSON object"),
+        ("[]", "its lora_adapter_metadata does not hold a JSON object"),
         ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by its name"),
     ],
 )
@@ -305,9 +305,7 @@ def test_what_is_written_beside_the_tensors(
 
 def test_a_model_of_transformers(wan: Path, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(wan / "text_encoder", "--lora", str(published)) == 2
-    assert (
-        "is no model of diffusers; --lora is for these, and an adapter of peft is a folder" in capsys.readouterr().err
-    )
+    assert "is not a model of diffusers, which --lora is for; a peft adapter is a folder" in capsys.readouterr().err
 
 
 def test_values_and_scales_that_are_not_the_file_s(wan: Path, by_peft: Tensors) -> None:

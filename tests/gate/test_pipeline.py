@@ -43,7 +43,7 @@ def test_a_pipeline_that_is_well(wan: Path, capsys: pytest.CaptureFixture[str]) 
     tensors = len(load_file(file_of(wan / "transformer")))
     assert transformer.startswith(f"transformer: WanTransformer3DModel: {tensors} of {tensors} tensors hold the file's")
     assert vae.startswith("vae: AutoencoderKLWan: ")
-    assert last.startswith("4 of 4 components are well; ")
+    assert last.startswith("4 of 4 components are sound; ")
     assert check(wan, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
 
@@ -56,12 +56,12 @@ def test_a_part_that_is_not_there_is_red_and_the_others_are_checked(
     assert check(wan, "--json") == 1
     found = components(capsys)
     assert {name for name, component in found.items() if component["loud"]} == {part}
-    assert "model_index.json names it, and it is not there" in found[part]["error"]
+    assert "model_index.json names it, but it is missing" in found[part]["error"]
     assert check(wan, "--quiet") == 1
     line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{part}: ")
-    assert ": cannot be checked: model_index.json names it, and it is not there" in line
-    assert last.startswith("3 of 4 components are well; ")
+    assert ": cannot be checked: model_index.json names it, but it is missing" in line
+    assert last.startswith("3 of 4 components are sound; ")
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
@@ -185,7 +185,7 @@ def test_another_type_and_another_device(wan: Path, capsys: pytest.CaptureFixtur
     assert check(wan, "--dtype", "float16") == 0
     capsys.readouterr()
     assert check(wan, "--device", "nonsense") == 2
-    assert "nothing of this pipeline can be checked" in capsys.readouterr().err
+    assert "no part of this pipeline can be checked" in capsys.readouterr().err
 
 
 def test_a_class_of_the_pipeline_s_own_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,11 +209,14 @@ def test_a_class_of_the_pipeline_s_own_module(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        (["diffusers", "AutoencoderOfNobody"], "names AutoencoderOfNobody of diffusers, which is no class"),
-        (["torch.nn", "Linear"], "names Linear of torch.nn, which is no class"),
+        (
+            ["diffusers", "AutoencoderOfNobody"],
+            "names AutoencoderOfNobody of diffusers, which is not an installed class",
+        ),
+        (["torch.nn", "Linear"], "names Linear of torch.nn, which is not an installed class"),
         (["shap_e", "VoidNeRFModel"], "is neither a model of transformers nor one of diffusers"),
-        (["os", "system"], "names system of os, which is no class"),
-        (["diffusers", "StableDiffusionPipeline"], "and it is not there"),
+        (["os", "system"], "names system of os, which is not an installed class"),
+        (["diffusers", "StableDiffusionPipeline"], "but it is missing"),
         (["diffusers", None], "names None of diffusers"),
         ([{}, "x"], "names x of {}"),
         (["transformers", "GPT2LMHeadModel"], "it has no config.json"),
@@ -231,4 +234,4 @@ def test_a_pipeline_without_a_model(wan: Path, capsys: pytest.CaptureFixture[str
     index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     (wan / "model_index.json").write_text(json.dumps(index))
     assert check(wan) == 2
-    assert capsys.readouterr().err.endswith("nothing of this pipeline can be checked: it has no model\n")
+    assert capsys.readouterr().err.endswith("no part of this pipeline can be checked: it has no model\n")

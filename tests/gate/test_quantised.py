@@ -143,7 +143,7 @@ def test_what_is_spoilt_in_memory_is_told(
 WITHOUT = {
     "scale of fp8": ("fp8", "weight_scale_inv", 1, "missing  the file has float8_e4m3fn codes for it, and no scale"),
     "scale of scales": ("bitsandbytes, 4 bits twice", "nested_absmax", 1, "nested_quant_map  it belongs to it, and is not in the model"),
-    "scale of compressed-tensors": ("compressed-tensors", "weight_scale", 1, "unwritten  a parameter: it holds whatever was in memory"),
+    "scale of compressed-tensors": ("compressed-tensors", "weight_scale", 1, "unwritten  a parameter: uninitialised memory"),
     "scale of 8 bits": ("bitsandbytes, 8 bits", "SCB", 2, "cannot be loaded"),
     "scale of 4 bits": ("bitsandbytes, 4 bits", "absmax", 2, "cannot be loaded"),
     "scale of torchao": ("torchao", "_weight_scale", 2, "cannot be loaded"),

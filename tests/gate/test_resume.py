@@ -85,5 +85,5 @@ def test_resume_is_asked_of_a_trainer_s_checkpoint(
         GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
     capsys.readouterr()
     assert check(tmp_path, "--resume") == 2
-    says = f"tiedquiet: {tmp_path} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume\n"
+    says = f"tiedquiet: {tmp_path} has no trainer_state.json, so it is not a Trainer's checkpoint; leave out --resume\n"
     assert capsys.readouterr().err == says

@@ -73,7 +73,7 @@ SAYS = {
     "kernel": "config.json names somebody/kernel, compiled code that transformers fetches from the hub and runs",
     "kernel_inside": "config.json names somebody/kernel@main:x, compiled code",
     "adapter_megatron": "adapter_config.json asks for megatron_core, a module that peft imports by its name",
-    "pipe_library": "model_index.json names Model of evil, which is no class that is installed",
+    "pipe_library": "model_index.json names Model of evil, which is not an installed class",
     "shard_up": "which leads out of the folder",
     "shard_link": "leads out of the folder, to ",
     "config_link": "leads out of the folder, to /etc/hostname",
@@ -202,8 +202,8 @@ def test_a_pickle_is_not_opened_with_an_old_torch_unless_it_is_trusted(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("\0", r"\x00 is no name of a folder"),
-        ("a\ud800", "is no name of a folder"),
+        ("\0", r"\x00 is neither the name of a folder"),
+        ("a\ud800", "is neither the name of a folder"),
         ("/dev/null", "is neither a folder nor"),
     ],
 )
@@ -270,7 +270,7 @@ def test_without_diffusers_there_is_none_of_its_classes(monkeypatch: pytest.Monk
 
 def test_a_class_that_is_no_model(zoo: Zoo, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(zoo.top / "good"), "--class", "GPT2Config"]) == 2
-    assert capsys.readouterr().err.endswith("cannot be loaded as GPT2Config: that is no model\n")
+    assert capsys.readouterr().err.endswith("cannot be loaded as GPT2Config: that is not a model\n")
 
 
 def test_code_that_a_pipeline_s_model_names_runs_only_if_it_is_let(zoo: Zoo, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_one_that_is_well(whole: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert dense == f"2_Dense: Dense: 2 of 2 {SAYS}"
     assert norm == f"3_LayerNorm: LayerNorm: 2 of 2 {SAYS}"
     assert normalize == "4_Normalize: Normalize: has no tensors"
-    assert last == "5 of 5 components are well; 23 of 23 tensors hold the files' bytes"
+    assert last == "5 of 5 components are sound; 23 of 23 tensors hold the files' bytes"
 
 
 def test_what_the_package_writes_and_reads(tmp_path: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
@@ -113,7 +113,7 @@ def test_a_module_that_is_not_there(part: str, whole: Path, outcome: Callable[..
     shutil.rmtree(whole / part)
     found = outcome(whole, 1)
     assert {name for name, one in found.items() if one["loud"]} == {part}
-    assert found[part]["error"] == "modules.json names it, and it is not there: it has no config.json"
+    assert found[part]["error"] == "modules.json names it, but it is missing: it has no config.json"
 
 
 def test_weights_that_are_not_there(whole: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
@@ -205,7 +205,8 @@ def test_types_and_folders_of_strangers(
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("[]", "modules.json names no module"), ("{}", "holds no JSON list"), ("[7]", "does not say")]
+    ("content", "says"),
+    [("[]", "modules.json names no module"), ("{}", "does not hold a JSON list"), ("[7]", "does not say")],
 )
 def test_a_list_of_nothing(content: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (whole / "modules.json").write_text(content)
@@ -235,7 +236,7 @@ def test_other_options(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(whole, "--lora", "x.safetensors") == 2
-    assert "is no model of diffusers" in capsys.readouterr().err
+    assert "is not a model of diffusers" in capsys.readouterr().err
     if not (whole / "0_Transformer").exists():
         assert check(whole, "--class", "BertModel") == 0
         assert capsys.readouterr().out.startswith("BertModel: 23 of 23")

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     except ModuleNotFoundError as error:
         print(
             f"tiedquiet.distill: no module {error.name}; in a checkout of tiedquiet, "
-            "python -m pip install '.[distill]' installs all that the example needs",
+            "python -m pip install '.[distill]' installs what the example needs",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -47,7 +47,7 @@ class Stopped(Exception):
 
     def __init__(self, number: int, place: Path) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name}; saved {place}; go on with --resume_from_checkpoint latest"
+            f"stopped by {signal.Signals(number).name}; saved {place}; continue with --resume_from_checkpoint latest"
         )
         self.number = number
 
@@ -87,7 +87,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             fail(
-                f"{folder}: another run is in there ({file.read() or 'it has just begun'}); choose another --output_dir"
+                f"{folder}: another run is using it ({file.read() or 'it has just begun'}); choose another --output_dir"
             )
         except OSError as error:  # some network file systems have none
             tqdm.write(f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it", file=sys.stderr)
@@ -132,7 +132,8 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
             fail(f"{student} is finished; choose another --output_dir, or delete it yourself")
         if work.exists():
             fail(
-                f"{work}: an unfinished run; --resume_from_checkpoint latest goes on, another --output_dir begins anew"
+                f"{work}: holds an unfinished run; --resume_from_checkpoint latest continues it, another --output_dir "
+                "starts a new one"
             )
         return dict.fromkeys(parts)
     grown = False
@@ -141,16 +142,16 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
     if grown and not work.exists():
         fail(f"{student} is finished, and its checkpoints are gone; --checkpointing_steps would have kept them")
     if grown and student.exists():
-        fail(f"{student} is finished with fewer steps; move it away, and the run goes on from its checkpoints")
+        fail(f"{student} is finished, with fewer steps; move it away, and the run continues from its checkpoints")
     latest = {part: [None, *checkpoints(work / part[0] / part[1])][-1] for part in parts}
     for (expert, stage), point in latest.items():
         folder = work / expert / stage
         if is_finished(folder, steps_of(args, stage)):
             continue
         if stage == "segments" and (work / expert / "matching").exists():
-            fail("--max_train_steps: the second stage goes on from what the first one left, and has begun")
+            fail("--max_train_steps: the second stage builds on the first, and has begun")
         if point is None and (folder / "student").exists():
-            fail(f"{folder}: has no checkpoint to go on from; --checkpointing_steps would have left one")
+            fail(f"{folder}: has no checkpoint to continue from; --checkpointing_steps would have left one")
     if wanted == "latest":
         return latest
     place = Path(wanted)

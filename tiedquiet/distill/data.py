@@ -65,7 +65,7 @@ class Cache:
         try:
             return load_file(self.path(name))["tensor"]
         except (SafetensorError, KeyError) as error:
-            fail(f"{self.path(name)}: is torn ({error}); delete it, and the next run makes it again")
+            fail(f"{self.path(name)}: is damaged ({error}); delete it, and the next run recreates it")
 
 
 class Data:

@@ -119,7 +119,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
         "load_lora_weights takes what is written")  # fmt: skip
     add("--student_dtype", choices=["bfloat16", "float32"], default="bfloat16",
-        help="what the student is written in; it learns in float32 (default: bfloat16)")  # fmt: skip
+        help="data type of the written student; it is trained in float32 (default: bfloat16)")  # fmt: skip
     add("--standalone", action="store_true",
         help="copy the weights that were not trained, text encoder and VAE, instead of linking them")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")

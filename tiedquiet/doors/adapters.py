@@ -38,7 +38,9 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     for key, own in by_peft:
         name = f"base_model.model.{own}"
         if key in missing and name in unread and unread[name].shape == state[key].shape:
-            why = "since load_adapter of this transformers looks for it under another name than peft's"
+            why = (
+                "because load_adapter in this release of transformers looks for it under a name that peft does not use"
+            )
             reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
     rest = sorted(name for name in unread if name not in claimed)
@@ -102,7 +104,7 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
     now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions and name not in own}
     if changed := sorted(name for name, seen in now.items() if seen != versions[name]):
         of_base = words.few(changed, fold)
-        line = f"{words.name_of(model, where)}: it also changed tensors of the base model: {of_base}"
+        line = f"{words.name_of(model, where)}: loading it also changed tensors of the base model: {of_base}"
         outcome.lines.append((logging.INFO, line))
     known.settled = {finding.key: finding for finding in findings}
     earlier = record.of(base)
@@ -125,7 +127,7 @@ def _older(checkpoint: Checkpoint) -> Finding | None:
     for path in map(Path, checkpoint.files):
         rival = path.with_suffix(".bin")
         if path.suffix == ".safetensors" and rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1:
-            why = f"{path.name} was read, and {rival.name} beside it is newer and was not"
+            why = f"{path.name} was read; {rival.name} beside it is newer and was not"
             return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
     return None
 

@@ -29,8 +29,8 @@ from tiedquiet.verdict import Finding, Verdict
 
 _Values = Iterator[tuple[str, torch.Tensor]]
 
-_WHY = "since Trainer reads a checkpoint without the renaming and conversion that from_pretrained makes"
-_CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pretrained has read from this checkpoint"
+_WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
+_CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pretrained loaded from this checkpoint"
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _leave_unproven(model: Any, folder: object, how: str) -> None:
     """Leave the record of a resume that went another way; of adapters, another door tells."""
     try:
         if mode.current() != "off" and model is not None and not _has_adapters(model):
-            why = f"{folder} was read by {how}, at which tiedquiet does not look"
+            why = f"{folder} was read by {how}, which tiedquiet does not inspect"
             record.leave(model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
             words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
     except Exception as error:
@@ -107,7 +107,9 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
     outcome = conclude(load, model, folder or "the Trainer's checkpoint", set(loaded.missing_keys), in_place=True)
     if rows := outcome.missing & held:
         outcome.missing -= held
-        what = f"reported missing but held already, as the checkpoint stores it: {words.few(sorted(rows), fold)}"
+        what = (
+            f"reported missing, but the model already holds what the checkpoint stores: {words.few(sorted(rows), fold)}"
+        )
         outcome.lines.append((logging.INFO, f"{words.name_of(model, folder)}: {what}"))
     names_read = {name for key in (*held, *(finding.key for finding in mended)) for name in reading.names_of(key)}
     left = [key for key in loaded.missing_keys if key in outcome.missing]
@@ -116,7 +118,7 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
         left = list(loaded.missing_keys)  # for exactly that set the Trainer ties again, and prints nothing
     elif left and outcome.missing == ignored:
         # The Trainer would take what is left for that set, and print nothing.
-        what = "not in the checkpoint, since the model's _keys_to_ignore_on_save keeps them out of it"
+        what = "not in the checkpoint, because the model's _keys_to_ignore_on_save leaves them out"
         outcome.lines.append((logging.WARNING, f"{words.name_of(model, '')}: {what}: {left}"))
     unexpected = [name for name in loaded.unexpected_keys if name not in names_read]
     outcome.arguments = {"load_result": loaded._replace(missing_keys=left, unexpected_keys=unexpected)}
@@ -137,7 +139,7 @@ def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> t
     reading = read(model, missing.union(*(made for _, made in found)), checkpoint)
     for name, first, second in checkpoint.twice():
         if name in reading.held:
-            why = f"{first} and {second} have different values for it, and the one read last stayed"
+            why = f"{first} and {second} have different values for it, and the one read last won"
             reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
     held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}

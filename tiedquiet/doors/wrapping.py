@@ -85,14 +85,14 @@ def wrap(module: ModuleType) -> None:
         if not problem and seam.module == module.__name__ and seam not in _wrappings:
             try:
                 if not _wrap(seam):
-                    problem = f"{seam} is not in a form that this release of tiedquiet knows; left untouched"
+                    problem = f"{seam} has a form that this release of tiedquiet does not know; left alone"
             except Exception as error:
                 problem = f"{seam} cannot be wrapped: {error}"
             if problem and mode.current() != "strict":
                 _say_once(logging.WARNING, problem)
                 problem = ""
     if problem and mode.current() == "strict":
-        raise LoadError(f"no guard, although the mode is strict: {problem}")
+        raise LoadError(f"not guarded, although the mode is strict: {problem}")
 
 
 def wrap_override(owner: type, name: str, hook: Callable[..., Any]) -> None:
@@ -128,14 +128,17 @@ def unwrap() -> None:
         if vars(wrapping.owner).get(wrapping.name) is wrapping.original:
             del _wrappings[seam]
         else:
-            _say_once(logging.INFO, f"{seam} was wrapped again by somebody else; tiedquiet's wrapper stays, inert")
+            _say_once(
+                logging.INFO,
+                f"{seam} was wrapped again by another package; tiedquiet's wrapper stays in place and does nothing",
+            )
 
 
 def inert_because() -> str:
     """Why tiedquiet can do nothing with the transformers that is imported; empty where it can."""
     version = str(getattr(sys.modules.get("transformers"), "__version__", "5"))
     if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < 5:
-        return f"transformers {version} has no loading report; tiedquiet needs 5.0.0 or newer and is inert"
+        return f"transformers {version} has no loading report; tiedquiet needs 5.0.0 or newer and does nothing"
     return ""
 
 

@@ -11,7 +11,7 @@ from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import has_variant
 
-_NO_LORA = "{} is no model of diffusers; --lora is for these, and an adapter of peft is a folder"
+_NO_LORA = "{} is not a model of diffusers, which --lora is for; a peft adapter is a folder"
 
 
 def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[list[Result], bool]:
@@ -32,7 +32,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     source = Source(name, revision)
     is_pipeline = components.is_pipeline(source)
     if how.is_resume and (is_pipeline or source.gguf or source.file("trainer_state.json") is None):
-        raise CannotCheck(f"{name} has no trainer_state.json, so it is no checkpoint of a Trainer; leave out --resume")
+        raise CannotCheck(f"{name} has no trainer_state.json, so it is not a Trainer's checkpoint; leave out --resume")
     if not is_pipeline and cls is None and not how.is_resume and sentences.is_one(source):
         if how.lora:
             raise CannotCheck(_NO_LORA.format(name))
@@ -60,7 +60,7 @@ def _all(name: str, results: list[Result]) -> list[Result]:
     looked_at = [result for result in results if result.has_tensors]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
-        raise CannotCheck(f"{name}: nothing of this pipeline can be checked: {why}")
+        raise CannotCheck(f"{name}: no part of this pipeline can be checked: {why}")
     return results
 
 
@@ -96,7 +96,7 @@ def _component(source: Source, entry: Entry, how: How) -> Result:
         if classes.is_module(kind):
             raise CannotCheck(f"{name} is neither a model of transformers nor one of diffusers")
         if source.is_local and not source.folder(entry.name).is_dir():
-            raise CannotCheck("model_index.json names it, and it is not there")
+            raise CannotCheck("model_index.json names it, but it is missing")
     except CannotCheck as error:
         return Result(entry.name, name, error=str(error).removeprefix(f"{source.name}/{entry.name} "))
     return Result(entry.name, name, has_tensors=False)

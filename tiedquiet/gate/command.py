@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Check what `add_arguments` describes; 0 all is well, 1 something is not.
+    """Check what `add_arguments` describes; 0 no problems, 1 problems found.
 
     Raises:
         CannotCheck: it cannot be loaded.

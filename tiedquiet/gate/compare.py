@@ -236,7 +236,7 @@ class _Comparing:
             why = "its values stay on disk" if name in self._on_disk else "it has no values: it is on meta"
             return Finding(name, Verdict.UNPROVEN, None, why)
         if len(pieces) != 1:
-            return Finding(name, Verdict.UNPROVEN, None, f"a {type(tensor).__name__} does not show its values")
+            return Finding(name, Verdict.UNPROVEN, None, f"the values of a {type(tensor).__name__} cannot be read")
         back = self._undone([name])
         if not any(key for other in back for key in self._checkpoint.names_of(other)):
             back = {name: tensor}  # 5.0.0 gives names back that are older than the file
@@ -252,7 +252,7 @@ class _Comparing:
                 where = "the file" if key == name else f"{key} in the file"
                 why = f"differs from {where} in {_differing(values, stored):,} of {values.numel():,} elements"
                 return Finding(name, Verdict.OVERWRITTEN, name, why, True)
-            why = "transformers converted it while reading, and converted back it does not match the file"
+            why = "transformers converted it on loading; converted back, it does not match the file"
             return Finding(name, Verdict.UNPROVEN, None, why)
         return Finding(name, Verdict.UNPROVEN, None, "no file holds these values, under this name or any other")
 

@@ -69,7 +69,7 @@ def class_of(entry: Entry) -> Any:
     library, name = entry.library, entry.cls
     found = classes.named(library, name) if isinstance(library, str) else None
     if found is None:
-        raise CannotCheck(f"model_index.json names {name} of {library}, which is no class that is installed")
+        raise CannotCheck(f"model_index.json names {name} of {library}, which is not an installed class")
     return found
 
 
@@ -86,7 +86,7 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     """
     part = Part(source, entry.name, {}, None)
     if (config := source.read("config.json", entry.name)) is None:
-        raise CannotCheck("model_index.json names it, and it is not there: it has no config.json")
+        raise CannotCheck("model_index.json names it, but it is missing: it has no config.json")
     if not trust:
         _check_names(part, config)
     return part._replace(config=config)
@@ -156,7 +156,7 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
             return transformers.AutoModel, "config.json names no class in `architectures`"
         name = listed[0] if isinstance(listed, list) else None
         if not isinstance(name, str):
-            raise CannotCheck(f"{part.label}: `architectures` in config.json is no list of names: {listed!r}")
+            raise CannotCheck(f"{part.label}: `architectures` in config.json is not a list of names: {listed!r}")
     auto = next((key for key, value in own.items() if str(value).rpartition(".")[2] == name), "")
     if trust and (found := classes.automatic(auto)) is not None:
         return found, ""
@@ -171,7 +171,9 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
         )
     if part.cls is not None:
         return _by_user(part, name), ""
-    what = "which is no model" if found is not None else f"which transformers {transformers.__version__} does not have"
+    what = (
+        "which is not a model" if found is not None else f"which transformers {transformers.__version__} does not have"
+    )
     raise CannotCheck(f"{part.label}: config.json names {name}, {what}; name another class with --class")
 
 

@@ -57,7 +57,7 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} is damaged: {reason}"
             continue
         if not isinstance(index.get("metadata"), dict):
-            yield f"{path.name} has no metadata, for which transformers asks"
+            yield f"{path.name} has no metadata, which transformers requires"
         named = set(index["weight_map"].values())
         if absent := sorted(name for name in named if not (folder / name).is_file()):
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
@@ -84,7 +84,7 @@ def damaged_index(index: Any) -> str:
     """What is wrong with what an index of shards holds; empty where nothing is."""
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        return "it names no files"
+        return "it lists no files"
     return ""
 
 
@@ -100,7 +100,7 @@ def _damage_of(path: Path) -> str:
             return "is a Git LFS pointer instead of the file: run `git lfs pull`"
         if path.suffix == ".bin":
             is_torn = start[:2] == b"PK" and not zipfile.is_zipfile(path)
-            return "is empty" if not size else "is truncated: the end of it is missing" if is_torn else ""
+            return "is empty" if not size else "is truncated: its end is missing" if is_torn else ""
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:

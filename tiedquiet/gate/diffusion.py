@@ -63,7 +63,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     state = survey(model).state
     reading = read(model, state.keys() - in_files.keys(), checkpoint)
     unread = ask_headers(model, reading, [], getattr(model, "hf_quantizer", None) is not None)
-    find_unread(model, reading, unread, cure="Give them these names in the file")
+    find_unread(model, reading, unread, cure="Rename them in the file")
     stored = reading.stored
     known = Record(stored, reading.missing, len(state), lasting=reading.found, files=files)
 

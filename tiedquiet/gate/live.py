@@ -100,7 +100,7 @@ def _files(path: str) -> tuple[list[str], bool]:
     """The weights of a folder, and whether they are an adapter's."""
     source = Source(path, None)
     if not source.is_local:
-        raise CannotCheck(f"{path} is no folder")
+        raise CannotCheck(f"{path} is not a folder")
     forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=True)
     of_adapter = [] if forms else weights_of(source, "", OF_ADAPTERS, trust=True)
     first = next(iter(forms or of_adapter), None)

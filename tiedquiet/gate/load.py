@@ -73,7 +73,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     name = type(model).__name__
     if known is None:
         raise CannotCheck(
-            f"{part.label}: {name} was not loaded by `from_pretrained` of transformers, so nothing can be said"
+            f"{part.label}: {name} was not loaded by transformers' `from_pretrained`, so nothing is known of it"
         )
     if problem:
         problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
@@ -173,7 +173,7 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
     import torch
 
     if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
-        raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is no model")
+        raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is not a model")
     return loaded
 
 

@@ -71,7 +71,7 @@ def read(name: str, trust: bool) -> File:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CannotCheck(f"{name} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(metadata, dict | None):
-        raise CannotCheck(f"{name}: its lora_adapter_metadata holds no JSON object")
+        raise CannotCheck(f"{name}: its lora_adapter_metadata does not hold a JSON object")
     if not trust and any("megatron" in key for key in metadata or ()):
         raise CannotCheck(
             f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"

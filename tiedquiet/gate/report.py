@@ -149,11 +149,11 @@ def as_lines(results: list[Result], is_pipeline: bool, every: bool = False, quie
     if is_pipeline and (loud or not quiet):
         read = [result for result in models if result.has_tensors and not result.error and not result.counted]
         held, total = sum(result.held for result in read), sum(result.total for result in read)
-        well = f"{len(models) - len(loud)} of {len(models)} components are well"
+        well = f"{len(models) - len(loud)} of {len(models)} components are sound"
         yield coloured(well, "red" if loud else "green") + f"; {held:,} of {total:,} tensors hold the files' bytes"
 
 
 def _why(finding: Finding) -> str:
     if finding.verdict is Verdict.MISSING:
         return finding.why or _ABSENT
-    return f"{finding.why}: it holds whatever was in memory" if finding.verdict is Verdict.UNWRITTEN else finding.why
+    return f"{finding.why}: uninitialised memory" if finding.verdict is Verdict.UNWRITTEN else finding.why

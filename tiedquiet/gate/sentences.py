@@ -91,7 +91,7 @@ def _check(source: Source, place: int, entry: Any, how: How) -> Result:
 def _config(source: Source, module: Module) -> dict[str, Any]:
     config = source.read("config.json", module.path)
     if config is None:
-        raise CannotCheck("modules.json names it, and it is not there: it has no config.json")
+        raise CannotCheck("modules.json names it, but it is missing: it has no config.json")
     return dict(config)
 
 

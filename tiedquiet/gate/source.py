@@ -25,7 +25,7 @@ class Source:
 
     def __init__(self, name: str, revision: str | None) -> None:
         if not _can_be_a_path(name):
-            raise CannotCheck(f"{name} is no name of a folder, and none of a model on the hub")
+            raise CannotCheck(f"{name} is neither the name of a folder nor that of a model on the hub")
         path = Path(name)
         self.name, self.revision, self.gguf = name, revision, ""
         self.is_local, self._unreachable = os.path.lexists(path), False
@@ -77,7 +77,7 @@ class Source:
             self._unreachable |= isinstance(error, errors.LocalEntryNotFoundError)
             return None
         except errors.HFValidationError as error:
-            raise CannotCheck(f"{self.name} is not a folder, and no model on the hub can have this name") from error
+            raise CannotCheck(f"{self.name} is not a folder, and not a valid name for a model on the hub") from error
         except (errors.HfHubHTTPError, OSError) as error:
             reason = " ".join(str(error).strip().split("\n\n")[-1].split())
             raise CannotCheck(f"{self.name} is not a folder, and it cannot be downloaded: {reason}") from error
@@ -121,7 +121,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except (OSError, ValueError) as error:
         raise CannotCheck(f"{path} cannot be read: {error}") from error
     if not isinstance(content, kind):
-        raise CannotCheck(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
+        raise CannotCheck(f"{path} does not hold a JSON {'object' if kind is dict else 'list'}")
     return content
 
 

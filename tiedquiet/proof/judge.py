@@ -148,13 +148,13 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in _ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
         if tensor is None:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has been taken out of the model since")
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
         elif tensor.is_meta:
             yield Finding(
-                name, Verdict.UNPROVEN, None, "it was read, and has been put on meta since, where nothing has values"
+                name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
         elif known.tensors[name]() is not tensor:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and another tensor has taken its place since")
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
             yield Finding(name, Verdict.UNPROVEN, None, why)

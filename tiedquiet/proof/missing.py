@@ -39,11 +39,11 @@ def judge_missing(model: Any, known: Record, now: Survey, values: Values | None)
             continue
         finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
         if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
-            why = "no end of its tie is in the checkpoint" if group else ""
+            why = "neither end of its tie is in the checkpoint" if group else ""
             if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
             elif (name := known.likely.get(key)) is not None:
-                why = f"it may be {name} in the checkpoint, which nothing read"
+                why = f"it may be {name} in the checkpoint, which was not read"
             finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
         if finding is not None:
             yield finding
@@ -111,7 +111,7 @@ def _judge_parted(
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
     if (name := known.likely.get(key)) is not None:
-        cure = f"Look whether it is {name}, which the checkpoint has and nothing read"
+        cure = f"Check whether it is {name}, which is in the checkpoint and was not read"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
 
@@ -133,7 +133,7 @@ def judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Findi
         if equals(ends[0], ends[1]) is False:
             if any(is_denied(model) for _, model in now.models):
                 return
-            why = "its own: the tie is asked for, but the checkpoint has both, and they differ"
+            why = "its own: the config ties them, but the checkpoint has both, and they differ"
             yield Finding(key, Verdict.AMBIGUOUS, source, why, True)
 
 
@@ -176,5 +176,5 @@ def _why_untied(model: Any, group: Group) -> tuple[str, str]:
     code = getattr(method, "__code__", None)
     if code is not None and not method.__module__.startswith("transformers."):
         why = f"because {method.__qualname__} ({code.co_filename}:{code.co_firstlineno}) does not tie it"
-        return why, "mend that method"
+        return why, "fix that method"
     return "although its config asks for it", ""

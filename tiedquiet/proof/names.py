@@ -47,7 +47,7 @@ class Prefixes:
     @property
     def why(self) -> str:
         """Why nothing read them, as a clause."""
-        return f"since the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
+        return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
 
     def key_mapping(self) -> dict[str, str]:
         """The `key_mapping` that makes `from_pretrained` read them; empty where none does."""

@@ -230,7 +230,7 @@ def find_unread(
     used: set[str] = set()
     if origins:
         ours, theirs = type(model).__name__, native.__name__
-        why = f"since transformers renames what it reads for {theirs}, and not for its subclass {ours}"
+        why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
         other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
         note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
         used, prefixes = {name for origin in origins.values() for name in origin.names}, None

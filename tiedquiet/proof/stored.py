@@ -50,7 +50,7 @@ def judge_stored(
         is_equal = current is not None and before is not None and equals(current, before)
         held = is_equal or (None if current is None or before is None else holds(current, before))
         if current is None or (held is None and not (write and write.was_seen)):
-            found[name] = Finding(name, Verdict.UNPROVEN, None, "what became of its values cannot be told")
+            found[name] = Finding(name, Verdict.UNPROVEN, None, "its values cannot be traced")
         elif held:
             if isinstance(before, torch.Tensor) and current.numel() > before.numel():
                 grown.add(name)
