@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -59,12 +60,14 @@ def begin(load: Callable[[], object]) -> Again | None:
     from transformers import PreTrainedModel
 
     found: list[Again] = []
+    kept, here = vars(PreTrainedModel)[_SEAM], get_ident()
 
-    def stop(model: Any, given: Any = None, files: Any = None, config: Any = None, *_: Any, **__: Any) -> None:
-        found.append(Again(model, given, config))
+    def stop(*given: Any, **more: Any) -> Any:
+        if get_ident() != here:  # somebody else's load
+            return kept.__get__(None, PreTrainedModel)(*given, **more)
+        found.append(Again(*_begun(*given, **more)))
         raise _Stopped
 
-    kept = vars(PreTrainedModel)[_SEAM]
     setattr(PreTrainedModel, _SEAM, staticmethod(stop))
     try:
         with tiedquiet.enable("off"), suppress(Exception):
@@ -72,6 +75,10 @@ def begin(load: Callable[[], object]) -> Again | None:
     finally:
         setattr(PreTrainedModel, _SEAM, kept)
     return found[0] if found else None
+
+
+def _begun(model: Any, given: Any = None, files: Any = None, config: Any = None, *_: Any, **__: Any) -> tuple[Any, ...]:
+    return model, given, config
 
 
 class _Stopped(Exception):
