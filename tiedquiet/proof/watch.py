@@ -229,8 +229,8 @@ class Watch(TorchDispatchMode):
         if write is None:
             if self._is_changed_elsewhere(name):
                 self._elsewhere.add(name)
-            pieces, before = plain(self._stored[name]), None
-            if len(pieces) == 1 and not self._is_in_files(name):
+            before = None
+            if not self._is_in_files(name) and len(pieces := plain(self._stored[name])) == 1:
                 nbytes = pieces[0].numel() * pieces[0].element_size()
                 if self._kept + nbytes <= _MOST_KEPT:
                     self._kept += nbytes
