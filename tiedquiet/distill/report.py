@@ -52,12 +52,14 @@ def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: P
     """First, middle and last frame of every clip, a column of three for each of `columns`."""
     frames = next(iter(columns.values())).shape[1]
     chosen = sorted({0, frames // 2, frames - 1})
-    labels = [textwrap.fill(caption, 24) for caption in captions]
-    height = max(1.2, *(0.13 * len(label.splitlines()) for label in labels))  # inches that the longest prompt needs
+    labels = [textwrap.fill(caption, 18) for caption in captions]
+    # Inches: as wide as a page shows it with letters that can be read, and as high as the longest prompt needs.
+    width = min(1.2, 7.8 / (len(columns) * len(chosen)))
+    height = max(width, *(0.15 * len(label.splitlines()) for label in labels))
     figure, axes = plt.subplots(
         len(labels),
         len(columns) * len(chosen),
-        figsize=(1.2 * len(columns) * len(chosen) + 1.6, height * len(labels) + 0.6),
+        figsize=(width * len(columns) * len(chosen) + 1.4, height * len(labels) + 0.6),
         squeeze=False,
     )
     for row, label in enumerate(labels):
@@ -67,9 +69,9 @@ def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: P
                 axis.imshow(clips[row, frame].permute(1, 2, 0).clamp(0, 1).numpy())
                 axis.set(xticks=[], yticks=[])
                 if row == 0 and place == len(chosen) // 2:
-                    axis.set_title(textwrap.fill(name, 14 * len(chosen)), fontsize=9)
-        axes[row][0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center")
-    figure.tight_layout()
+                    axis.set_title(textwrap.fill(name, round(12 * width * len(chosen))), fontsize=9)
+        axes[row][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.5, w_pad=0.2, h_pad=0.3)
     save(figure, path)
 
 
@@ -90,7 +92,7 @@ def draw_loss(losses: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
 def save(figure: Any, path: Path) -> None:
     """Write a picture, complete or not at all."""
     with beside(path) as part:
-        figure.savefig(part, dpi=110)
+        figure.savefig(part, dpi=160)
     plt.close(figure)
 
 
