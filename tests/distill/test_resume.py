@@ -83,7 +83,7 @@ def test_a_run_may_grow(
     assert "that run had --max_train_steps 2, this one has 1; it may only grow" in refused(
         *few[:-2], "1", *few[-1:], "1"
     )
-    assert "student is finished with fewer steps; move it away" in refused(*few, "3")
+    assert "student is finished, with fewer steps; move it away" in refused(*few, "3")
     (tmp_path / "out/student").rename(tmp_path / "before")
     assert "the second stage builds on the first, and has begun" in refused(*few[:-2], "3", few[-1], "3")
     assert main([*few, "3", *more]) == 0
