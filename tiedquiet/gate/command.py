@@ -1,6 +1,7 @@
 """`python -m tiedquiet check`: load a checkpoint as users do, and hold every tensor of the model against its files."""
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -94,7 +95,9 @@ def versions() -> dict[str, str | None]:
 @cache
 def _nowhere() -> TextIO:
     """What is written to it is lost. It stays open: a library that is imported meanwhile may log to it for good."""
-    return open(os.devnull, "w", encoding="utf-8")
+    nowhere = open(os.devnull, "w", encoding="utf-8")
+    atexit.register(nowhere.close)
+    return nowhere
 
 
 @contextmanager
