@@ -95,7 +95,7 @@ def versions() -> dict[str, str | None]:
 @cache
 def _nowhere() -> TextIO:
     """What is written to it is lost. It stays open: a library that is imported meanwhile may log to it for good."""
-    nowhere = open(os.devnull, "w", encoding="utf-8")
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
     atexit.register(nowhere.close)
     return nowhere
 
