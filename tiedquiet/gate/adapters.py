@@ -3,8 +3,9 @@
 from typing import Any
 
 from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.printing import few
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.memory import identical, plain
 from tiedquiet.verdict import Finding, Proof, Verdict
 
 _PREFIX = "base_model.model."  # which transformers adds where it saves an adapter of its own
@@ -45,13 +46,12 @@ def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) 
         used.add(in_files)
         values = stored[in_files]()
         pieces = plain(tensor)
-        if values.dtype == tensor.dtype and len(pieces) == 1 and same(pieces[0], values):
+        if len(pieces) == 1 and identical(pieces[0], values):
             held += 1
         else:
             findings.append(Finding(key, Verdict.OVERWRITTEN, in_files, "differs from the file", True))
     if left := sorted(stored.keys() - used):
-        few = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
-        why = f"{len(left):,} of {len(stored):,} tensors of the files have no place in it: {few}"
+        why = f"{len(left):,} of {len(stored):,} tensors of the files have no place in it: {few(left)}"
         findings.insert(0, Finding("", Verdict.UNREAD, left[0], why, True))
     return Proof(f"{type(model).__name__}, adapter {name}", held, tuple(findings), len(ours))
 

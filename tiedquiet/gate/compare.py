@@ -10,7 +10,7 @@ from tiedquiet.gate import progress
 from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import proof_of
-from tiedquiet.proof.memory import holds, plain, same
+from tiedquiet.proof.memory import differing, holds, plain, same
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.stored import is_padding
@@ -73,7 +73,8 @@ def compare(
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), buffers, [*findings.values(), unread])
-    settled = {name: finding for name, finding in (settled or {}).items() if name in names and name not in lost}
+    delivered = set(names) - lost
+    settled = {name: finding for name, finding in (settled or {}).items() if name in delivered}
     open_ = {name: state[name] for name in names if name not in lost and name not in settled}
     empty = [name for name, tensor in open_.items() if tensor.is_meta]
     on_disk = {name for name in empty if known.place(name) is not None or is_moved(model, name)}
@@ -250,7 +251,7 @@ class _Comparing:
                 return Finding(name, Verdict.UNPROVEN, None, f"the file has it as {kinds[0]}, the model as {kinds[1]}")
             if len(back) == 1 and self._is_itself(name, values):
                 where = "the file" if key == name else f"{key} in the file"
-                why = f"differs from {where} in {_differing(values, stored):,} of {values.numel():,} elements"
+                why = f"differs from {where} in {differing(values, stored):,} of {values.numel():,} elements"
                 return Finding(name, Verdict.OVERWRITTEN, name, why, True)
             why = "transformers converted it on loading; converted back, it does not match the file"
             return Finding(name, Verdict.UNPROVEN, None, why)
@@ -274,11 +275,3 @@ def _converter() -> type:
 def _prefix(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     few = tensor.detach().reshape(-1)[:_PREFIX].to("cpu", dtype).contiguous()
     return bytes(few.view(torch.uint8).tolist())
-
-
-def _differing(tensor: torch.Tensor, values: torch.Tensor) -> int:
-    ours, theirs = (
-        part.detach().to("cpu", tensor.dtype).reshape(-1).contiguous().view(torch.uint8).reshape(tensor.numel(), -1)
-        for part in (tensor, values)
-    )
-    return int((ours != theirs).any(1).sum())

@@ -184,7 +184,8 @@ def _of_gguf(part: Part) -> tuple[Any, str]:
     with suppress(Exception):  # loading it says what is wrong
         read = transformers.AutoConfig.from_pretrained
         config = read(part.source.name, gguf_file=part.source.gguf, trust_remote_code=False)
-        found = [classes.named("transformers", name) for name in config.architectures or ()]
+        named = (classes.named("transformers", name) for name in config.architectures or ())
+        found = [kind for kind in named if classes.is_of_transformers(kind)]
         found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
         return found[0], ""
     return transformers.AutoModel, "a GGUF file names no class"

@@ -56,8 +56,9 @@ def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -
     """Compare a model without its adapters, under the names that its tensors had before these were put in."""
     conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
     put_in = {key for adapter in adapters for key in names_in_files(model, adapter)}
-    before = {key: loaded_name(key) if adapters else key for key in survey(model).state if key not in put_in}
-    state = {before[key]: tensor for key, tensor in survey(model).state.items() if key in before}
+    now = survey(model).state
+    before = {key: loaded_name(key) if adapters else key for key in now if key not in put_in}
+    state = {own: now[key] for key, own in before.items()}
     settled = None
     found: Collection[str]
     try:

@@ -19,7 +19,7 @@ from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, explain
 from tiedquiet.gate.diffusion import silent
 from tiedquiet.gate.load import How
-from tiedquiet.gate.printing import printable
+from tiedquiet.gate.printing import few, printable
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.trace import Trace
@@ -28,7 +28,6 @@ from tiedquiet.proof.memory import same
 from tiedquiet.verdict import Finding, Verdict
 
 _NAME = "of_the_file"  # the adapter's, for as long as it is looked at
-_FEW = 3
 _MOST = 400  # letters of what diffusers says
 Tensors = dict[str, torch.Tensor]
 
@@ -183,8 +182,7 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
     findings = [finding for one in found for finding in one.findings]
     scaled, merged = sum(one.is_scaled for one in found), sum(one.merged for one in found)
     left = [key for key in file.tensors if key not in reached]
-    few = ", ".join(left[:_FEW]) + ", ..." * (len(left) > _FEW)
-    problem = f"{len(left):,} of {len(file.tensors):,} match nothing: {few}" if left else ""
+    problem = f"{len(left):,} of {len(file.tensors):,} match nothing: {few(left)}" if left else ""
     notes = [f"layers scaled by the file's alpha: {scaled:,}"] if scaled else []
     notes += [f"made of several of the file's by diffusers, and not compared: {merged:,}"] if merged else []
     parts = " and ".join(sorted({layer.component for layer in layers} - {""})) or name

@@ -9,6 +9,7 @@ _MOST_OF_A_LINE = 2000
 _MOST_OF_A_CELL = 120  # names; the last cell of a row says why
 _MOST_OF_A_WHY = 600
 _MOST_ROWS = 50  # of one kind
+_FEW = 3
 _COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
@@ -18,6 +19,11 @@ def printable(text: object, most: int = _MOST_OF_A_LINE) -> str:
     if len(given) > most:
         given = given[: most - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in given)
+
+
+def few(names: list[str]) -> str:
+    """The first of some names, in their order."""
+    return ", ".join(names[:_FEW]) + ", ..." * (len(names) > _FEW)
 
 
 def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[str]:

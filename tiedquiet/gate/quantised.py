@@ -10,6 +10,7 @@ import torch
 
 from tiedquiet.gate.again import Again
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import differing, identical
 from tiedquiet.proof.names import Origin, sources
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.survey import survey
@@ -163,9 +164,11 @@ class _Settling:
         found: set[str] = set()
         for row, piece in rows.items():
             read = [name for name in self._checkpoint.names_of(row.replace(_BESIDE, "")) if name in names]
-            if read and _equal(piece, self._checkpoint.tensors[read[0]]()):
+            if read and identical(piece, self._checkpoint.tensors[read[0]]()):
                 found.add(read[0])
-            elif _BESIDE not in row or not any(_equal(piece, other) for other in rows.values() if other is not piece):
+            elif _BESIDE not in row or not any(
+                identical(piece, other) for other in rows.values() if other is not piece
+            ):
                 return False
         return found == set(names)
 
@@ -230,7 +233,7 @@ def _difference(key: str, ours: _Parts, theirs: _Parts, by: str) -> Finding | No
             why = f"its {name} is {shown[0]}, and {shown[1]} in what {by} makes of the file"
             return Finding(key, Verdict.UNPROVEN, None, why)
     for name, piece in ours.pieces.items():
-        if count := _differing(piece, theirs.pieces[name]):
+        if count := differing(piece, theirs.pieces[name]):
             where = "" if name == key.rpartition(".")[2] else f" of {name.removesuffix(_BESIDE)}"
             why = f"differs from what {by} makes of the file in {count:,} of {piece.numel():,} elements{where}"
             return Finding(key, Verdict.OVERWRITTEN, key, why, True)
@@ -242,18 +245,6 @@ def _difference(key: str, ours: _Parts, theirs: _Parts, by: str) -> Finding | No
 
 def _kind(piece: torch.Tensor | None) -> str:
     return "absent" if piece is None else f"{tuple(piece.shape)} of {str(piece.dtype).removeprefix('torch.')}"
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype is other.dtype and one.shape == other.shape and not _differing(one, other)
-
-
-def _differing(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many elements of two tensors of one shape and type differ in a bit."""
-    bits = [tensor.detach().to("cpu").reshape(-1).contiguous().view(torch.uint8) for tensor in (one, other)]
-    if torch.equal(*bits):
-        return 0
-    return int((bits[0] != bits[1]).reshape(one.numel(), -1).any(1).sum())
 
 
 def _name(again: Again) -> str:

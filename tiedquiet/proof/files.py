@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tiedquiet.proof import pickles
-from tiedquiet.proof.memory import same
+from tiedquiet.proof.memory import identical
 
 # What a safetensors header calls the types that torch has (https://huggingface.co/docs/safetensors); no model has the
 # others, of less than a byte.
@@ -180,7 +180,7 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
 
 def _equal(key: str, *paths: str) -> bool:
     one, other = (dict(_open(path))[key]() for path in paths)
-    return one.dtype is other.dtype and same(one, other)
+    return identical(one, other)
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,22 @@ def same(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     )
 
 
+def identical(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a plain tensor equals others to the last bit, and is of their type."""
+    return tensor.dtype is values.dtype and same(tensor, values)
+
+
+def differing(tensor: torch.Tensor, values: torch.Tensor) -> int:
+    """How many elements of a plain tensor differ in a bit from others of its shape, cast to its type."""
+    if same(tensor, values):
+        return 0
+    ours, theirs = (
+        part.detach().to("cpu", tensor.dtype).reshape(-1).contiguous().view(torch.uint8).reshape(tensor.numel(), -1)
+        for part in (tensor, values)
+    )
+    return int((ours != theirs).any(1).sum())
+
+
 class Bytes(NamedTuple):
     """The memory of two tensors, which is compared without making anything.
 
