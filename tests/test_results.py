@@ -140,7 +140,7 @@ def of_the_students() -> Figures:
     two = [run["arms"] for run in found["runs"] if run["student"] == "2 steps"]
     teacher = f"{100 * two[0]['teacher, 24 steps']['adherence']:.1f} %"
     mean = f"{100 * statistics.mean(arms['student, 2 steps']['adherence'] for arms in two):.1f} %"
-    yield "README.md", f"{mean} for {teacher}", name
+    yield "README.md", f"{mean} against {teacher}", name
     yield "docs/distill.md", f"three seeds is {mean}, the teacher's {teacher}", name
     words = {"segments": "segments, {}", "student": "**segments, then DMD2, {}**", "alone": "DMD2 alone, {}"}
     for steps in ("4 steps", "2 steps", "1 step"):
