@@ -99,7 +99,7 @@ def test_the_fuzzer() -> None:
     (name,) = re.findall(r"\[the table\]\(\.\./benchmarks/results/(fuzz\S+)\.md\)", page)
     total = result(name + ".json")["total"]
     for words in (
-        "Of {loads:,} loads on", "have {truths:,} things to tell; {told:,} were told, {unseen:,} cannot be seen",
+        "In {loads:,} loads on", "were {truths:,} things to report; {told:,} were reported, {unseen:,} cannot be seen",
         "{missed} were missed; {false alarm} false alarms, {raised for nothing} sound loads stopped by `strict`, none broken",
     ):  # fmt: skip
         assert words.format(**total) in page, words

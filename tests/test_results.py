@@ -111,7 +111,7 @@ def of_the_fuzzer() -> Figures:
     for figure in (
         f"{total['loads']:,} loads on 5.24.0",
         f"{total['truths']:,} things",
-        f"{total['told']:,} were told",
+        f"{total['told']:,} were reported",
         f"{total['unseen']} cannot be seen",
         f"{total['missed']} were missed",
         f"{total['false alarm']} false alarms",
