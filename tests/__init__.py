@@ -1,1 +1,1 @@
-"""The tests, in the rooms of the package. They use the real libraries with tiny real checkpoints."""
+"""The tests, laid out like the package. They use the real libraries with tiny real checkpoints."""

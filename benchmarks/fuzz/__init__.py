@@ -1,1 +1,1 @@
-"""A fuzzer of loads: random models and files, loaded in every mode, each verdict held against the bytes."""
+"""A fuzzer of loads: random models and files, loaded in every mode, each verdict compared with the bytes."""

@@ -1,1 +1,1 @@
-"""What tiedquiet costs: a load onto a GPU, by the size of the report, at the start of a program."""
+"""What tiedquiet costs: for a load onto a GPU, by the size of the report, at start-up."""

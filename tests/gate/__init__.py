@@ -1,1 +1,1 @@
-"""`python -m tiedquiet check` on folders that are well, broken or malicious."""
+"""`python -m tiedquiet check` on folders that are sound, broken or malicious."""

@@ -1,1 +1,1 @@
-"""Distil a Wan text-to-video pipeline into a student with fewer blocks; `python -m tiedquiet.distill` shows it."""
+"""Distil a Wan text-to-video pipeline into a student with fewer steps or blocks; run `python -m tiedquiet.distill`."""

@@ -1,1 +1,1 @@
-"""The doors: public calls through which a checkpoint comes into a model. A file for each, over one way of wrapping."""
+"""The doors: public calls through which a checkpoint enters a model. One file each, over one way of wrapping."""

@@ -1,1 +1,1 @@
-"""The gate: `python -m tiedquiet check` holds a checkpoint's model against the bytes of its files."""
+"""The gate: `python -m tiedquiet check` compares a loaded model with the bytes of its checkpoint's files."""

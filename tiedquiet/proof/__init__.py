@@ -1,1 +1,1 @@
-"""The proof: what the files hold, what was read and what became of it. It knows no library's loading functions."""
+"""The proof: what the files hold, what was read, and what became of it. It knows no library's loading functions."""

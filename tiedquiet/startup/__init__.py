@@ -1,4 +1,4 @@
-"""The ways in that need no line of code: Python's start-up files and autowrapt."""
+"""The ways in that need no code: Python's start-up files and autowrapt."""
 
 
 def on_import(_: object) -> None:

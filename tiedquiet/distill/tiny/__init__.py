@@ -1,1 +1,1 @@
-"""The teacher of the default run: how it was made, what it ships as, what reads its clips."""
+"""The default run's teacher: how it was made, what it ships as, what reads its clips."""
