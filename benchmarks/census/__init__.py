@@ -1,1 +1,1 @@
-"""Every class of transformers with ties, saved and loaded back in many ways; what tiedquiet says, compared with the bytes."""
+"""Every class of transformers with ties, saved and loaded back in many ways; what tiedquiet says against the bytes."""

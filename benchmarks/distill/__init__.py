@@ -1,1 +1,1 @@
-"""What the example costs: a step, a path, a clip, an update of the second stage, the whole; and how good its students are."""
+"""What the example costs: a step, a path, a clip, a second-stage update, the whole; and how good its students are."""
