@@ -93,5 +93,5 @@ def test_a_task_has_the_context_that_it_was_started_in() -> None:
 
 
 def test_a_path_is_not_a_model() -> None:
-    with pytest.raises(TypeError, match="check takes a model, not str; for files there is: python -m tiedquiet check"):
+    with pytest.raises(TypeError, match="check takes a model, not str; for files, use python -m tiedquiet check"):
         tiedquiet.check("some/folder")  # type: ignore[arg-type]

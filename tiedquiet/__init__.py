@@ -84,7 +84,7 @@ def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None
     """
     if not hasattr(model, "named_modules"):
         kind = type(model).__name__
-        raise TypeError(f"check takes a model, not {kind}; for files there is: python -m tiedquiet check PATH|HUB_ID")
+        raise TypeError(f"check takes a model, not {kind}; for files, use python -m tiedquiet check PATH|HUB_ID")
     from tiedquiet.doors import wrapping  # it imports torch, which takes seconds and is needed only with a model
 
     if path is not None:

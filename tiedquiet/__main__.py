@@ -31,7 +31,7 @@ class _Misused(Exception):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _Misused(f"{message}; {self.prog} --help says what there is")
+        raise _Misused(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def _main(arguments: list[str]) -> int:
         "info",
         help="show versions, the mode, and what is wrapped",
         description="Show which versions are installed, which mode is in force, and which functions of transformers "
-        "are wrapped. Exit status: 0 everything is wrapped as expected, 1 something is not, 2 transformers is missing.",
+        "are wrapped. Exit status: 0 all of them are wrapped as expected, 1 not all, 2 transformers is missing.",
     )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
     options = parser.parse_args(arguments)

@@ -88,7 +88,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         return (
             "ambiguous, the checkpoint stores two different tensors where the model has one: "
             f"{_pairs(findings, 'has the values of', fold)}, {why}. "
-            "Find out which one the model was trained with, and store that one alone"
+            "Find out which one the model was trained with, and store only that one"
         )
     if why == BUFFER:
         return (

@@ -1,4 +1,4 @@
-"""Interrupts, full disks, divergence, a folder that is taken: one line each, and what was saved stays."""
+"""Interrupts, full disks, divergence, a folder that is taken: one line each, and what was saved is kept."""
 
 import os
 import resource
@@ -38,7 +38,7 @@ def test_ctrl_c_while_caching_keeps_the_cache(tmp_path: Path, prompts: list[str]
     many = [*SHORT, *prompts, "--samples_per_prompt", "10000", "--cache_dir", str(tmp_path / "out/cache")]
     status, lines = interrupt(signal.SIGINT, "cache/paths-*/*.safetensors", tmp_path / "out", *many)
     assert status == 128 + signal.SIGINT
-    assert lines[-1] == "tiedquiet.distill: interrupted; what was cached stays"
+    assert lines[-1] == "tiedquiet.distill: interrupted; what was cached is kept"
     assert not any("Traceback" in line for line in lines)
     for kept in tmp_path.glob("out/cache/*/*.safetensors"):
         load_file(kept)
@@ -56,8 +56,8 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("limit", "moment", "words"),
     [
-        (20_000, "a path", "the disk: File too large; what was saved before stays"),
-        (5_000_000, "a checkpoint", "the disk: a checkpoint could not be written; what was saved before stays"),
+        (20_000, "a path", "the disk: File too large; what was saved before is kept"),
+        (5_000_000, "a checkpoint", "the disk: a checkpoint could not be written; what was saved before is kept"),
     ],
 )
 def test_a_full_disk_gets_one_line(limit: int, moment: str, words: str, tmp_path: Path, prompts: list[str]) -> None:
@@ -86,7 +86,7 @@ def test_an_interrupt_outside_training_says_what_stays(
 
     monkeypatch.setattr(train, "main", interrupted)
     assert train.run() == 130
-    assert capsys.readouterr().err == "tiedquiet.distill: interrupted; what was cached stays\n"
+    assert capsys.readouterr().err == "tiedquiet.distill: interrupted; what was cached is kept\n"
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_an_interrupt_outside_training_says_what_stays(
         (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "No space left on device')]"),
         (
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-            "the disk: No space left on device; what was saved before stays",
+            "the disk: No space left on device; what was saved before is kept",
         ),
         (
             RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3"),
-            "the disk: a checkpoint could not be written; what was saved before stays",
+            "the disk: a checkpoint could not be written; what was saved before is kept",
         ),
     ],
 )

@@ -37,7 +37,7 @@ BAD = {
     "no cache": (["--cache_dir", "{bad}/a_file/cache"], "a_file: is a file, not a folder"),
     "finished": (["--output_dir", "{bad}/done"], "done/student is finished; choose another --output_dir"),
     "torn args.json": (["--output_dir", "{bad}/torn", "--resume_from_checkpoint", "latest"], "torn/args.json cannot be read"),
-    "no such tracker": (["--report_to", "paper"], "--report_to paper: not a tracker that is installed here; there are "),
+    "no such tracker": (["--report_to", "paper"], "--report_to paper: no such tracker is installed; there are "),
     "warm-up": (["--lr_warmup_steps", "-1"], "-1 is not at least 0"),
     "other steps": (["--num_inference_steps", "5"], "--num_inference_steps 5: must be a multiple of --student_steps"),
     "paths of clips": (["--student_steps", "4", "--train_data_dir", "{bad}/jsonl"], "the teacher's own paths"),

@@ -24,7 +24,7 @@ from tiedquiet.distill.train import main
     ("argument", "words"),
     [
         ("--expert=high", "--fsdp_version 2"),
-        ("--lora_rank=4", "the base is frozen and lies on every GPU"),
+        ("--lora_rank=4", "the base is frozen, and whole on every GPU"),
     ],
 )
 def test_fsdp_refuses_what_it_cannot_do(

@@ -261,4 +261,4 @@ def test_a_seam_that_cannot_be_wrapped_is_said_and_left(printed: Printed, monkey
         gone.delitem(sys.modules, "transformers.trainer")
         states = {name: state for name, state, _ in wrapping.states()}
     assert states["transformers.trainer.Trainer._issue_warnings_after_load"] == "not imported"
-    assert states[str(from_pretrained._FINALIZE)] == "not wrapped: it is there"
+    assert states[str(from_pretrained._FINALIZE)] == "not wrapped: present"

@@ -121,7 +121,7 @@ def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
     (good / "b.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "one.bin", "y": "two.bin"}}))
     cut(good, 0)
     assert [line.partition(":")[0] for line in damage(good)] == [
-        "b.bin.index.json names one.bin, two.bin, which are not there",
+        "b.bin.index.json names one.bin, two.bin, which are missing",
         "model.safetensors.index.json is damaged",
         "model.safetensors is truncated or not a safetensors file",
     ]

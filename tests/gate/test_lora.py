@@ -195,7 +195,9 @@ def test_one_model_of_diffusers(
     assert outcome(by_peft, 0, one)["held"] == 20
     assert outcome({f"transformer.{key}": tensor for key, tensor in by_peft.items()}, 0, one)["held"] == 20
     found = outcome(load_file(published), 1, one)
-    assert found["notes"] == ["a pipeline's class converts names of other tools: give the pipeline's folder for these"]
+    assert found["notes"] == [
+        "only a pipeline's class converts other tools' names: for these, pass the pipeline's folder"
+    ]
     assert outcome(by_peft, 1, wan / "vae")["error"] == "AutoencoderKLWan loads no LoRA files"
 
 
@@ -290,7 +292,7 @@ def test_what_is_no_lora_file(
         ("{", "cannot be read: Expecting property name"),
         ("[" * 100_000, "cannot be read: "),
         ("[]", "its lora_adapter_metadata does not hold a JSON object"),
-        ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by its name"),
+        ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by name"),
     ],
 )
 def test_what_is_written_beside_the_tensors(
@@ -333,9 +335,9 @@ def test_values_and_scales_that_are_not_the_file_s(wan: Path, by_peft: Tensors) 
         f"{layer}.lora_down.weight",
     )
     (found,) = judged(lambda layer: layer.scaling.update(of_the_file=2.0)).findings
-    assert (found.key, found.why) == (layer, "its scale is 1, and by the file's alpha it is 0.5")
+    assert (found.key, found.why) == (layer, "its scale is 1, but by the file's alpha it should be 0.5")
 
     def merged(layer: Any) -> None:
         layer.lora_A["of_the_file"].weight.add_(layer.lora_B["of_the_file"].weight.sum())
 
-    assert judged(merged).notes[-1] == "made of several of the file's by diffusers, and not compared: 1"
+    assert judged(merged).notes[-1] == "merged by diffusers from several of the file's tensors, and not compared: 1"

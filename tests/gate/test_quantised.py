@@ -337,7 +337,7 @@ def test_what_the_loader_cannot_make_once_more_is_proven_by_the_file_alone(
         status, lines = check(capsys, make("bitsandbytes, 8 bits"), "--class", f"{__name__}.{name}")
         assert (status, lines[1]) == (0, f"  7 tensors were {STORED}"), name
     status, lines = check(capsys, make("fp8"), "--class", f"{__name__}._Named")
-    told = " ".join(lines).count("transformers (fp8) cannot make it of the file once more: no names")
+    told = " ".join(lines).count("transformers (fp8) cannot make it from the file again: no names")
     assert (status, told) == (1, 7)
 
 

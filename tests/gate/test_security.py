@@ -72,13 +72,13 @@ SAYS = {
     "no_type": "its class is code that ships with the checkpoint; --trust-remote-code allows it to run",
     "kernel": "config.json names somebody/kernel, compiled code that transformers fetches from the hub and runs",
     "kernel_inside": "config.json names somebody/kernel@main:x, compiled code",
-    "adapter_megatron": "adapter_config.json asks for megatron_core, a module that peft imports by its name",
+    "adapter_megatron": "adapter_config.json asks for megatron_core, a module that peft imports by name",
     "pipe_library": "model_index.json names Model of evil, which is not an installed class",
-    "shard_up": "which leads out of the folder",
-    "shard_link": "leads out of the folder, to ",
-    "config_link": "leads out of the folder, to /etc/hostname",
-    "other_weights": "leads out of the folder, to ",
-    "part_up": "model_index.json names ../good, which leads out of the folder",
+    "shard_up": "which points outside the folder",
+    "shard_link": "points outside the folder, to ",
+    "config_link": "points outside the folder, to /etc/hostname",
+    "other_weights": "points outside the folder, to ",
+    "part_up": "model_index.json names ../good, which points outside the folder",
     "shard_fifo": "is not a regular file",
     "long_header": "has a header of 3,221,225,472 bytes, and the format allows 100,000,000",
     "bin_as_shard": "which is not a safetensors file",
@@ -239,7 +239,7 @@ def test_a_json_file_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFix
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(100_000_001)
     assert main(["check", str(tmp_path)]) == 2
-    assert "config.json has 100,000,001 bytes, which is too much for a JSON file" in capsys.readouterr().err
+    assert "config.json has 100,000,001 bytes, too many for a JSON file" in capsys.readouterr().err
 
 
 def test_a_header_that_is_too_large_is_not_read_to_say_what_is_wrong(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_module_that_is_not_there(part: str, whole: Path, outcome: Callable[..
 
 def test_weights_that_are_not_there(whole: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
     (whole / "2_Dense" / "model.safetensors").unlink()
-    assert outcome(whole, 1)["2_Dense"]["error"] == "there is none of model.safetensors, pytorch_model.bin"
+    assert outcome(whole, 1)["2_Dense"]["error"] == "it has none of model.safetensors, pytorch_model.bin"
     for path in whole.rglob("model.safetensors"):
         path.unlink()
     assert outcome(whole, 2) == {}
@@ -142,8 +142,8 @@ def test_tensors_that_are_not_those_of_the_config(
     found = outcome(whole, 1)["2_Dense"]
     assert (found["held"], found["missing"], found["unexpected"]) == (0, ["linear.bias"], ["x"])
     (finding,) = found["findings"]
-    assert finding["why"] == "it is (4, 16) in the file, and by its config (8, 16)"
-    assert found["problem"] == "sentence-transformers refuses a file with tensors more than these"
+    assert finding["why"] == "it is (4, 16) in the file, but (8, 16) by its config"
+    assert found["problem"] == "sentence-transformers refuses a file with more tensors than these"
     path.write_bytes(b"junk")
     assert outcome(whole, 1)["2_Dense"]["error"].startswith("model.safetensors cannot be read: ")
 
@@ -194,19 +194,19 @@ def test_types_and_folders_of_strangers(
     modules(whole, known, *entries)
     found = outcome(whole, 1)
     assert {name: one["error"] for name, one in found.items() if one["error"]} == {
-        "a": "its type is evil.Dense, which is none of sentence-transformers' own",
-        "b": "its type is Dense, which is none of sentence-transformers' own",
-        "../x": "modules.json names a folder that leads out of this one",
-        "4": "modules.json does not say in which folder it lies, and its type",
-        "5": "modules.json does not say in which folder it lies, and its type",
-        "c": f"its type is {OLD}LSTM, the tensors of which are not known",
+        "a": "its type is evil.Dense, which is not one of sentence-transformers' own",
+        "b": "its type is Dense, which is not one of sentence-transformers' own",
+        "../x": "modules.json names a folder outside this one",
+        "4": "modules.json does not give both its folder and its type",
+        "5": "modules.json does not give both its folder and its type",
+        "c": f"its type is {OLD}LSTM, whose tensors are not known",
     }
     assert "evil" not in sys.modules
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("[]", "modules.json names no module"), ("{}", "does not hold a JSON list"), ("[7]", "does not say")],
+    [("[]", "modules.json names no module"), ("{}", "does not hold a JSON list"), ("[7]", "does not give both")],
 )
 def test_a_list_of_nothing(content: str, says: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (whole / "modules.json").write_text(content)

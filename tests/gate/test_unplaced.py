@@ -42,7 +42,7 @@ def test_as_many_as_the_model_has(extra: int, status: int, tmp_path: Path, capsy
     more(tmp_path / "model.safetensors", **{f"x.{i}": torch.ones(1) for i in range(extra)})
     found = component(tmp_path, status, capsys)
     assert len(found["unexpected"]) == extra
-    says = "16 of 32 tensors of the file have no place in GPT2LMHeadModel: is that its class?"
+    says = "16 of 32 tensors of the file have no place in GPT2LMHeadModel: is that the right class?"
     assert found["problem"] == (says if status else None)
 
 
@@ -51,7 +51,7 @@ def test_one_that_is_larger_than_the_model(tmp_path: Path, capsys: pytest.Captur
     own = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     more(tmp_path / "model.safetensors", x=torch.ones(own, dtype=torch.uint8))
     says = f"1 of 17 tensors of the file, with {own:,} of its {2 * own:,} bytes, have no place in GPT2LMHeadModel"
-    assert component(tmp_path, 1, capsys)["problem"] == f"{says}: is that its class?"
+    assert component(tmp_path, 1, capsys)["problem"] == f"{says}: is that the right class?"
     by_user = component(tmp_path, 0, capsys, "--class", "GPT2LMHeadModel")
     assert (by_user["problem"], by_user["notes"]) == (None, [says])
     more(tmp_path / "model.safetensors", x=torch.ones(own - 1, dtype=torch.uint8))
@@ -67,7 +67,7 @@ def test_experts_are_counted_as_the_file_has_them(tmp_path: Path, capsys: pytest
     left = sum(any(f"layers.{i}." in name for i in (1, 2, 3)) for name in stored)
     found = component(tmp_path, 1, capsys)
     assert found["problem"] == (
-        f"{left} of {len(stored)} tensors of the file have no place in MixtralForCausalLM: is that its class?"
+        f"{left} of {len(stored)} tensors of the file have no place in MixtralForCausalLM: is that the right class?"
     )
     assert len(found["unexpected"]) < left
 
@@ -87,7 +87,7 @@ def test_a_tower_of_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     CLIPModel(config).save_pretrained(tmp_path)
     assert component(tmp_path, 0, capsys)["problem"] is None
     config_of(tmp_path, architectures=["CLIPVisionModel"])
-    assert "have no place in CLIPVisionModel: is that its class?" in component(tmp_path, 1, capsys)["problem"]
+    assert "have no place in CLIPVisionModel: is that the right class?" in component(tmp_path, 1, capsys)["problem"]
 
 
 def test_a_prefix_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

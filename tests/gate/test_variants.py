@@ -106,4 +106,4 @@ def test_an_adapter_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     assert check(tmp_path / "adapter", "--variant", "fp16") == 2
-    assert "the files of adapters have no variants; leave out --variant" in capsys.readouterr().err
+    assert "adapters have no variants; leave out --variant" in capsys.readouterr().err

@@ -90,7 +90,9 @@ def alone_in(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is using it ({file.read() or 'it has just begun'}); choose another --output_dir"
             )
         except OSError as error:  # some network file systems have none
-            tqdm.write(f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it", file=sys.stderr)
+            tqdm.write(
+                f"{folder}: cannot be locked ({error.strerror}); make sure that no other run uses it", file=sys.stderr
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()

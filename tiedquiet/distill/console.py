@@ -42,7 +42,7 @@ def in_one_line(main: Callable[[], int]) -> int:
     try:
         return main()
     except KeyboardInterrupt:  # outside training, which saves a checkpoint
-        print("tiedquiet.distill: interrupted; what was cached stays", file=sys.stderr)
+        print("tiedquiet.distill: interrupted; what was cached is kept", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:  # a full or read-only disk, at any moment
         fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
@@ -50,4 +50,4 @@ def in_one_line(main: Callable[[], int]) -> int:
         refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
         if not refused:
             raise
-        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before stays")
+        fail(f"the disk: {refused[1] or 'a checkpoint could not be written'}; what was saved before is kept")

@@ -107,7 +107,7 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # What is distilled, into what.
     add("--pretrained_model_name_or_path", metavar="TEACHER", help="a Wan text-to-video pipeline: folder or hub name")
-    add("--revision", help="of the teacher on the hub")
+    add("--revision", help="revision of the teacher on the hub")
     add("--output_dir", type=Path, default=Path("distilled"), help="student/, pictures, metrics.json, args.json")
     add("--expert", choices=["high", "low", "both"], default="both", help="Wan2.2: which experts get a student")
     add("--student_steps", type=count, metavar="N",
@@ -117,34 +117,35 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="blocks per student (default: all the teacher's; half to learn its velocity)")  # fmt: skip
     add("--lora_rank", type=count, default=0, metavar="R",
         help="train adapters of rank R on the frozen teacher (LoRA) instead of a whole student; WanPipeline's "
-        "load_lora_weights takes what is written")  # fmt: skip
+        "load_lora_weights reads the result")  # fmt: skip
     add("--student_dtype", choices=["bfloat16", "float32"], default="bfloat16",
-        help="data type of the written student; it is trained in float32 (default: bfloat16)")  # fmt: skip
+        help="data type to write the student in; it is trained in float32 (default: bfloat16)")  # fmt: skip
     add("--standalone", action="store_true",
         help="copy the weights that were not trained, text encoder and VAE, instead of linking them")  # fmt: skip
     add("--repair_ties", "--repair-ties", action="store_true", help="tie what the text encoder left untied, and go on")
     add("--show_broken_tie", "--show-broken-tie", action="store_true", help="also sample with the tie broken")
     # The second stage.
     add("--distribution_matching_steps", type=count, metavar="N", help="with --student_steps, afterwards: N updates of "
-        "DMD2 for each expert, by the student's own states, the guided teacher and a critic (default: 500; with the "
+        "DMD2 for each expert, with the student's own states, the guided teacher and a critic (default: 500; with the "
         "tiny teacher 300)")  # fmt: skip
-    add("--segment_weight", type=weight, help="of the first stage's loss in the second (default: 0.25)", default=0.25)
-    add("--critic_steps", type=positive, default=2, help="of the critic for each of the student's (default: 2)")
-    add("--matching_learning_rate", type=weight, help="of the student in the second stage")
+    add("--segment_weight", type=weight, default=0.25,
+        help="weight of the first stage's loss in the second (default: 0.25)")  # fmt: skip
+    add("--critic_steps", type=positive, default=2, help="steps of the critic for each of the student's (default: 2)")
+    add("--matching_learning_rate", type=weight, help="learning rate of the student in the second stage")
     add("--critic_learning_rate", type=weight)
     # Data: a folder of clips, or latents that the teacher samples for prompts.
     add("--train_data_dir", type=Path, help="clips or images with metadata.jsonl or metadata.csv: file_name, text")
-    add("--caption_column", default="text", help="where the metadata has the prompt")
+    add("--caption_column", default="text", help="column of the metadata with the prompt")
     add("--prompts_file", type=Path,
         help="one prompt a line; the teacher samples for them (default: 500 that ship with the package; with "
         "the tiny teacher its 48)")  # fmt: skip
     add("--samples_per_prompt", type=positive, help="latents that the teacher samples for each prompt")
-    add("--negative_prompt", help="what guidance leads away from (default: Wan's own; with the tiny teacher none)")
+    add("--negative_prompt", help="what guidance steers away from (default: Wan's own; with the tiny teacher none)")
     add("--cache_dir", type=Path, help="prompt embeddings, paths and latents (default: OUTPUT_DIR/cache)")
     add(
         "--flow_shift",
         type=weight,
-        help="of the noise schedule, instead of the teacher's: higher takes more steps early",
+        help="shift of the noise schedule, instead of the teacher's: higher takes more steps early",
     )
     for name in ("height", "width", "num_frames", "max_sequence_length", "num_inference_steps"):
         add(f"--{name}", type=positive)
@@ -152,15 +153,15 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample_guidance_scale_2", type=weight, help="that of Wan2.2's low-noise expert (default: the same)")
     # The loss.
     add("--task_weight", type=weight,
-        help="against noise - x0, beside the teacher's (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
+        help="weight of the extra loss against noise - x0 (default: 0.05; 0 where guidance is distilled)")  # fmt: skip
     add("--guidance_scale", type=weight, default=1.0, help="above 1: distil the guided teacher; the student needs none")
     add("--empty_prompt_probability", type=weight, default=0.1,
         help="how often a student that is sampled with guidance sees the negative prompt")  # fmt: skip
     # The steps.
-    add("--train_batch_size", type=positive, help="per process and accumulation step")
+    add("--train_batch_size", type=positive, help="batch size per process and accumulation step")
     add("--gradient_accumulation_steps", type=positive, default=1)
     add("--max_train_steps", type=count,
-        help="optimizer steps for each expert, of the first stage; a run that goes on may have more")  # fmt: skip
+        help="optimizer steps of the first stage for each expert; a resumed run may have more")  # fmt: skip
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
     add("--lr_warmup_steps", type=count)
@@ -175,16 +176,17 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--mixed_precision", choices=["no", "bf16"],
         help="bf16: compute in it, teacher stored in it (default: bf16; with the tiny teacher no)")  # fmt: skip
     add("--gradient_checkpointing", nargs="?", choices=["blocks", "attention"], const="blocks",
-        help="compute the student's blocks again in the backward pass; attention: all but attention")  # fmt: skip
+        help="recompute the student's blocks in the backward pass; attention: all but attention")  # fmt: skip
     add("--teacher_attention", choices=["native", "float8"], default="native",
         help="float8: self-attention's products in 8 bits, in its paths and, without --lora_rank, in training; needs "
         "a Hopper GPU and the package fa3-fwd")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks of teacher and student, for paths and training")
     # The run.
     add("--plan", action="store_true", help="only say what the run would take: paths, hours, memory, disk")
-    add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them in the end")
-    add("--checkpoints_total_limit", type=positive, default=2, help="of each stage of each expert; the oldest go")
-    add("--resume_from_checkpoint", metavar="latest|PATH", help="go on where a run of the same settings stopped")
+    add("--checkpointing_steps", type=positive, help="save a checkpoint every so many steps, and keep them when done")
+    add("--checkpoints_total_limit", type=positive, default=2,
+        help="checkpoints to keep of each stage of each expert; the oldest are deleted")  # fmt: skip
+    add("--resume_from_checkpoint", metavar="latest|PATH", help="continue where a run with the same settings stopped")
     add("--export", type=Path, metavar="CHECKPOINT",
         help="only write what a run's checkpoint holds as OUTPUT_DIR/student; nothing is trained")  # fmt: skip
     add("--validation_steps", type=positive, help="sample --validation_prompts every so many steps")
@@ -254,7 +256,7 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         if args.num_inference_steps % args.student_steps:
             fail(f"--num_inference_steps {args.num_inference_steps}: must be a multiple of --student_steps")
         if args.train_data_dir:
-            fail("--student_steps learns from the teacher's own paths: --prompts_file instead of --train_data_dir")
+            fail("--student_steps learns from the teacher's own paths: use --prompts_file instead of --train_data_dir")
         if args.task_weight or args.guidance_scale > 1:
             fail("--student_steps learns guided paths: it has no --task_weight, and --sample_guidance_scale guides")
         if not stages(args):
@@ -267,7 +269,7 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         if args.student_blocks != blocks:
             fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
         if not args.student_steps:
-            fail("--lora_rank: is for a student of few steps; --student_steps 2, 4 or 8")
+            fail("--lora_rank: is for a student of few steps; use --student_steps 2, 4 or 8")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.flow_shift == 0:
@@ -284,13 +286,13 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
     if args.validation_steps and not args.validation_prompts:
         fail("--validation_steps needs --validation_prompts")
     if args.train_data_dir and args.prompts_file:
-        fail("--train_data_dir and --prompts_file: the clips bring their own prompts, choose one")
+        fail("--train_data_dir and --prompts_file: the clips have their own prompts; choose one")
     for folder in (args.output_dir, args.cache_dir):
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir():
             fail(f"{there}: is a file, not a folder")
     if args.report_to and args.report_to not in (trackers := available_trackers()):
-        fail(f"--report_to {args.report_to}: not a tracker that is installed here; there are {', '.join(trackers)}")
+        fail(f"--report_to {args.report_to}: no such tracker is installed; there are {', '.join(trackers)}")
 
 
 def available_trackers() -> list[str]:
@@ -342,7 +344,7 @@ def must_match(args: argparse.Namespace, before: Path) -> bool:
     try:
         then = dict(json.loads(before.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so nothing tells what that run was")
+        fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so the settings of that run are unknown")
     now = settings(args)
     grown = False
     for key in sorted(now.keys() - FREE_ON_RESUME):

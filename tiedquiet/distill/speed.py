@@ -156,9 +156,9 @@ def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:
         SystemExit: with status 2, after one line.
     """
     if args.lora_rank:
-        fail("--lora_rank: the base is frozen and lies on every GPU; accelerate launch without --use_fsdp")
+        fail("--lora_rank: the base is frozen, and whole on every GPU; use accelerate launch without --use_fsdp")
     if not accelerator.is_fsdp2:
-        fail("FSDP 1 would round the timesteps that it hands in: accelerate launch --fsdp_version 2")
+        fail("FSDP 1 would round the timesteps that it passes on: use accelerate launch --fsdp_version 2")
 
 
 def spread(model: WanTransformer3DModel) -> None:

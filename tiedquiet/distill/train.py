@@ -423,7 +423,7 @@ def train(
             if not math.isfinite(sum(numbers.values())):  # before it gets into a checkpoint
                 bar.close()
                 fail(
-                    f"{name}, step {done}: the loss or its gradient is not finite; what was saved stays, "
+                    f"{name}, step {done}: the loss or its gradient is not finite; what was saved is kept; "
                     "a lower learning rate may help"
                 )
             del numbers["norm"]
@@ -586,7 +586,7 @@ def distil(
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         if not args.checkpointing_steps:
             shutil.rmtree(work)
-        print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); beside it pictures, metrics.json, args.json")
+        print(f"student: {out / 'student'} ({metrics['seconds']:.0f} s); next to it pictures, metrics.json, args.json")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

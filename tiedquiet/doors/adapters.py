@@ -22,7 +22,7 @@ from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
-_BY_PEFT = "Load the adapter by peft's PeftModel.from_pretrained"
+_BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
 
 

@@ -85,7 +85,7 @@ def wrap(module: ModuleType) -> None:
         if not problem and seam.module == module.__name__ and seam not in _wrappings:
             try:
                 if not _wrap(seam):
-                    problem = f"{seam} has a form that this release of tiedquiet does not know; left alone"
+                    problem = f"{seam} has a signature that this release of tiedquiet does not know; left alone"
             except Exception as error:
                 problem = f"{seam} cannot be wrapped: {error}"
             if problem and mode.current() != "strict":
@@ -150,7 +150,7 @@ def states() -> list[tuple[str, str, bool]]:
         if seam.module not in sys.modules:
             found.append((str(seam), "not imported", True))
         elif wrapping is None:
-            found.append((str(seam), "not wrapped: " + ("it is there" if seam.find() else "not understood"), False))
+            found.append((str(seam), "not wrapped: " + ("present" if seam.find() else "not understood"), False))
         elif (now := vars(wrapping.owner).get(wrapping.name)) is wrapping.wrapper:
             found.append((str(seam), "wrapped", True))
         else:

@@ -47,7 +47,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
             raise CannotCheck(_NO_LORA.format(name))
         return [load.check_model(part, how)], False
     if cls:
-        raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one")
+        raise CannotCheck(f"{name} is a pipeline of several models; --class is for a folder of one model")
     file = _lora_of(how)
     entries = components.entries_of(source)
     hows = _by_variant(source, entries, how)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class",
         dest="cls",
         metavar="NAME",
-        help="class to load it as: of transformers, of the checkpoint's own code, or package.module.Class "
+        help="class to load it as: one of transformers, of the checkpoint's own code, or package.module.Class "
         "(default: what its config names)",
     )
     parser.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="exit with 1 if the Trainer would not read all of it")
     parser.add_argument("--json", action="store_true", help="print JSON for machines instead of lines")
     parser.add_argument("--all", action="store_true", help="print every row, not the first 50 of a kind")
-    parser.add_argument("--quiet", action="store_true", help="print only what is not well")
+    parser.add_argument("--quiet", action="store_true", help="print problems only")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
     parser.add_argument(
-        "--trust-pickle", action="store_true", help="open a .bin file also with a torch before 2.10, which is not safe"
+        "--trust-pickle",
+        action="store_true",
+        help="open a .bin file even with a torch older than 2.10, which is not safe",
     )
 
 

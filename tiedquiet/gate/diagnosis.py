@@ -60,7 +60,7 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} has no metadata, which transformers requires"
         named = set(index["weight_map"].values())
         if absent := sorted(name for name in named if not (folder / name).is_file()):
-            yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+            yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} missing"
     path = folder / "generation_config.json"
     if path.is_file() and not isinstance(_json(path), dict):
         yield f"{path.name} cannot be read as a JSON object"

@@ -93,7 +93,7 @@ def _begin_again(model: Any, path: str) -> Again | None:
         options["quantization_config"] = copy.deepcopy(quantiser.quantization_config)
     again = begin(partial(type(model).from_pretrained, path, **options))
     if again is None or again.quantiser is None:
-        raise CannotCheck(f"{path} does not load as a quantised model, and without that it cannot be compared with one")
+        raise CannotCheck(f"{path} does not load as a quantised model, so it cannot be compared with one")
     return again
 
 

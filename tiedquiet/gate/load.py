@@ -73,7 +73,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     name = type(model).__name__
     if known is None:
         raise CannotCheck(
-            f"{part.label}: {name} was not loaded by transformers' `from_pretrained`, so nothing is known of it"
+            f"{part.label}: {name} was not loaded by transformers' `from_pretrained`, so nothing is known about it"
         )
     if problem:
         problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
@@ -136,9 +136,7 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
             raise CannotCheck(only_of_variants(part.label, others, how.variant))
         return [forms]
     if how.variant:
-        raise CannotCheck(
-            f"{part.label} is an adapter, and the files of adapters have no variants; leave out --variant"
-        )
+        raise CannotCheck(f"{part.label} is an adapter, and adapters have no variants; leave out --variant")
     base = weights_of(part.base, "", names, how.trust_pickle)
     return [base, weights_of(part.source, "", OF_ADAPTERS, how.trust_pickle)]
 

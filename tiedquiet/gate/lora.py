@@ -73,7 +73,7 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(f"{name}: its lora_adapter_metadata does not hold a JSON object")
     if not trust and any("megatron" in key for key in metadata or ()):
         raise CannotCheck(
-            f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
+            f"{name} asks for megatron_core, a module that peft imports by name; --trust-remote-code allows it"
         )
     return File(path, tensors, metadata)
 
@@ -119,7 +119,9 @@ def check_model(part: Part, kind: Any, file: File, how: How) -> Result:
 
     result = judge(file, kind.__name__, {"": model}, load, how)
     if (result.problem or result.error) and not result.held:
-        result.notes.append("a pipeline's class converts names of other tools: give the pipeline's folder for these")
+        result.notes.append(
+            "only a pipeline's class converts other tools' names: for these, pass the pipeline's folder"
+        )
     return result
 
 
@@ -184,7 +186,7 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
     left = [key for key in file.tensors if key not in reached]
     problem = f"{len(left):,} of {len(file.tensors):,} match nothing: {few(left)}" if left else ""
     notes = [f"layers scaled by the file's alpha: {scaled:,}"] if scaled else []
-    notes += [f"made of several of the file's by diffusers, and not compared: {merged:,}"] if merged else []
+    notes += [f"merged by diffusers from several of the file's tensors, and not compared: {merged:,}"] if merged else []
     parts = " and ".join(sorted({layer.component for layer in layers} - {""})) or name
     return Result(
         file.path.name,
@@ -294,5 +296,5 @@ def _wrong_scale(layer: _Layer, factors: dict[str, float], stored: Tensors) -> F
     wanted, is_ = float(alpha) / rank, math.prod(factors.values()) * layer.scale
     if math.isclose(wanted, is_, rel_tol=1e-2):
         return None
-    why = f"its scale is {is_:g}, and by the file's alpha it is {wanted:g}"
+    why = f"its scale is {is_:g}, but by the file's alpha it should be {wanted:g}"
     return Finding(layer.name, Verdict.OVERWRITTEN, None, why, True)

@@ -103,13 +103,13 @@ class _Settling:
         given = {name: read[name]() if read is not None else self._headers[name] for name in names}
         is_split = any(self.sources[key].is_converted for key in keys)
         theirs: dict[str, _Parts] = {}
-        reason = f"{self._by} does not make it of the file once more"
+        reason = f"{self._by} does not make it from the file again"
         try:
             with self._again.made_of(given) as made:
                 others = (made.keys() & self._ours.keys()) - self.sources.keys() if is_split else ()
                 theirs = {key: _parts(self._skeleton, key) for key in (*keys, *others) if key in made}
         except Exception as error:
-            reason = f"{self._by} cannot make it of the file once more: {' '.join(str(error).split())}"
+            reason = f"{self._by} cannot make it from the file again: {' '.join(str(error).split())}"
         for key in dict.fromkeys((*keys, *theirs)):
             self._settle(key, theirs.get(key), reason)
 

@@ -68,12 +68,12 @@ def check(source: Source, how: How) -> list[Result]:
 def _check(source: Source, place: int, entry: Any, how: How) -> Result:
     found = [entry.get(key) for key in ("path", "type")] if isinstance(entry, dict) else []
     if len(found) != 2 or not all(isinstance(value, str) for value in found):
-        return Result(str(place), repr(entry), error="modules.json does not say in which folder it lies, and its type")
+        return Result(str(place), repr(entry), error="modules.json does not give both its folder and its type")
     module = Module(*map(str, found))
     label = module.path or "."
     try:
         if module.path and not is_inside(module.path):
-            raise CannotCheck("modules.json names a folder that leads out of this one")
+            raise CannotCheck("modules.json names a folder outside this one")
         if module.name in ("Transformer", "MLMTransformer"):
             return replace(_transformer(source, module, how), component=label)
         if module.name in _BARE:
@@ -84,7 +84,7 @@ def _check(source: Source, place: int, entry: Any, how: How) -> Result:
             return _layer(source, module, how)
     except CannotCheck as error:
         return Result(label, module.name or module.kind, error=str(error))
-    what = "the tensors of which are not known" if module.name else "which is none of sentence-transformers' own"
+    what = "whose tensors are not known" if module.name else "which is not one of sentence-transformers' own"
     return Result(label, module.name or module.kind, error=f"its type is {module.kind}, {what}")
 
 
@@ -118,7 +118,7 @@ def _layer(source: Source, module: Module, how: How) -> Result:
     forms = weights_of(source, module.path, _OF_MODULES, how.trust_pickle)
     files = [str(path) for form in forms[:1] for path in form.files] or _fetched(source, module)
     if not files:
-        raise CannotCheck(f"there is none of {', '.join(_OF_MODULES)}")
+        raise CannotCheck(f"it has none of {', '.join(_OF_MODULES)}")
     checkpoint = Checkpoint(None, files)
     try:
         stored: Shapes = {name: tuple(read().shape) for name, read in checkpoint.tensors.items()}
@@ -126,7 +126,7 @@ def _layer(source: Source, module: Module, how: How) -> Result:
         raise CannotCheck(f"{Path(files[0]).name} cannot be read: {' '.join(str(error).split())}") from error
     fits = [name for name, shape in wanted.items() if stored.get(name) == shape]
     findings = [
-        Finding(name, Verdict.UNREAD, name, f"it is {stored[name]} in the file, and by its config {shape}", True)
+        Finding(name, Verdict.UNREAD, name, f"it is {stored[name]} in the file, but {shape} by its config", True)
         for name, shape in wanted.items()
         if name in stored and name not in fits
     ]
@@ -141,7 +141,7 @@ def _layer(source: Source, module: Module, how: How) -> Result:
         findings=findings + told,
         missing=sorted(wanted.keys() - stored.keys()),
         unexpected=extra,
-        problem="sentence-transformers refuses a file with tensors more than these" if extra else "",
+        problem="sentence-transformers refuses a file with more tensors than these" if extra else "",
         notes=notes,
         counted="tensors have the names and shapes that its config asks for",
     )

@@ -48,7 +48,7 @@ class Source:
         """
         path = Path(self.name, part)
         if part and not is_inside(part):
-            raise CannotCheck(f"model_index.json names {part}, which leads out of the folder")
+            raise CannotCheck(f"model_index.json names {part}, which points outside the folder")
         if self.is_local:
             self._keep_inside(path)
         return path
@@ -103,7 +103,7 @@ class Source:
     def _keep_inside(self, path: Path) -> None:
         root, target = (Path(os.path.realpath(place)) for place in (self.name, path))
         if not any(target.is_relative_to(place) for place in (root, *_blobs(root))):
-            raise CannotCheck(f"{path} leads out of the folder, to {target}; copy what it leads to into the folder")
+            raise CannotCheck(f"{path} points outside the folder, to {target}; copy its target into the folder")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -114,7 +114,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """
     try:
         if (size := path.stat().st_size) > MOST:
-            raise CannotCheck(f"{path} has {size:,} bytes, which is too much for a JSON file")
+            raise CannotCheck(f"{path} has {size:,} bytes, too many for a JSON file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error

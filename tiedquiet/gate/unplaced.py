@@ -8,7 +8,7 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import is_ignored
 from tiedquiet.proof.survey import survey
 
-IS_IT = ": is that its class?"
+IS_IT = ": is that the right class?"
 
 
 def left_over(name: str, headers: names.Headers, unplaced: Collection[str]) -> str:

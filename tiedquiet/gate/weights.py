@@ -115,7 +115,7 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     shards: list[Any] = list(dict.fromkeys(index["weight_map"].values()))
     for shard in shards:
         if not is_inside(shard):
-            raise CannotCheck(f"{path} names {shard}, which leads out of the folder")
+            raise CannotCheck(f"{path} names {shard}, which points outside the folder")
         if not is_pickle and not shard.endswith(".safetensors"):
             raise CannotCheck(f"{path} names {shard}, which is not a safetensors file")
     files = [source.file(shard, part) for shard in shards] if source.is_local else []
