@@ -21,7 +21,7 @@ __version__ = "0.3.0.dev0"
 
 
 class _Restore:
-    """Takes a mode back when left as a context manager; inside, the mode is that of this context alone."""
+    """Undoes a mode when left as a context manager; inside, the mode applies to this context alone."""
 
     def __init__(self, setting: _modes.Setting) -> None:
         self._setting, self._before = setting, _modes.put(setting)
@@ -41,15 +41,15 @@ def enable(mode: str | None = None) -> _Restore:
 
     Args:
         mode: `on`, `repair`, `strict` or `off` (or a synonym that `TIEDQUIET` takes); None reads `TIEDQUIET`.
-            With `off` the functions stay wrapped and do nothing of ours; `disable` puts the originals back.
+            With `off` the functions stay wrapped, but do nothing; `disable` puts the originals back.
 
     Returns:
-        A context manager. In a `with`, the mode is that of this context (thread, task) and of the threads started in
-        it, and leaving restores the mode that was in force before; without, it is the process's from here on.
+        A context manager. In a `with`, the mode applies to this context (thread, task) and to the threads started in
+        it, and leaving restores the previous mode; without, it applies to the process from here on.
 
     Raises:
-        ValueError: the mode is none of these; the message lists them.
-        LoadError: the mode is `strict`, and the transformers that is imported cannot be guarded.
+        ValueError: not a mode; the message lists the modes.
+        LoadError: the mode is `strict`, and the imported transformers cannot be guarded.
     """
     setting = (
         _modes.from_environment() if mode is None else _modes.Setting(_modes.parse(mode, "mode"), "tiedquiet.enable")
@@ -66,17 +66,17 @@ def disable() -> None:
 
 
 def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None) -> Proof:
-    """Say what is known of a loaded model; with a path, compare it with the files there, byte for byte.
+    """Say what is known about a loaded model; with a path, compare it with the files there, byte for byte.
 
     Args:
-        model: one that was loaded while tiedquiet was enabled; or a copy of it, or what `torch.compile`, DDP or PEFT
-            made of it, or a module that has several of them inside. With a path, any model.
-        path: a folder that the model was saved to, by `save_pretrained` or `Trainer.save_model`, say. Where it has an
-            adapter that is not merged: that one's folder, for the adapter, or its base model's, for the rest.
+        model: one that was loaded while tiedquiet was enabled; or a copy of it, one wrapped by `torch.compile`, DDP or
+            PEFT, or a module that contains several of them. With a path, any model.
+        path: a folder that the model was saved to, by `save_pretrained` or `Trainer.save_model`, say. If the model has
+            an unmerged adapter: the adapter's folder, to compare the adapter, or the base model's, for the rest.
 
     Returns:
-        A `Proof`. Of a model whose load was not seen it says that, and its `ok` is false. With a path it says how many
-        tensors the files hold as the model does, now.
+        A `Proof`. If the model's load was not seen, it says so, and its `ok` is false. With a path it says how many
+        tensors of the model equal the files now.
 
     Raises:
         TypeError: the model is a path; the message names the command that checks one.

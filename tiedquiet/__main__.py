@@ -26,7 +26,7 @@ TESTED = "5.0.0 to 5.24.0"  # releases of transformers; tests/compat has the lis
 
 
 class _Misused(Exception):
-    """The call is wrong; the message says how."""
+    """The command line is wrong; the message says how."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 no problems, 1 problems found, 2 cannot check: then one line on stderr says why, whatever happened.
+        0 no problems, 1 problems found, 2 cannot check: whatever happened, one line on stderr says why.
 
     Raises:
         SystemExit: help or the version was asked for, and printed; its status is 0.
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The interrupts that came meanwhile: amid an import, Ctrl-C may come out as any other error."""
+    """The interrupts that came meanwhile: in the middle of an import, Ctrl-C may surface as any other error."""
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -137,7 +137,7 @@ def _fail(reason: str, given: list[str]) -> int:
             print(report.as_json(2, named, gate.versions(), [], reason))
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (OSError, ValueError):  # nobody reads it, or the disk is full: Python must not try once more at its end
+    except (OSError, ValueError):  # nobody reads it, or the disk is full: Python must not try again at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     print(f"{coloured('tiedquiet', 'red', sys.stderr)}: {printable(reason)}", file=sys.stderr)
     return 2

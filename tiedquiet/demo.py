@@ -50,7 +50,7 @@ def demo() -> None:
     )  # fmt: skip
 
     class RemoteCodeGPT2(GPT2LMHeadModel):  # type: ignore[misc]
-        """Stands for the many modelling files that tie in an override of `tie_weights`."""
+        """Like the many modelling files that tie in an override of `tie_weights`."""
 
         _tied_weights_keys = None
 
@@ -133,7 +133,7 @@ def _title(text: str) -> None:
 
 @contextmanager
 def _to_stdout() -> Iterator[None]:
-    """Let both libraries log to stdout, so that the two halves come in order when they are redirected."""
+    """Let both libraries log to stdout, so that the two halves stay in order when redirected."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger("transformers"), logging.getLogger("tiedquiet")]

@@ -2,7 +2,7 @@
 
 A `with enable(...)` sets the mode of its context (`contextvars`), a plain call that of the process. A new thread begins
 with an empty context; so that a guard set around it holds there as well, the strictest mode in force anywhere counts
-where a context says nothing.
+if a context sets none.
 """
 
 import os
@@ -50,12 +50,12 @@ def current() -> Mode:
 
 
 def is_on_somewhere() -> bool:
-    """Whether any context, or the process, has a mode other than `off`."""
+    """Whether any context or the process has a mode other than `off`."""
     return any(one.mode != "off" for one in (_of_process[-1], *_around))
 
 
 def put(chosen: Setting) -> Setting | None:
-    """Set the mode of the `with` around this call, or of the process where there is none; returns what gives way."""
+    """Set the mode of the `with` around this call, or else of the process; returns the one that it replaces."""
     before = _of_context.get()
     if before is None:
         _of_process.append(chosen)
@@ -65,14 +65,14 @@ def put(chosen: Setting) -> Setting | None:
 
 
 def enter(chosen: Setting) -> None:
-    """Make the context's what was put for the process."""
+    """Move what was set for the process to the context."""
     if chosen in _of_process:
         _of_process.remove(chosen)
         _replace(None, chosen)
 
 
 def leave(chosen: Setting, before: Setting | None) -> None:
-    """Take a setting back, and give the context the one that it had before; harmless the second time."""
+    """Undo a setting, and give the context its previous one; harmless the second time."""
     if chosen in _of_process:
         _of_process.remove(chosen)
     _replace(_of_context.get(), before)
@@ -106,7 +106,7 @@ def from_environment() -> Setting:
 
 
 def is_command_line() -> bool:
-    """Whether this process is tiedquiet's own command line, which says by itself, in a line, what is wrong."""
+    """Whether this process is tiedquiet's own command line, which reports errors itself, in one line."""
     started: list[str] = getattr(sys, "argv", None) or [""]  # there is none yet while start-up files run
     if started[0] == "-m":  # the package is imported, and then its __main__
         return is_run_as_module()

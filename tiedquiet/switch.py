@@ -1,4 +1,4 @@
-"""On and off. All that `import tiedquiet` runs; the rest of the shim is imported along with what it wraps."""
+"""On and off. Everything that `import tiedquiet` runs; the rest of the shim is imported along with what it wraps."""
 
 import sys
 from types import ModuleType
@@ -37,7 +37,7 @@ def wrap() -> None:
 
 
 def unwrap() -> None:
-    """Put the originals back, unless another thread has a mode in force: its load may be in the middle."""
+    """Put the originals back, unless another thread has a mode in force: it may be in the middle of a load."""
     if not mode.is_on_somewhere() and "tiedquiet.doors.wrapping" in sys.modules:
         from tiedquiet.doors import wrapping
 

@@ -1,4 +1,4 @@
-"""What can be true of a tensor after loading, and how it is handed over. No torch."""
+"""What can be true of a tensor after loading, and the public types that say so. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Verdict(str, Enum):
-    """What became of one name of a model's state dict."""
+    """What happened to one name in a model's state dict."""
 
     TIED = "tied"
     COPIED = "copied"
@@ -31,13 +31,13 @@ class Finding:
     """The verdict on one name.
 
     Attributes:
-        key: the tensor's name in the model's state dict; empty where the finding is about the whole load.
+        key: the tensor's name in the model's state dict; empty if the finding is about the whole load.
         verdict: what was found.
         source: the stored key that `key` follows, should follow, or lost to; for `unread`, the name that the files
-            have for it (the first, where it is made of several). None where there is none.
-        why: the cause, in words; empty where there is nothing to add.
+            have for it (the first, if it is made of several). None if there is none.
+        why: the cause, in words; empty if there is nothing to add.
         broken: whether `strict` stops for it. False for a head that nobody asked to tie.
-        cure: what to do about this cause, as a sentence without its full stop; empty where the verdict alone tells.
+        cure: what to do about this cause, as a sentence without its full stop; empty if the verdict says it all.
     """
 
     key: str
@@ -50,13 +50,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Proof:
-    """What is known of a loaded model.
+    """What is known about a loaded model.
 
     Attributes:
         model: the name of its class.
-        stored: how many tensors of its state dict were read from the checkpoint, and held its values when the load had
-            ended.
-        findings: one for each name of which that cannot be said, sorted by key.
+        stored: how many tensors of its state dict were read from the checkpoint and still held its values when the
+            load ended.
+        findings: one for each name for which that is not so, sorted by key.
         total: how many tensors its state dict had when it was loaded.
     """
 
@@ -67,9 +67,9 @@ class Proof:
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor came from the checkpoint and every tie holds. False where nothing is known.
+        """Whether every tensor came from the checkpoint and every tie holds. False if nothing is known.
 
-        A tensor that its class says needs no file (`_keys_to_ignore_on_load_missing`) is not asked for.
+        A tensor that its class says needs no file (`_keys_to_ignore_on_load_missing`) is not required.
         """
         return all(finding.verdict in WELL for finding in self.findings)
 
@@ -80,7 +80,7 @@ class Proof:
 
     @property
     def unread(self) -> int:
-        """How many tensors the checkpoint has under another name, or in another form, and nothing read."""
+        """How many tensors the checkpoint has under another name or in another form, but nothing read."""
         return sum(finding.verdict is Verdict.UNREAD for finding in self.findings)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""From findings to words: the lines, and where they go."""
+"""The messages: from findings to log lines, and where these go."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ Fold = Callable[[list[str]], Iterable[str]]
 
 
 def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -> str:
-    """What stands in place of the rows that were proven false, and what was put right; empty if there is neither."""
+    """The line that replaces the rows proven false, and says what was repaired; empty if there is neither."""
     of = {v: [f for f in findings if f.verdict is v] for v in (Verdict.TIED, Verdict.COPIED)}
     parts = [
         ("reported missing but tied to what was loaded: ", _pairs(of[Verdict.TIED], "is", fold)),
@@ -102,7 +102,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
 
 
 def hints(findings: list[Finding], fold: Fold) -> list[str]:
-    """What is missing and may be in the checkpoint under another name: likely, and not claimed."""
+    """What is missing and may be in the checkpoint under another name: likely, but not claimed."""
     some = [f for f in findings if f.verdict is Verdict.MISSING and f.source]
     if not some:
         return []
@@ -113,7 +113,7 @@ def hints(findings: list[Finding], fold: Fold) -> list[str]:
 
 
 def unproven(findings: list[Finding]) -> list[str]:
-    """For DEBUG: what cannot be known, and why."""
+    """For DEBUG: what cannot be known and why."""
     return [f"unproven: {f.key}: {f.why}" for f in findings if f.verdict is Verdict.UNPROVEN]
 
 
@@ -123,16 +123,16 @@ def name_of(model: object, where: object) -> str:
 
 
 def few(names: Iterable[str], fold: Fold = list) -> str:
-    """The first of some names, folded, and how many more there are."""
+    """The first few names, folded, and how many more there are."""
     items = list(fold(sorted(set(names))))
     more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
     return ", ".join(items[:_AT_MOST]) + more
 
 
 def say(level: int, message: str) -> None:
-    """Log on `tiedquiet`, on rank 0; to stderr while nobody has configured logging for it.
+    """Log on `tiedquiet`, on rank 0; to stderr unless logging is configured for it.
 
-    While no level is set for it either, silencing transformers' warnings silences these lines too.
+    Unless a level is set for it, silencing transformers' warnings silences these lines too.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

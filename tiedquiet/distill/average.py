@@ -1,4 +1,4 @@
-"""The moving average of a student's weights, also where FSDP gives each process a part of them."""
+"""The moving average of a student's weights, also if FSDP gives each process a part of them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

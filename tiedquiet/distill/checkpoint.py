@@ -1,4 +1,4 @@
-"""What makes an interrupted run go on as if nothing had happened: checkpoints, and signals that wait for one."""
+"""Lets an interrupted run continue as if nothing had happened: checkpoints, and signals that wait for one."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from tiedquiet.distill.options import fail, is_main_process, must_match, put, st
 
 
 class Progress:
-    """How far the expert under way is; registered with accelerate once, kept in every checkpoint."""
+    """How far the current expert is; registered with accelerate once, kept in every checkpoint."""
 
     def begin(self, **parts: Any) -> None:
         """Start an expert; `parts` have a state of their own, such as its learning-rate schedule."""
@@ -162,5 +162,5 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
     if not (settings_file := place.parents[3] / "args.json").exists():
         fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
     must_match(args, settings_file)
-    at = parts.index(of)  # what comes before goes on from its newest one, what comes after begins anew
+    at = parts.index(of)  # earlier parts continue from their newest one, later ones start over
     return {**dict.fromkeys(parts), **{part: latest[part] for part in parts[:at]}, of: place}

@@ -1,4 +1,4 @@
-"""What is said beside what is meant: warnings while a bar is shown, and the errors of disks."""
+"""Console output besides the run's own: warnings while a bar is shown, and disk errors."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""What the experts learn from, made once: prompt embeddings and latents, in folders keyed by what made them."""
+"""What the experts learn from, made once: prompt embeddings and latents, in folders keyed by what they depend on."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What came of it: measures that are arithmetic on pixels, and the pictures."""
+"""Evaluation: metrics that are arithmetic on pixels, and pictures."""
 
 import copy
 import json
@@ -60,8 +60,8 @@ def measure(clips: Tensor, prompts: Sequence[str], reference: Tensor) -> dict[st
     - `psnr`: 10 log10(1 / mean square error) in dB over all pixels of a clip, the mean over the clips.
     - `adherence`: the share that reads back as its prompt. Guessing among the 48 prompts gives 2.1 %.
     - `spread_of_place`, `spread_of_size`: the standard deviation within a prompt, over the seeds and pooled over the
-      prompts, as a part of the reference's: a pipeline that forgot some of what a prompt can mean has less than 1.
-    - `speed_of_motion`: the mean, as a part of the reference's.
+      prompts, as a fraction of the reference's: a pipeline that forgot some of what a prompt can mean has less than 1.
+    - `speed_of_motion`: the mean, as a fraction of the reference's.
 
     Args:
         clips: (clips, frames, 3, height, width), 0 to 1.
@@ -165,7 +165,7 @@ class Judge:
         must ask, and draw the same: the other expert is spread over them, too.
 
         Returns:
-            The film; None in all processes but the first.
+            The video; None in all processes but the first.
         """
         args = self.data.args
         students = {expert.name: student.eval()}
@@ -203,7 +203,7 @@ class Judge:
         return args.num_inference_steps, NO_GUIDANCE if args.guidance_scale > 1 else guidance(args)
 
     def arms(self, experts: Sequence[Expert]) -> dict[str, Arm]:
-        """What is compared; the first is what the others are held against."""
+        """What is compared; the first is what the others are compared with."""
         args, blocks = self.data.args, self.teacher.transformer["num_layers"]
         many, guided = args.num_inference_steps, guidance(args)
         steps, scales = self.student_sampling()

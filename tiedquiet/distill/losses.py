@@ -1,4 +1,4 @@
-"""What a student learns from: one loss a function, each with the paper that it is from.
+"""What a student learns from: one function per loss, each with its paper.
 
 Everywhere x = (1 - sigma) clip + sigma noise and the velocity is noise - clip (flow matching, arXiv:2210.02747), so
 that a velocity v at x says clip = x - sigma v. Latents are (batch, channels, frames, height, width).

@@ -1,4 +1,4 @@
-"""What a run will take, known before it starts: steps of each expert, paths, hours, memory and disk."""
+"""The plan of a run, before it starts: steps of each expert, paths, hours, memory and disk."""
 
 import shutil
 import time
@@ -117,7 +117,7 @@ def step_blocks(args: Namespace, stage: str, blocks: int, own: Sequence[int]) ->
 def plan(
     args: Namespace, teacher: Teacher, trained: Sequence[Expert], data: Data, processes: int, device: torch.device
 ) -> list[str]:
-    """What is known before any weight is loaded, a line for each thing.
+    """What is known before any weight is loaded, one fact per line.
 
     Args:
         args: the settings.
@@ -167,7 +167,7 @@ def plan(
 
 
 def told_hours(hours: float) -> str:
-    """As people say it."""
+    """In words."""
     minutes = round(60 * hours)
     if hours >= 1:
         return f"{hours:.1f} hours"

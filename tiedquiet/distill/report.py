@@ -1,4 +1,4 @@
-"""What a run shows of its clips and measures: the table, pictures, films."""
+"""What a run shows of its clips and metrics: the table, pictures, videos."""
 
 import math
 import textwrap
@@ -35,7 +35,7 @@ COLUMNS = {  # of the table, and how each is shown
 
 
 def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """The measures, a line for each arm; Markdown, so that it can be put into a report as it is."""
+    """The metrics, a line for each arm; Markdown, so that it can be pasted into a report as it is."""
     used = [column for column in COLUMNS if any(column in measured for measured in metrics.values())]
     rows = [["", *(column.replace("_", " ") for column in used)]]
     rows += [[arm, *(COLUMNS[c].format(of[c]) if c in of else "" for c in used)] for arm, of in metrics.items()]

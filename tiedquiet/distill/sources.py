@@ -1,4 +1,4 @@
-"""What a user gives to learn from: prompts in a file, clips in a folder."""
+"""The user's training data: prompts in a file, clips in a folder."""
 
 import csv
 import json
@@ -87,7 +87,7 @@ def read_clip(path: Path, args: Namespace) -> Tensor:
     try:
         with iio.imopen(path, "r") as file:
             told = file.metadata()
-            # A gif tells how many milliseconds a frame is shown, a film how many frames a second has.
+            # A gif gives the milliseconds per frame, a video the frames per second.
             rate = told.get("fps") or 1000 / (told.get("duration") or 1000 / FPS)
             for number, frame in enumerate(file.iter()):
                 while len(frames) < args.num_frames and round(len(frames) * rate / FPS) <= number:

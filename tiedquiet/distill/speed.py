@@ -1,4 +1,4 @@
-"""What makes a step fast or small: compiled blocks, what is computed again backward, other kernels for attention.
+"""What makes a step fast or small: compiled blocks, recomputation in the backward pass, other attention kernels.
 
 What each bought is measured by `benchmarks/distill/step.py`.
 """
@@ -100,7 +100,7 @@ def save_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
 
 
 def checkpointed(forward: Callable[..., Tensor], **keep: Any) -> Callable[..., Tensor]:
-    """A forward function that is computed again in the backward pass."""
+    """A forward function that is recomputed in the backward pass."""
 
     def again(*inputs: Any) -> Tensor:
         # Wan has no dropout, so there is no random state to preserve.

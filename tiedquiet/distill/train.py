@@ -13,7 +13,7 @@ r"""Distil a Wan text-to-video pipeline into a student that draws a clip in two 
         --fsdp_transformer_layer_cls_to_wrap WanTransformerBlock -m tiedquiet.distill \
         --pretrained_model_name_or_path Wan-AI/Wan2.2-T2V-A14B-Diffusers --expert high ...
 
-Down the page: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
+In order: the text encoder's ties are proven and the prompt embeddings cached. With --student_steps N the guided
 teacher's paths are cached at N + 1 nodes, and each expert's student learns the segments that start on its side; with
 --distribution_matching_steps, its own clips are then moved to where the teacher would have them. With --student_steps 0
 latents are encoded from clips (--train_data_dir) or sampled by the teacher (--prompts_file), and each student learns
@@ -230,12 +230,12 @@ def train(
         accelerator: says where and in which precision.
         teacher: the pipeline.
         expert: which of its experts.
-        stage: one of `stages(args)`; `matching` goes on with the student of the stage before.
+        stage: one of `stages(args)`; `matching` continues with the student of the stage before.
         data: latents and embeddings.
         work: the folder of all stages and their checkpoints.
-        resume: the checkpoint to go on from.
+        resume: the checkpoint to continue from.
         progress: registered with the accelerator.
-        validate: called with the expert, its student and the name of a film every `--validation_steps`.
+        validate: called with the expert, its student and the name of a video every `--validation_steps`.
         steps_before: of other stages and experts; trackers want to count on.
 
     Raises:
@@ -355,8 +355,8 @@ def train(
     told: dict[str, Tensor] = {}
 
     def learn(model: Any, loss: Tensor, last: bool, **parts: Tensor) -> None:
-        """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
-        # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
+        """Backward; `last` where the optimizer steps next. `parts` are what is logged of it, summed over a step."""
+        # Under FSDP, gradients not exchanged yet would be whole on every GPU.
         apart = not last and not is_sharded
         if args.lora_rank:
             model.activate()

@@ -1,7 +1,7 @@
 """The door of peft: `PeftModel.load_adapter`, through which `PeftModel.from_pretrained` goes as well.
 
-The adapters that transformers loads itself come through its own functions (from_pretrained.py); what is asked of an
-adapter alone is asked here for both.
+Adapters that transformers loads itself come through its own functions (from_pretrained.py); the checks that only
+adapters need are here, for both.
 """
 
 import logging
@@ -32,7 +32,7 @@ def is_loading(model: Any) -> bool:
 
 
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
-    """Note what else an adapter's files hold and nothing read: by peft's names for it, and then what has no place."""
+    """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
     state, missing = survey(model).state, reading.missing - reading.found.keys()
     by_peft = [pair for adapter in model.peft_config for pair in names_in_files(model, adapter).items()]
     for key, own in by_peft:
@@ -48,7 +48,7 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
 
 
 def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `PeftModel.load_adapter`: hold what it says of its keys against what the adapter's files hold."""
+    """Around `PeftModel.load_adapter`: compare what it says about its keys with what the adapter's files hold."""
     if mode.current() == "off":
         return wrapped(*args, **kwargs)
     versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
@@ -113,7 +113,7 @@ def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str
 
 
 def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:
-    """What there is to say of an adapter as a whole, under no key: tensors without a place, or files that are old."""
+    """What there is to say about an adapter as a whole: tensors without a place, or files that are out of date."""
     if not rest:
         return {"": older} if (older := _older(checkpoint)) else {}
     total = len(checkpoint.headers)
@@ -123,7 +123,7 @@ def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[
 
 
 def _older(checkpoint: Checkpoint) -> Finding | None:
-    """A finding on a `.safetensors` that was read although the `.bin` beside it was written later."""
+    """A finding on a `.safetensors` that was read although the `.bin` next to it was written later."""
     for path in map(Path, checkpoint.files):
         rival = path.with_suffix(".bin")
         if path.suffix == ".safetensors" and rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1:
@@ -133,7 +133,7 @@ def _older(checkpoint: Checkpoint) -> Finding | None:
 
 
 def _checkpoint(where: str) -> Checkpoint:
-    """The adapter's files, where it is a folder."""
+    """The adapter's files, if it is a folder."""
     nothing = Checkpoint({})
     try:
         checkpoint = of_folder(where, kind="adapter_model")

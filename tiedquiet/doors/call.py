@@ -1,4 +1,4 @@
-"""A call of `from_pretrained` that is going on: the watch is in force until it returns, whatever the class does in it.
+"""A call of `from_pretrained` in progress: the watch is in force until it returns, whatever the class does in it.
 
 That is: overrides of the functions that it calls, `eval()` with what a layer merges there, kernels, and the class's own
 `from_pretrained` around transformers'.
@@ -86,7 +86,7 @@ class Call:
 
     @staticmethod
     def _leave_watch(modes: int) -> None:
-        """Leave every mode but so many: those were entered before, and the code that entered another has ended."""
+        """Leave all dispatch modes but the outer ones: the code that entered the others has ended."""
         while _modes() > modes:
             _pop_mode()
 
@@ -100,12 +100,12 @@ _CURRENT: ContextVar[Call | None] = ContextVar("tiedquiet_call", default=None)
 
 
 def current() -> Call | None:
-    """The call that is going on here."""
+    """The call in progress here."""
     return _CURRENT.get()
 
 
 def end(load: Load, model: Any) -> LoadError | None:
-    """Judge a load that has ended, say what there is to say, and leave its record on the model.
+    """Judge a load that has ended, log what there is to say, and leave its record on the model.
 
     Returns:
         What is to be raised.

@@ -1,4 +1,4 @@
-"""What follows from the findings of a load, in each mode: repair, the lines, the rows that go, and the error."""
+"""What follows from the findings of a load, in each mode: repair, log lines, dropped rows, and the error."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ class Outcome:
         missing: the missing keys that are not proven to be in the model after all.
         lines: what to say, with its level.
         failure: what to raise after that.
-        arguments: what to call the wrapped function with, where it is called anew.
+        arguments: what to call the wrapped function with, if it is called again.
     """
 
     missing: set[str] = field(default_factory=set)
@@ -36,9 +36,9 @@ def conclude(load: Load, model: Any, where: object, missing: set[str], in_place:
     Args:
         load: the load.
         model: the loaded model.
-        where: where the checkpoint lies.
+        where: where the checkpoint is.
         missing: the keys that the loader is about to report.
-        in_place: whether every parameter has to stay the object that it is, since an optimizer may hold it.
+        in_place: whether every parameter must stay the same object, since an optimizer may hold it.
     """
     findings = _settle(load, model, missing, in_place)
     wrong = {finding.key for finding in findings if finding.verdict not in WELL}
@@ -76,7 +76,7 @@ def _left(findings: list[Finding], repaired: list[Finding], missing: set[str]) -
 def told(
     model: Any, where: object, findings: list[Finding], repaired: list[Finding], missing: set[str], total: int
 ) -> Outcome:
-    """What there is to say of findings, and what is to be raised."""
+    """What there is to say about findings, and what is to be raised."""
     if not findings and not repaired:
         return Outcome(missing)
     mended = {finding.key for finding in repaired}

@@ -1,8 +1,8 @@
 """The door of transformers' `Trainer`: the resume of a run, and its best model.
 
 `save_pretrained` writes the published names. `Trainer` reads them back with `load_state_dict(..., strict=False)`,
-without the renaming and the conversion that `from_pretrained` makes: what has another name in the file keeps the values
-that it had. What the files would give by transformers' own rules is held against what was read, by names and shapes.
+without the renaming and conversion that `from_pretrained` applies: what has another name in the file keeps its old
+values. What the files would give by transformers' own rules is compared with what was read, by names and shapes.
 """
 
 import logging
@@ -35,7 +35,7 @@ _CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pr
 
 @dataclass
 class _Resume:
-    """A call that is going on: the folder that it reads, and whether what it read was judged."""
+    """A call in progress: the folder that it reads, and whether what it read was judged."""
 
     folder: str
     was_judged: bool = False
@@ -77,7 +77,7 @@ def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
 
 
 def _leave_unproven(model: Any, folder: object, how: str) -> None:
-    """Leave the record of a resume that went another way; of adapters, another door tells."""
+    """Leave the record of a resume that went another way; adapters have their own door."""
     try:
         if mode.current() != "off" and model is not None and not _has_adapters(model):
             why = f"{folder} was read by {how}, which tiedquiet does not inspect"
@@ -126,7 +126,7 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
 
 
 def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> tuple[Reading, list[Finding], set[str]]:
-    """What was read of a folder, and what it has and nothing read; in `repair`, that is read now.
+    """What was read from a folder, and what it has but nothing read; in `repair`, that is read now.
 
     Returns:
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
@@ -146,7 +146,7 @@ def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> t
     used: set[str] = set()
 
     def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
-        # One of them alone first: where something is to be told, it is told at no more than that one's cost.
+        # Just one of them first: if there is something to report, it costs no more than that one.
         if names_of and all(_are_held(now, keys, values(keys)) for keys in ({*list(names_of)[:1]}, names_of.keys())):
             held.update(names_of)
         elif mode.current() == "repair":
@@ -230,7 +230,7 @@ def _renames_itself(model: Any, key: str) -> bool:
 
 
 def _checkpoint(folder: str, base: str) -> Checkpoint:
-    """The files that Trainer has just read; none, where they cannot be told."""
+    """The files that Trainer has just read; none if they cannot be identified."""
     nothing = Checkpoint({})
     try:
         checkpoint = of_folder(folder, base)
@@ -242,7 +242,7 @@ def _checkpoint(folder: str, base: str) -> Checkpoint:
 
 
 def _has_adapters(model: Any) -> bool:
-    """Whether peft wrapped the model: of its adapters, another door tells."""
+    """Whether peft wrapped the model: its adapters have their own door."""
     return isinstance(getattr(model, "peft_config", None), dict) and not isinstance(model, _model_class())
 
 

@@ -1,4 +1,4 @@
-"""One way of wrapping for all doors: on and off, what is wrapped and by whom, and what happens where our code fails."""
+"""One way of wrapping for all doors: on and off, what is wrapped and by whom, and what happens if our code fails."""
 
 import inspect
 import logging
@@ -22,10 +22,10 @@ class Seam:
     Attributes:
         module: where it lives.
         owner: a class of that module, or empty for the module itself.
-        names: what it is called, in one release or another.
+        names: its name, in one release or another.
         forms: sets of parameters; a function that has all of one set is understood.
         hook: what is called in its place.
-        has_overrides: whether what subclasses have in its place is wrapped as well.
+        has_overrides: whether the overrides of subclasses are wrapped as well.
     """
 
     module: str
@@ -39,7 +39,7 @@ class Seam:
         return ".".join(filter(None, (self.module, self.owner, self.names[0])))
 
     def find(self) -> tuple[Any, str] | None:
-        """The object that has the function, and its name there; None where it is not in a form that is understood."""
+        """The object that has the function, and its name there; None if its signature is not understood."""
         owner = sys.modules.get(self.module)
         owner = getattr(owner, self.owner, None) if self.owner else owner
         for name in self.names:
@@ -78,7 +78,7 @@ def wrap(module: ModuleType) -> None:
     """Wrap the seams of a module that are not wrapped yet.
 
     Raises:
-        LoadError: in `strict`, where a seam cannot be wrapped.
+        LoadError: in `strict`, if a seam cannot be wrapped.
     """
     problem = inert_because()
     for seam in _seams:
@@ -96,7 +96,7 @@ def wrap(module: ModuleType) -> None:
 
 
 def wrap_override(owner: type, name: str, hook: Callable[..., Any]) -> None:
-    """Wrap what a class has of its own in place of a function that is wrapped; nothing where it has none."""
+    """Wrap a class's own override of a function that is wrapped; nothing if it has none."""
     original = vars(owner).get(name)
     if original is not None and not isinstance(original, wrapt.FunctionWrapper):
         wrapper = wrapt.FunctionWrapper(original, hook)
@@ -114,7 +114,7 @@ def _subclasses(owner: type) -> set[type]:
 
 
 def unwrap() -> None:
-    """Put every original back that nobody else has wrapped since."""
+    """Put back every original that nobody else has wrapped since."""
     for dead_or_alive, name, original, wrapper in _overrides:
         owner = dead_or_alive()
         if owner is not None and vars(owner).get(name) is wrapper:
@@ -135,7 +135,7 @@ def unwrap() -> None:
 
 
 def inert_because() -> str:
-    """Why tiedquiet can do nothing with the transformers that is imported; empty where it can."""
+    """Why tiedquiet can do nothing with the imported transformers; empty if it can."""
     version = str(getattr(sys.modules.get("transformers"), "__version__", "5"))
     if version.split(".")[0].isdecimal() and int(version.split(".")[0]) < 5:
         return f"transformers {version} has no loading report; tiedquiet needs 5.0.0 or newer and does nothing"
@@ -143,7 +143,7 @@ def inert_because() -> str:
 
 
 def states() -> list[tuple[str, str, bool]]:
-    """For each seam: its name, what became of it, and whether all is well with it."""
+    """For each seam: its name, its state, and whether that is as expected."""
     found = []
     for seam in _seams:
         wrapping = _wrappings.get(seam)
@@ -198,14 +198,14 @@ def bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def stand_aside(error: Exception, more: str = "") -> LoadError | None:
-    """Tell that tiedquiet failed; the load goes on as if it were not there.
+    """Report that tiedquiet failed; the load goes on as if it were not there.
 
     Args:
         error: what went wrong.
-        more: what else has to be said of it.
+        more: what else to say about it.
 
     Returns:
-        In `strict`, what is to be raised once the original has run: a guard that failed lets nothing pass.
+        In `strict`, what is to be raised once the original has run: a failed guard lets nothing pass.
     """
     what = f"{type(error).__name__}: {error}{more}"
     if mode.current() == "strict":

@@ -1,4 +1,4 @@
-"""An adapter in memory against the folder that it was saved to, under the names that peft gives its tensors there."""
+"""Compares an adapter in memory with the folder it was saved to, under the names that peft gives its tensors there."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) 
         path: the folder.
 
     Raises:
-        CannotCheck: the files cannot be read, or it is not plain which adapter is meant.
+        CannotCheck: the files cannot be read, or it is not clear which adapter is meant.
     """
     from peft import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""What transformers makes of a checkpoint's files, made once more, on a model that has no values of its own."""
+"""What transformers makes from a checkpoint's files, made again, on a model without values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +14,7 @@ _SEAM = "_load_pretrained_model"  # of every release since 5.0: the model is bui
 
 
 class Again:
-    """A load that stopped before it read a value, and reads what it is told to.
+    """A load that stopped before it read a value, and then reads what it is told to.
 
     Attributes:
         model: as the loader built it, on meta, with a quantiser's layers where that puts its own.
@@ -30,7 +30,7 @@ class Again:
 
     @contextmanager
     def made_of(self, tensors: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
-        """What the loader makes of some tensors of the files, by the model's names; gone when the `with` ends.
+        """What the loader makes from some tensors of the files, by the model's names; gone when the `with` ends.
 
         Args:
             tensors: all that one tensor of the model is made of, or several.
@@ -52,7 +52,7 @@ class Again:
 
 
 def begin(load: Callable[[], object]) -> Again | None:
-    """Begin a load, and stop it before it reads a value; None where it reads none.
+    """Begin a load, and stop it before it reads a value; None if it reads none.
 
     Args:
         load: calls `from_pretrained`.

@@ -1,4 +1,4 @@
-"""What lies beside the file that a loader reads, and holds other values: one of the two is out of date."""
+"""Weights next to the file that a loader reads, with other values: one of the two is out of date."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from tiedquiet.verdict import Finding, Verdict
 
 
 def rivals(forms: Sequence[Weights], trust: bool = False) -> tuple[list[Finding], list[str]]:
-    """Hold the other forms of a folder's weights against the one that is read.
+    """Compare the other forms of a folder's weights with the one that is read.
 
     Args:
         forms: what the folder holds them in, that which is read first.

@@ -1,4 +1,4 @@
-"""All that is checked of a folder or of a model on the hub: its one model, or each component of a pipeline."""
+"""Checks a folder or a model on the hub: its one model, or each component of a pipeline."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
         how: how to load it.
 
     Returns:
-        What came out for each component, and whether it is a pipeline.
+        The result for each component, and whether it is a pipeline.
 
     Raises:
         CannotCheck: nothing of it can be checked.
@@ -56,7 +56,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
 
 
 def _all(name: str, results: list[Result]) -> list[Result]:
-    """What came out for all components; raises where nothing could be checked."""
+    """The results for all components; raises if nothing could be checked."""
     looked_at = [result for result in results if result.has_tensors]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
@@ -85,7 +85,7 @@ def _of_diffusers(part: Part, kind: Any, how: How) -> Result:
 
 
 def _component(source: Source, entry: Entry, how: How) -> Result:
-    """What came out for one component; that it cannot be checked is an outcome here, and the others are checked."""
+    """The result for one component; that it cannot be checked is a result here, and the others are checked."""
     name = entry.cls if isinstance(entry.cls, str) else repr(entry.cls)
     try:
         kind = components.class_of(entry)

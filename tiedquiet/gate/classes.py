@@ -1,4 +1,4 @@
-"""Which class a name stands for. A name that a checkpoint gives is looked up among models, and never imported."""
+"""Which class a name stands for. A name from a checkpoint is looked up among models, and never imported."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from tiedquiet.gate.diagnosis import CannotCheck
 
 
 def named(library: str, name: object) -> Any:
-    """A class that a library of models has under a name; None where it has none.
+    """The class that a library of models has under a name; None if it has none.
 
     Args:
         library: `transformers`, `diffusers`, or what a pipeline's index calls a part of `diffusers.pipelines`.
@@ -30,7 +30,7 @@ def named(library: str, name: object) -> Any:
 
 
 def is_of_transformers(kind: object) -> bool:
-    """Whether it is one of transformers' models, or one that is made from these."""
+    """Whether it is one of transformers' models, or extends one."""
     from transformers import PreTrainedModel
 
     return isinstance(kind, type) and issubclass(kind, PreTrainedModel)

@@ -1,4 +1,4 @@
-"""`python -m tiedquiet check`: load a checkpoint as users do, and hold every tensor of the model against its files."""
+"""`python -m tiedquiet check`: load a checkpoint as users do, and compare every tensor of the model with its files."""
 
 import argparse
 import atexit
@@ -86,7 +86,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """The installed version of each package that matters; None where it is not installed."""
+    """The installed version of each package that matters; None if it is not installed."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

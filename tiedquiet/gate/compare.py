@@ -1,4 +1,4 @@
-"""A model held against its checkpoint's files, every byte: this sees what passes the watch by, or was read wrongly."""
+"""Compares a model with its checkpoint's files, every byte: this sees what the watch missed, or what was misread."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def compare(
         known: what is known of its load.
         checkpoint: the files that it was loaded from.
         undos: each gives tensors of the model, by name, back in the form and under the names that files have for them.
-        conversions: those that it was loaded with; what cannot be given back is made of the files again.
+        conversions: those that it was loaded with; what cannot be given back is made from the files again.
         settled: names that were compared already: what is wrong, or None.
 
     Returns:
@@ -121,7 +121,7 @@ class _Comparing:
         return [self._explain(name) for name in self._open()]
 
     def make_again(self, conversions: Sequence[Any]) -> None:
-        """Take for held what transformers' own conversion makes of the files once more: it is several tensors there."""
+        """Count as held what transformers' own conversion makes from the files again: it is several tensors there."""
         if not any(isinstance(one, _converter()) for one in conversions):
             return
         made = converted(
@@ -138,7 +138,7 @@ class _Comparing:
                 self._hold([name], origin.names)
 
     def _is_given_back(self, name: str) -> bool:
-        """Whether it is held when it is converted back, of which nothing is copied where that is slices of it."""
+        """Whether it is held once converted back; nothing is copied if that gives slices of it."""
         self._try_names(self._undone([name]), [name])
         return name in self.held
 

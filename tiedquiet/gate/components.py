@@ -1,4 +1,4 @@
-"""The models in what `check` is pointed at, and the class to load each as."""
+"""The models in what `check` is given, and the class to load each as."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What a line about it begins with."""
+        """How a line about it begins."""
         return f"{self.source.name}/{self.name}" if self.name else self.source.name
 
 
@@ -61,7 +61,7 @@ def entries_of(source: Source) -> list[Entry]:
 
 
 def class_of(entry: Entry) -> Any:
-    """The class of a component; it is looked up, and never imported by its name.
+    """The class of a component; it is looked up, never imported by name.
 
     Raises:
         CannotCheck: there is none.
@@ -82,7 +82,7 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
         trust: whether code that comes with it may run.
 
     Raises:
-        CannotCheck: it is not there, or its config cannot be read.
+        CannotCheck: it is missing, or its config cannot be read.
     """
     part = Part(source, entry.name, {}, None)
     if (config := source.read("config.json", entry.name)) is None:

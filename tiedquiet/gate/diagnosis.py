@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be loaded: from an exception, and what lies in the folder, to one line for the user."""
+"""Why a checkpoint cannot be loaded: from an exception and the folder's contents to one line for the user."""
 
 import inspect
 import json
@@ -81,7 +81,7 @@ def _json(path: Path) -> Any:
 
 
 def damaged_index(index: Any) -> str:
-    """What is wrong with what an index of shards holds; empty where nothing is."""
+    """What is wrong with the contents of an index of shards; empty if nothing is."""
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         return "it lists no files"

@@ -1,4 +1,4 @@
-"""A model of diffusers (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, against its files."""
+"""Compares a diffusers model (transformer, VAE, UNet, ControlNet), loaded as a pipeline loads it, with its files."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -124,7 +124,7 @@ def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
 
 
 def _dtype(asked: str, checkpoint: Checkpoint) -> Any:
-    """The type to load it as; of a file that is all of one half precision that, so that no memory is lost by it."""
+    """The type to load it as; for a file all in one half precision, that one, which wastes no memory."""
     if asked != "auto":
         return getattr(torch, asked)
     kinds = {header.dtype for header in checkpoint.headers.values() if header.is_floating_point()}

@@ -1,4 +1,4 @@
-"""A model in memory against a folder that it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
+"""Compares a model in memory with a folder it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
 import copy
 from collections.abc import Collection
@@ -42,7 +42,7 @@ def check(model: Any, path: str) -> Proof:
     model = model.module if isinstance(model, _PARALLEL) else model
     files, is_adapter = _files(path)
     configs, is_peft_s = getattr(model, "peft_config", None), hasattr(model, "get_base_model")
-    # What was merged may keep its configuration, and has no tensors of it.
+    # A merged adapter may leave its configuration behind, but no tensors.
     adapters = [a for a in configs if is_peft_s or names_in_files(model, a)] if isinstance(configs, dict) else []
     if is_adapter and adapters:
         return check_adapter(model, adapters, files, path)

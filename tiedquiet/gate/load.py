@@ -1,4 +1,4 @@
-"""A model of transformers, loaded as users load it, and held against its files."""
+"""Compares a transformers model, loaded as users load it, with its files."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from tiedquiet.verdict import Finding, Verdict
 
 @dataclass(frozen=True)
 class How:
-    """How a model is to be loaded.
+    """How to load a model.
 
     Attributes:
         dtype: the type, or `auto` for the file's.
@@ -124,7 +124,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 
 
 def _forms(part: Part, how: How) -> list[list[Weights]]:
-    """What the folders hold weights in, the forms that are read first; raises where they must not be opened."""
+    """The forms in which the folders hold weights, those that are read first; raises if they must not be opened."""
     if part.source.gguf:
         return []
     own = part.config.get("transformers_weights")
@@ -216,7 +216,7 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
 
 
 def undo(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Give tensors the names and the form back that they had in the files, as saving the model does."""
+    """Give tensors back the names and the form that they had in the files, as saving the model does."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, tensors))

@@ -1,4 +1,4 @@
-"""A LoRA file beside a pipeline: how much of it reaches the components when diffusers loads it.
+"""How much of a LoRA file reaches a pipeline's components when diffusers loads it.
 
 Diffusers loads it by its own code, with its own renaming and scaling, into components that have shapes and no values.
 That takes the memory of two such files, however large the pipeline is.
@@ -79,7 +79,7 @@ def read(name: str, trust: bool) -> File:
 
 
 def check_pipeline(source: Source, file: File, how: How) -> Result:
-    """What reaches a pipeline's components, by the pipeline's own class."""
+    """What reaches a pipeline's components, through the pipeline's own class."""
     name = (source.read("model_index.json") or {}).get("_class_name")
     kind = classes.named("diffusers", name)
     shown = name if isinstance(name, str) else repr(name)
@@ -160,7 +160,7 @@ def _empty(part: Part, entry: components.Entry) -> Any:
 
 
 def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors], None], how: How) -> Result:
-    """Load a file into components without values, and hold what they have then against the file.
+    """Load a file into components without values, and compare what they then have with the file.
 
     Args:
         file: it.
@@ -287,7 +287,7 @@ def _stem(name: str) -> str:
 
 
 def _wrong_scale(layer: _Layer, factors: dict[str, float], stored: Tensors) -> Finding | None:
-    """A finding where a layer's scale is not that of the file: its alpha by its rank, or one."""
+    """A finding if a layer's scale is not the file's: alpha over rank, or one."""
     stems = {_stem(source) for source in factors}
     alpha = stored.get(f"{next(iter(stems))}.alpha") if len(stems) == 1 and len(factors) == 2 else None
     if alpha is None:

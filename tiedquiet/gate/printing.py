@@ -1,4 +1,4 @@
-"""What strangers wrote, made fit to be printed: a name may move a cursor, begin a line in a log, or fill it."""
+"""Makes strangers' text safe to print: a name may move the cursor, begin a line in a log, or fill it."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ def few(names: list[str]) -> str:
 
 
 def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[str]:
-    """Rows in columns; of a kind the first fifty, and a line that counts the rest.
+    """Rows in columns: the first fifty of a kind, and a line that counts the rest.
 
     Args:
         rows: any, of equal length; their text is that of strangers.
@@ -51,14 +51,14 @@ def table(rows: Iterable[tuple[str, ...]], kind: int, every: bool) -> Iterator[s
 
 
 def coloured(text: str, colour: str, stream: Any = None) -> str:
-    """Text in a colour, where the stream is a terminal that has colours and `NO_COLOR` is not set."""
+    """Text in a colour, if the stream is a terminal with colours and `NO_COLOR` is not set."""
     stream = sys.stdout if stream is None else stream
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not is_terminal(stream)
     return text if plain else f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
 def prepare(*streams: Any) -> None:
-    """Let no stream fail for a letter that its encoding does not have."""
+    """Keep streams from failing at a character that their encoding lacks."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

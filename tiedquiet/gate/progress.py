@@ -1,4 +1,4 @@
-"""How far a check has come, on a terminal: nothing for the first two seconds, and nothing of it stays."""
+"""A progress bar on a terminal: nothing for the first two seconds, and it leaves nothing behind."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ _shown: ContextVar[Any] = ContextVar("tiedquiet_progress", default=None)
 
 @contextmanager
 def shown(is_wanted: bool) -> Iterator[None]:
-    """Draw a bar on stderr while the body runs, where that is a terminal that can draw over a line."""
+    """Draw a bar on stderr while the body runs, if that is a terminal that can redraw a line."""
     if not is_wanted or not is_terminal(sys.stderr) or os.environ.get("TERM") == "dumb":
         yield
         return
@@ -63,7 +63,7 @@ def compared(count: int) -> None:
 
 
 def _draw(bar: Any, over: Event) -> None:
-    # By the clock, not by what is done: nothing tells how far a load has come.
+    # By the clock, not by progress: nothing says how far a load has come.
     if not over.wait(_DELAY):
         while not over.wait(_EVERY):
             bar.refresh()

@@ -1,4 +1,4 @@
-"""What is said of a checkpoint: of each of its models, and of all of it."""
+"""The report on a checkpoint: on each of its models, and on all of it."""
 
 import json
 from collections import Counter
@@ -15,24 +15,24 @@ _ABSENT = "not in the checkpoint"
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one component.
+    """The result for one component.
 
     Attributes:
-        component: its name in a pipeline; empty for the one model of a folder.
+        component: its name in a pipeline; empty for the single model of a folder.
         cls: the name of its class.
         files: the files that it was loaded from.
         held: how many tensors hold the files' bytes.
         total: how many tensors the checkpoint delivered.
         buffers: how many of the model's tensors are in no state dict.
-        findings: one for each tensor of which there is something to say.
-        missing: names of tensors that came from nowhere.
+        findings: one for each tensor that has something to report.
+        missing: names of tensors that the files have nothing for.
         allowed: names of those not stored that the class says need no file.
         unexpected: names in the files that the model has no place for.
         problem: what is wrong with it as a whole.
-        notes: what is worth knowing and not wrong.
+        notes: what is worth knowing, but not wrong.
         error: why it cannot be checked.
         has_tensors: whether it is a model.
-        counted: what is so of the tensors that are held, where it is not that they hold the file's bytes.
+        counted: what is true of the tensors that count as held, if not that they hold the file's bytes.
         is_component: whether it is a part of what was named; a LoRA file beside it is none.
     """
 
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def is_loud(self) -> bool:
-        """Whether something of it is not so."""
+        """Whether it has a problem."""
         return bool(self.missing or self.problem or self.error) or any(f.verdict not in WELL for f in self.findings)
 
     def as_json(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def as_lines(results: list[Result], is_pipeline: bool, every: bool = False, quie
         results: one for each component.
         is_pipeline: end with a line that sums up.
         every: leave no row out.
-        quiet: leave out what is well.
+        quiet: leave out what is sound.
     """
     for result in results:
         if result.is_loud or not quiet:

@@ -1,6 +1,6 @@
 """What the installed Trainer would read of its own checkpoint on resume.
 
-It loads the file's names as they are, without the renaming and the conversion that `from_pretrained` makes.
+It loads the file's names as they are, without the renaming and conversion that `from_pretrained` applies.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""A folder of sentence-transformers: the modules that its `modules.json` names, one after the other.
+"""Checks a sentence-transformers folder: the modules that its `modules.json` names, one after the other.
 
 What is not a model of transformers is small, and read by sentence-transformers with a strict `load_state_dict`, where
 names and shapes decide. A type is a dotted name that strangers wrote: it is looked up here, and never imported.

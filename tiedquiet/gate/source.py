@@ -1,4 +1,4 @@
-"""What `check` is pointed at, a folder or a model on the hub, and the files in it.
+"""What `check` is given, a folder or a model on the hub, and the files in it.
 
 Whoever made it may have put anything there: a link to another place, a pipe that never ends, a name with `..` in it.
 """
@@ -44,7 +44,7 @@ class Source:
         """The folder itself, or that of a part of a pipeline.
 
         Raises:
-            CannotCheck: the part's name leads out of it.
+            CannotCheck: the part's name points outside it.
         """
         path = Path(self.name, part)
         if part and not is_inside(part):
@@ -57,7 +57,7 @@ class Source:
         """A file of it on this machine, downloaded if need be; None where it has none.
 
         Raises:
-            CannotCheck: it leads out of the folder, is no regular file, or cannot be downloaded.
+            CannotCheck: it is outside the folder, not a regular file, or cannot be downloaded.
         """
         folder = self.folder(part)
         if self.is_local:

@@ -1,4 +1,4 @@
-"""Many pairs of tensors, compared by several threads: one alone does not reach the speed of memory."""
+"""Compares many pairs of tensors in several threads: one alone does not reach the speed of memory."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ _AHEAD = 4  # pairs for each thread
 
 
 class Threads:
-    """As many as torch computes with, at most 16. They read memory where it lies, and make nothing."""
+    """As many as torch computes with, at most 16. They read memory in place, and allocate nothing."""
 
     def __init__(self) -> None:
         self._count = min(torch.get_num_threads(), _MOST)

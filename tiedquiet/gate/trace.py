@@ -1,4 +1,4 @@
-"""What was made of what: each tensor that a library makes of a file's keeps the names of those that it was made of."""
+"""What was made from what: each tensor that a library makes from a file's keeps the names of its sources."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

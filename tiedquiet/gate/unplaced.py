@@ -12,10 +12,10 @@ IS_IT = ": is that the right class?"
 
 
 def left_over(name: str, headers: names.Headers, unplaced: Collection[str]) -> str:
-    """What to say where at least half of a file's tensors, or of its bytes, have no place in a model; else empty.
+    """What to say if at least half of a file's tensors, or of its bytes, have no place in a model; else empty.
 
-    A class that reads a part of a checkpoint on purpose declares what it leaves, and a head is a small part of one. If
-    half of the file is left over, another class is meant, or another number of layers.
+    A class that reads a part of a checkpoint on purpose declares what it ignores, and a head is a small part of one. If
+    half of the file is left over, it is for another class, or another number of layers.
 
     Args:
         name: of the class.
@@ -31,7 +31,7 @@ def left_over(name: str, headers: names.Headers, unplaced: Collection[str]) -> s
 
 
 def of_transformers(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> str:
-    """The same of a model of transformers, by its own renaming and conversion; empty for files that cannot be opened.
+    """The same for a model of transformers, by its own renaming and conversion; empty for files that cannot be opened.
 
     Args:
         model: it.

@@ -1,4 +1,4 @@
-"""The files of a folder that hold weights: which one a loader reads, what lies beside it, what must not be opened."""
+"""A folder's files of weights: which one a loader reads, which others there are, which must not be opened."""
 
 import re
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def of_variant(names: Sequence[str], variant: str) -> tuple[str, ...]:
-    """The names under which a variant's weights lie: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
+    """The names of a variant's files: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`."""
     return tuple(
         ".".join((*name.split(".")[:-1], *([variant] if variant else ()), name.split(".")[-1])) for name in names
     )
 
 
 def variants_in(source: Source, part: str, names: Sequence[str]) -> list[str]:
-    """The variants of which a folder on this machine holds weights; the empty one where some have none."""
+    """The variants of which a folder on this machine holds weights; an empty one if some have none."""
     found = {"" for name in names if source.is_local and source.file(name, part) is not None}
     for start, _, end in (name.rpartition(".") for name in names) if source.is_local else ():
         files = [path.name for path in source.folder(part).glob(f"{start}.*.{end}")]
@@ -49,7 +49,7 @@ def has_variant(source: Source, part: str, variant: str) -> bool:
 
 
 def only_of_variants(label: str, found: Sequence[str], asked: str) -> str:
-    """Why a folder has no weights to read where it has others."""
+    """Why a folder has no weights to read although it has others."""
     there = " and ".join(f"of variant {name}" if name else "without a variant" for name in found)
     others = [name for name in found if name]
     do = f"--variant {others[0]} reads them" if others else "leave out --variant"
@@ -71,7 +71,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -> list[Weights]:
-    """The weights that a folder holds, that which a loader reads first; nothing is read of them but a header's length.
+    """The weights that a folder holds, in a loader's order; nothing is read of them but a header's length.
 
     Args:
         source: a folder, or a model on the hub, of which only indices are fetched.
@@ -80,7 +80,7 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
         trust: open a pickle with any torch.
 
     Raises:
-        CannotCheck: what is read first is damaged, leads out of the folder, or must not be opened.
+        CannotCheck: what is read first is damaged, is outside the folder, or must not be opened.
     """
     found: list[Weights] = []
     for name in names:
@@ -99,7 +99,7 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
 
 
 def pickles_are_unsafe() -> str:
-    """Why a pickle must not be opened with the installed torch, as a clause; empty where it may be."""
+    """Why a pickle must not be opened with the installed torch, as a clause; empty if it may be."""
     reason = pickles.unsafe()
     return reason and f"{reason}, or trust the file with --trust-pickle"
 
@@ -126,7 +126,7 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
 
 
 def check_header(path: Path) -> None:
-    """Raise CannotCheck where a safetensors file has a header over the format's limit."""
+    """Raise CannotCheck if a safetensors file has a header over the format's limit."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Which of a model's tensors are those of an adapter that peft put into it."""
+"""Which of a model's tensors belong to an adapter that peft put into it."""
 
 import torch
 
@@ -27,5 +27,5 @@ def _is_peft_s(module: torch.nn.Module) -> bool:
 
 
 def without(parts: list[str], place: int) -> str:
-    """A name without the adapter's own at this place, which peft puts in."""
+    """A name without the adapter's own name, which peft inserts at this place."""
     return ".".join(parts[: place - (parts[place - 1] == "modules_to_save")] + parts[place + 1 :])

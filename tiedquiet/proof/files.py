@@ -24,15 +24,15 @@ _TYPES = {
 
 
 class Checkpoint:
-    """The tensors that a load reads from. Opened when they are first asked for, and each read when it is.
+    """The tensors that a load reads from. The files are opened on first use, and each tensor is read on demand.
 
     Args:
-        state_dict: the tensors themselves, where the caller handed them over.
-        files: paths of `.safetensors` or `.bin` files, where not.
+        state_dict: the tensors themselves, if the caller handed them over.
+        files: paths of `.safetensors` or `.bin` files, if not.
         base: the prefix that a model with a head puts before the names of its base model.
 
     Attributes:
-        closed: why the files must not be opened, as a clause; empty where they may be.
+        closed: why the files must not be opened, as a clause; empty if they may be.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> list[tuple[str, str]]:
-        """Each name that a file has, with the path of that file, in their order; a name may stand in several.
+        """Each name that a file has, with the path of that file, in order; several files may have the same name.
 
         Raises:
             Exception: a file cannot be opened.
@@ -68,7 +68,7 @@ class Checkpoint:
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
-        """The types of the tensors, as far as they can be had without reading much of a file."""
+        """The types of the tensors, as far as they are known without reading much of a file."""
         if self.state_dict is not None:
             return {value.dtype for value in self.state_dict.values() if torch.is_tensor(value)}
         if all(path.endswith(".safetensors") for path in self.files):
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @cached_property
     def is_mapped(self) -> bool:
-        """Whether names and types can be had without reading whole files, unlike those of pickles before torch 1.6."""
+        """Whether names and types are known without reading whole files, unlike those of pickles before torch 1.6."""
         return not self.closed and all(
             path.endswith(".safetensors") or (not path.endswith(".gguf") and zipfile.is_zipfile(path))
             for path in self.files
@@ -85,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """What reads each tensor, under the name that the file has for it; the last file of a name counts.
+        """What reads each tensor, under the name that the file has for it; of several files, the last counts.
 
         Raises:
             Exception: a file cannot be opened.
@@ -119,7 +119,7 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     """The checkpoint that `Trainer` and peft read from a folder: safetensors before pickle, whole before sharded.
 
     Args:
-        folder: where it lies.
+        folder: where it is.
         base: the prefix of the base model.
         kind: `model`, or `adapter_model`.
 
@@ -142,7 +142,7 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
 
 
 def _names_of_types(path: str) -> set[str]:
-    """What a safetensors header calls the types of its tensors: the header alone is read, and not taken apart."""
+    """What a safetensors header calls the types of its tensors: only the header is read, and it is not parsed."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
     return {name.decode() for name in re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)}

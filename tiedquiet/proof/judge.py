@@ -1,7 +1,7 @@
 """The judge: from what was read, what was seen since and the model as it is, to findings. It changes none of them.
 
-That two names share a tensor proves nothing: a module shared in `__init__` can be initialised anew after it was loaded,
-and then both names hold the same random values. So a stored tensor counts as held only if it lies where it was read to
+That two names share a tensor proves nothing: a module shared in `__init__` can be re-initialised after it was loaded,
+and then both names hold the same random values. So a stored tensor counts as held only if it is where it was read to
 and nobody was seen to write there, or if it equals in full what was read.
 """
 
@@ -42,11 +42,11 @@ def judge(
         watch: what was seen since.
         reported: the keys that the loader is about to report missing.
         is_resumed: the checkpoint is one of this very model.
-        is_over: nothing more of it comes: what stays on disk has what will read it.
+        is_over: nothing more of it follows: what stays on disk has what will read it.
         is_strict: values that were cast to a smaller type are worth a look at each of them.
 
     Returns:
-        What is known; its `settled` are the findings.
+        What is known; its `settled` holds the findings.
 
     Raises:
         Exception: what went wrong under the watch; after that nothing can be said.
@@ -81,7 +81,7 @@ def judge(
 
 
 def proof(model: Any, inert: str = "") -> Proof:
-    """What is known of a model, or of those inside it: of `torch.compile`, DDP, PEFT, or a composite of several.
+    """What is known about a model, or those inside it: `torch.compile`, DDP, PEFT, or a composite of several.
 
     Args:
         model: any object.
@@ -108,7 +108,7 @@ def proof(model: Any, inert: str = "") -> Proof:
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
-    """What is known of a model's own load, and what can be seen to have changed since. To train it is no change."""
+    """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
     findings = {finding.key: finding for finding in _judge_now(model, known, now)}
     findings.update(
@@ -140,7 +140,7 @@ def _judge_now(model: Any, known: Record, now: Survey, values: Values | None = N
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator[Finding]:
-    """Findings on what can be seen to have changed since the load; of a copy, none."""
+    """Findings on what is seen to have changed since the load; none for a copy."""
     if known.model is None or known.model() is not model:
         return  # a copy has tensors of its own
     for name in sorted(known.stored):

@@ -1,4 +1,4 @@
-"""A load that is going on: what was read, and the watch over it. It lives on the model, and leaves its record there."""
+"""A load in progress: what was read, and the watch over it. It lives on the model, and leaves its record there."""
 
 import sys
 from typing import Any
@@ -29,7 +29,7 @@ class Load:
 
     Attributes:
         known: what is known once it is settled.
-        mended: findings that were put right.
+        mended: findings that were repaired.
         where: where the checkpoint lies, as the loader's report says it.
         reported: the keys that the loader reported missing.
         dropped: those of them that were left out of its report.
@@ -68,7 +68,7 @@ class Load:
         return dict, ()  # a model may be unpickled where there is no tiedquiet
 
     def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
-        """Note what has just been allocated for tensors that were on meta: memory without values."""
+        """Note what has just been allocated for tensors that were on meta: unwritten memory."""
         was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
         with self.watch.aside():
             # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
@@ -84,7 +84,7 @@ class Load:
         return {name for name in names if (tensor := tensor_at(model, name)) is not None and tensor.is_meta}
 
     def settle(self, model: torch.nn.Module, reported: set[str]) -> list[Finding]:
-        """Judge it, now that it has ended; what is written from here on is not its business.
+        """Judge it, now that it has ended; later writes do not concern it.
 
         Raises:
             Exception: what went wrong under the watch; after that nothing can be said.
@@ -108,7 +108,7 @@ class Load:
             now = survey(model)
             for tensor in (*now.state.values(), *now.others.values()):
                 self.watch.placeholders.take_marks_off(tensor)
-        self.watch = Watch({}, protect=False)  # whoever still holds this load keeps no tensor and no exception alive
+        self.watch = Watch({}, protect=False)  # a reference to this load keeps no tensor and no exception alive
         self.reading, self.in_flight, self.arguments = Reading(self.reading.checkpoint, {}, {}, set(), 0), None, ()
         if known is not None:
             earlier = record.of(model)

@@ -1,4 +1,4 @@
-"""Tensors, where they lie, and whether they hold the same: what the proof stands on. Nothing here writes."""
+"""Where tensors are in memory, and whether they hold the same: what the proof rests on. Nothing here writes."""
 
 import ctypes
 import os
@@ -257,9 +257,9 @@ def is_copy(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def holds(tensor: Place, values: Place) -> bool | None:
-    """Whether all of `values` are still there: cast, reshaped, turned, or with rows appended to them.
+    """Whether all of `values` are still there: cast, reshaped, permuted, or with rows appended to them.
 
-    Turned is what has its dimensions in another order, as a transposed matrix has.
+    Permuted means with its dimensions in another order, like a transposed matrix.
 
     None where that cannot be told.
     """

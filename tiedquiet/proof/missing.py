@@ -1,4 +1,4 @@
-"""The verdict on missing keys: ties that hold or came apart, and what nothing supplies."""
+"""The verdict on missing keys: ties that hold or came apart, and keys that nothing supplies."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -68,7 +68,7 @@ def _judge_follower(
     if source != meant and (rival := rival_of(source, group, stored)):
         return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
     if known.place(source) != known.place(key):
-        # One tensor, without values: accelerate reads them for each name anew, and up to 5.12.1 it is not told
+        # One tensor, without values: accelerate reads them again for each name, and up to 5.12.1 it is not told
         # where those of a tied one are.
         why, cure = "because accelerate finds nothing on disk under its name", "load it without disk offload"
         return Finding(key, Verdict.UNTIED, source, why, True, f"{_REPAIR} or {cure}")
@@ -165,7 +165,7 @@ def rival_of(source: str, group: Group, stored: dict[str, torch.Tensor]) -> str 
 
 
 def _why_untied(model: Any, group: Group) -> tuple[str, str]:
-    """Why a tie that is asked for does not hold, as a clause, and what cures it besides `repair`."""
+    """Why a tie that is asked for does not hold, as a clause, and what fixes it besides `repair`."""
     method = inspect.unwrap(getattr(type(model), "tie_weights", len))
     if "no_tie_weights" in method.__qualname__:
         why = "because two models were loaded at once in two threads, which left PreTrainedModel.tie_weights empty"

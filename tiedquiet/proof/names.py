@@ -1,4 +1,4 @@
-"""How the names of a checkpoint's files and those of a model meet: by transformers' own rules, then by one of prefixes.
+"""How names in a checkpoint's files map to a model's names: by transformers' own rules, then by one of prefixes.
 
 Nothing here reads a value: tensors are headers on meta.
 """
@@ -30,7 +30,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefixes:
-    """One prefix of the files' names that stands where the model has another.
+    """A prefix of the files' names where the model has another.
 
     Attributes:
         old: as the files have it, with its last dot; empty where it has to be added.
@@ -50,7 +50,7 @@ class Prefixes:
         return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
 
     def key_mapping(self) -> dict[str, str]:
-        """The `key_mapping` that makes `from_pretrained` read them; empty where none does."""
+        """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
         if not self.is_of_files:
             return {}
         if self.old:
@@ -60,7 +60,7 @@ class Prefixes:
 
 
 def native_class(model: Any) -> Any:
-    """The class of transformers that a model's class is made from; None where it is one itself, or made from none."""
+    """The class of transformers that a model's class extends; None if it is one itself, or extends none."""
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
     return None if not kinds or kinds[0] is type(model) else kinds[0]
 

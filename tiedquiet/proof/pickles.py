@@ -12,7 +12,7 @@ _trusted = ContextVar("_trusted", default=False)
 
 
 def unsafe() -> str:
-    """Why a pickle must not be opened with the installed torch, as a clause; empty where it may be."""
+    """Why a pickle must not be opened with the installed torch, as a clause; empty if it may be."""
     version = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
     if _trusted.get() or version is None or tuple(map(int, version.groups())) >= SAFE:
         return ""
@@ -24,7 +24,7 @@ def unsafe() -> str:
 
 @contextmanager
 def trusted(trust: bool) -> Iterator[None]:
-    """Inside, a pickle may be opened with any torch, if whoever named the file trusts it."""
+    """Inside, a pickle may be opened with any torch, if the user trusts the file."""
     token = _trusted.set(trust)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Memory without values: what was allocated while a model was loaded, and what became of each of its elements.
+"""Unwritten memory: what was allocated while a model was loaded, and what happened to each of its elements.
 
 Torch tells what it writes to. What is written without it shows in the marks: in memory that has just been allocated,
 and in no other, up to 64 elements get a value that nobody computes, and whoever fills the memory writes over them.
@@ -36,7 +36,7 @@ class Placeholders:
         return bool(self._marks)
 
     def add(self, tensor: torch.Tensor, is_fresh: bool = True) -> None:
-        """Take in memory that was allocated and not yet written.
+        """Add memory that was allocated and not yet written.
 
         Args:
             tensor: what lies in it.
@@ -52,18 +52,18 @@ class Placeholders:
                 self._marks[address] = _Marks(piece)
 
     def take_marks_off(self, tensor: torch.Tensor) -> None:
-        """Put back what lay where marks are still, so that nothing shows that anybody looked."""
+        """Put back what was under the marks that are left, so that no trace remains."""
         for piece in filter(self._is_known, plain(tensor)):
             if (marks := self._marks.pop(_address(piece), None)) is not None:
                 marks.take_off(piece)
 
     def add_computed(self, tensor: torch.Tensor) -> None:
-        """Take in what was computed from memory without values, unless it is a view of that."""
+        """Add what was computed from unwritten memory, unless it is a view of that."""
         if self._known.keys().isdisjoint(addresses_of(tensor)):
             self.add(tensor, is_fresh=False)
 
     def has(self, tensor: torch.Tensor) -> bool:
-        """Whether some of a tensor's elements have no values: nobody wrote to them, by torch or without it."""
+        """Whether some of a tensor's elements have no values: nothing wrote to them, through torch or without it."""
         return bool(self._known) and any(map(self._lacks_values, plain(tensor)))
 
     def note_written(self, tensor: torch.Tensor) -> None:

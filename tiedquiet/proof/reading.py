@@ -1,7 +1,7 @@
-"""Reading: what a checkpoint's files hold, and what became of each of their tensors until the loader was done.
+"""Reading: what a checkpoint's files hold, and what happened to each of their tensors until the loader was done.
 
 What was read is kept by tensor and by memory, so that what happens to it afterwards can be judged. What was not read is
-looked for in the headers of the files, and only where a load is not plainly clean.
+looked up in the headers of the files, and only if a load is not plainly clean.
 """
 
 import re
@@ -74,7 +74,7 @@ class Reading:
     def is_in_files(self, name: str) -> bool:
         """Whether what was read into a tensor can be had from the files once more, so that nothing need be kept of it.
 
-        Not of a state dict that somebody handed over: he can write to it, and the model may hold these very tensors.
+        Not for a state dict that the caller handed over: it may change, and the model may hold these very tensors.
         """
         try:
             return self.checkpoint.state_dict is None and self._name_of(name) is not None
@@ -104,7 +104,7 @@ def read(
     checkpoint: Checkpoint | None = None,
     offloaded: dict[str, Any] | None = None,
 ) -> Reading:
-    """Note what has just been read into a model, and where it lies.
+    """Note what has just been read into a model, and where it is.
 
     Args:
         model: the model.
@@ -169,13 +169,13 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
 def ask_headers(
     model: Any, reading: Reading, conversions: list[Any], is_quantised: bool, also: Mapping[str, str] | None = None
 ) -> names.Headers:
-    """Hold the headers of the files against what was read: two values of one name, types, and what nothing read.
+    """Compare the headers of the files with what was read: two values of one name, types, and what nothing read.
 
     Args:
         model: the model.
         reading: what was read; findings are added to it.
         conversions: what the loader renamed and converted.
-        is_quantised: a quantiser had its hands in it, so that types and shapes of the two differ for good.
+        is_quantised: a quantiser has changed it, so that types and shapes of the two differ anyway.
         also: names of the files that were read into keys of the model by no rule of the loader's.
 
     Returns:
@@ -207,9 +207,9 @@ def find_unread(
     Args:
         model: the model.
         reading: what was read; findings are added to it.
-        unread: what the files have beside it.
+        unread: what else the files have.
         conversions: what the loader renamed and converted.
-        cure: what to do about it, where that is not to have `from_pretrained` read it.
+        cure: what to do about it, if not to have `from_pretrained` read it.
 
     Returns:
         By transformers' renaming for the class that the model's is made from, what each is read from; and else the
@@ -266,7 +266,7 @@ def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str,
 
 
 def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, unread: names.Headers) -> None:
-    """Add a finding where the type that a tensor was read into cannot hold what is stored."""
+    """Add a finding if the type that a tensor was read into cannot hold what is stored."""
     stored, ours = headers[name].dtype, reading.held[key].dtype
     if may_lose(stored, ours):
         kinds = [str(kind).removeprefix("torch.") for kind in (stored, ours)]

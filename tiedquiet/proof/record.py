@@ -15,7 +15,7 @@ _ATTRIBUTE = "_tiedquiet_record"
 
 @dataclass
 class Record:
-    """What is known of one load of one model. It goes with the model, into its copies too.
+    """What is known about one load of one model. It travels with the model, and into its copies.
 
     Attributes:
         stored: names that the checkpoint delivered.
@@ -96,7 +96,7 @@ def leave(model: torch.nn.Module, record: Record) -> None:
 
 
 def of(module: torch.nn.Module) -> Record | None:
-    """The record of a module's own load; None where that was not seen."""
+    """The record of a module's own load; None if that was not seen."""
     record = vars(module).get(_ATTRIBUTE)
     return record if isinstance(record, Record) else None
 

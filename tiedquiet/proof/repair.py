@@ -1,4 +1,4 @@
-"""Putting a load right: the only room of the proof that writes to a model."""
+"""Repairing a load: the only part of the proof that writes to a model."""
 
 import copy
 from typing import Any
@@ -19,13 +19,13 @@ _MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRIT
 def repair(
     load: Load, model: Any, findings: list[Finding], in_place: bool = False
 ) -> tuple[list[Finding], list[Finding]]:
-    """Put right what can be without losing anything that was stored.
+    """Repair what can be repaired without losing anything that was stored.
 
     Args:
         load: the load, settled.
         model: its model.
         findings: what was found.
-        in_place: leave every parameter the object that it is, since an optimizer may hold it.
+        in_place: keep every parameter the same object, since an optimizer may hold it.
 
     Returns:
         The findings afterwards, and those before that are right now, judged by the same rules.

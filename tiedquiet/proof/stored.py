@@ -1,4 +1,4 @@
-"""The verdict on what was read: whether it is still there; and on memory that the load made and nobody wrote to."""
+"""The verdict on what was read: whether it is still there; and on memory that was allocated but never written."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from tiedquiet.verdict import BUFFER, Finding, Verdict
 
 
 def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
-    """The writes of which torch tells and the watch did not see: those of other threads."""
+    """The writes that torch counted but the watch did not see: those of other threads."""
     found = {}
     for name in watch.written_elsewhere():
         seen = watch.writes.get(name)

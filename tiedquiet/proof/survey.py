@@ -1,4 +1,4 @@
-"""What is asked of a model: its tensors in one walk, and what it says of its embeddings."""
+"""What a model says about itself: its tensors in one walk, and its embeddings."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -88,7 +88,7 @@ def asks_for_ties(model: Any) -> bool:
 
 
 def denial(model: Any) -> str:
-    """Why a model's config does not ask for its ties, in words; empty where it does."""
+    """Why a model's config does not ask for its ties, in words; empty if it does."""
     if asks_for_ties(model):
         return ""
     config = getattr(model, "config", None)
@@ -102,7 +102,7 @@ def is_denied(model: Any) -> bool:
     """Whether nobody asks for the ties that a model's config seems to ask for.
 
     The config of the text model inside may deny them. And where a config class sets the flag itself, whatever the file
-    says (T5's, MT5's), the flag is nobody's wish.
+    says (T5's, MT5's), nobody asked for the flag.
     """
     config: Any = getattr(model, "config", None)
     if getattr(getattr(config, "text_config", None), "tie_word_embeddings", None) is False:

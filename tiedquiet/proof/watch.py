@@ -1,8 +1,8 @@
-"""The watch: from the end of reading until the door's call returns it sees what torch writes, and where.
+"""The watch: from the end of reading until the door's call returns, it sees what torch writes, and where.
 
 It notes writes to memory that holds stored values, with the line of code that wrote, and memory that was allocated and
-never written since, or only with what was computed from such memory. Whoever reaches for a stored tensor may write to
-it behind torch's back, so that it is compared at the end: with the file, or with a copy where no file has its values.
+never written since, or only with what was computed from such memory. Code that reaches for a stored tensor may write to
+it behind torch's back, so it is compared at the end: with the file, or with a copy if no file has its values.
 """
 
 import sys
@@ -34,7 +34,7 @@ _NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools", "ac
 
 @dataclass
 class Write:
-    """Somebody reached for a stored tensor.
+    """Some code reached for a stored tensor.
 
     Attributes:
         by: the function, file and line that wrote the most at once; while none was seen to, what last reached for it.
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
         self._memory: Memory | None = None
         self._kept = 0
         # What torch had counted of writes to them, and which storages were changed under the watch: of these, the count
-        # tells nothing any more of other threads.
+        # no longer says anything about other threads.
         self._versions = {name: version_of(tensor) for name, tensor in stored.items()}
         self._changed: set[int] = set()
         self._elsewhere: set[str] = set()

@@ -1,6 +1,6 @@
 """Run by Python at start-up, by `tiedquiet.pth` or `tiedquiet.start`.
 
-It is installed beside the package, not in it: importing anything of the package would enable tiedquiet.
+It is installed next to the package, not in it: importing anything from the package would enable tiedquiet.
 """
 
 import os
@@ -10,7 +10,7 @@ _started = False
 
 
 def start() -> None:
-    """Enable tiedquiet where the environment asks for it; whatever goes wrong, the interpreter starts."""
+    """Enable tiedquiet if the environment asks for it; whatever goes wrong, the interpreter starts."""
     global _started
     # In a virtual environment Python may read its `.pth` files twice.
     if _started or _word() in ("", "0", "off", "false", "no"):
@@ -19,8 +19,8 @@ def start() -> None:
     try:
         __import__("tiedquiet")
     except Exception:
-        # What it needs may lie in a folder that Python adds later: a virtual environment's system packages, say. And a
-        # word that is no mode must not stop a program that never loads a model.
+        # Its dependencies may be in a folder that Python adds later: a virtual environment's system packages, say. And
+        # an invalid mode must not stop a program that never loads a model.
         sys.meta_path.insert(0, _AtTransformers())
 
 
@@ -29,7 +29,7 @@ def _word() -> str:
 
 
 class _AtTransformers:
-    """Finds nothing; but it is asked when transformers is imported, and then imports tiedquiet first."""
+    """Finds nothing; but it is called when transformers is imported, and then imports tiedquiet first."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "transformers":

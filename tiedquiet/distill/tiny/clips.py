@@ -3,8 +3,8 @@
     'a red circle moving left'  ->  draw  ->  a clip  ->  read  ->  'a red circle moving left', where, how large
 
 Where the shape is, how large and how fast, the prompt does not say: the mean over all clips of a prompt is a blur, and
-whoever takes too few steps draws that. Reading is plain arithmetic, so every measure is a fact about the pixels and not
-the opinion of another model.
+that is what a model draws in too few steps. Reading is plain arithmetic, so every metric is a fact about the pixels and
+not the opinion of another model.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How the tiny teacher in `wan/` was made: a complete Wan2.2 pipeline, trained from nothing on drawn clips.
+"""How the tiny teacher in `wan/` was made: a complete Wan2.2 pipeline, trained from scratch on drawn clips.
 
     python -m tiedquiet.distill.tiny.recipe --output_dir tiny_wan      # one GPU, 5 minutes on an H100
 
@@ -155,7 +155,7 @@ class Velocity(torch.nn.Module):
 def train_experts(pipe: WanPipeline, bank: Tensor, steps: int, batch: int, generator: torch.Generator) -> None:
     """Match the velocity of flow matching, x = (1 - sigma) x0 + sigma noise, v = noise - x0 (arXiv:2210.02747).
 
-    Some captions are wrong, as captions of films on the web are, and some are empty: so the teacher needs
+    Some captions are wrong, as captions on the web are, and some are empty: so the teacher needs
     classifier-free guidance (arXiv:2207.12598) to draw what it is told, as Wan does.
     """
     device = generator.device
