@@ -117,7 +117,7 @@ def step_blocks(args: Namespace, stage: str, blocks: int, own: Sequence[int]) ->
 def plan(
     args: Namespace, teacher: Teacher, trained: Sequence[Expert], data: Data, processes: int, device: torch.device
 ) -> list[str]:
-    """What is known before any weight is loaded, one fact per line.
+    """What is known before any weight is loaded, a line for each thing.
 
     Args:
         args: the settings.

@@ -355,8 +355,8 @@ def train(
     told: dict[str, Tensor] = {}
 
     def learn(model: Any, loss: Tensor, last: bool, **parts: Tensor) -> None:
-        """Backward; `last` where the optimizer steps next. `parts` are what is logged of it, summed over a step."""
-        # Under FSDP, gradients not exchanged yet would be whole on every GPU.
+        """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
+        # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
         apart = not last and not is_sharded
         if args.lora_rank:
             model.activate()

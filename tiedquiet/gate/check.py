@@ -56,7 +56,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
 
 
 def _all(name: str, results: list[Result]) -> list[Result]:
-    """The results for all components; raises if nothing could be checked."""
+    """What came out for all components; raises where nothing could be checked."""
     looked_at = [result for result in results if result.has_tensors]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"

@@ -124,7 +124,7 @@ def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
 
 
 def _dtype(asked: str, checkpoint: Checkpoint) -> Any:
-    """The type to load it as; for a file all in one half precision, that one, which wastes no memory."""
+    """The type to load it as; of a file that is all of one half precision that, so that no memory is lost by it."""
     if asked != "auto":
         return getattr(torch, asked)
     kinds = {header.dtype for header in checkpoint.headers.values() if header.is_floating_point()}
