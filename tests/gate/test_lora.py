@@ -292,7 +292,7 @@ def test_what_is_no_lora_file(
         ("{", "cannot be read: Expecting property name"),
         ("[" * 100_000, "cannot be read: "),
         ("[]", "its lora_adapter_metadata does not hold a JSON object"),
-        ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by name"),
+        ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by its name"),
     ],
 )
 def test_what_is_written_beside_the_tensors(

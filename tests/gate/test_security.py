@@ -72,7 +72,7 @@ SAYS = {
     "no_type": "its class is code that ships with the checkpoint; --trust-remote-code allows it to run",
     "kernel": "config.json names somebody/kernel, compiled code that transformers fetches from the hub and runs",
     "kernel_inside": "config.json names somebody/kernel@main:x, compiled code",
-    "adapter_megatron": "adapter_config.json asks for megatron_core, a module that peft imports by name",
+    "adapter_megatron": "adapter_config.json asks for megatron_core, a module that peft imports by its name",
     "pipe_library": "model_index.json names Model of evil, which is not an installed class",
     "shard_up": "which points outside the folder",
     "shard_link": "points outside the folder, to ",

@@ -30,7 +30,7 @@ class Again:
 
     @contextmanager
     def made_of(self, tensors: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
-        """What the loader makes from some tensors of the files, by the model's names; gone when the `with` ends.
+        """What the loader makes of some tensors of the files, by the model's names; gone when the `with` ends.
 
         Args:
             tensors: all that one tensor of the model is made of, or several.

@@ -117,7 +117,7 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
     if own is None and (adapter := source.read("adapter_config.json")) is not None:
         if adapter.get("megatron_config") and not trust:
             raise CannotCheck(
-                f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by name; "
+                f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
                 "--trust-remote-code allows it"
             )
         base = adapter.get("base_model_name_or_path")

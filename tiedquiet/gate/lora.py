@@ -73,7 +73,7 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(f"{name}: its lora_adapter_metadata does not hold a JSON object")
     if not trust and any("megatron" in key for key in metadata or ()):
         raise CannotCheck(
-            f"{name} asks for megatron_core, a module that peft imports by name; --trust-remote-code allows it"
+            f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
         )
     return File(path, tensors, metadata)
 
