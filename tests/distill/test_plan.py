@@ -83,18 +83,6 @@ def test_a_plan_counts_what_is_held(flags: list[str], experts: int, processes: i
     assert plan.memory(args, config, experts, processes) == bytes_each * plan.parameters(config)
 
 
-@pytest.mark.parametrize(("experts", "teachers"), [(1, 1), (2, 2)])
-def test_a_plan_counts_adapters_on_one_teacher(experts: int, teachers: int) -> None:
-    args, config = parse(DOC, ["--mixed_precision", "bf16", "--lora_rank", "4"]), Teacher(str(TINY_WAN)).transformer
-    args.student_blocks = config["num_layers"]
-    learns = plan.adapter(args, config)
-    # By hand: what comes in and what goes out, 4 times, of eight square products and two of the feed-forward part.
-    wide, inner = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
-    assert learns == config["num_layers"] * 4 * (8 * 2 * wide + 2 * (wide + inner))
-    held = plan.memory(args, config, experts, processes=2)  # nobody wraps adapters
-    assert held == 2 * teachers * plan.parameters(config) + (12 + 12 + 4) * learns
-
-
 @pytest.mark.slow
 def test_the_cache_is_counted_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
