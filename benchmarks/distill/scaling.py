@@ -36,21 +36,22 @@ def scaling(
 
     found = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
     runs: list[dict[str, Any]] = []
+    example = {arm: arms[arm] for arm in options.arms}
+    theme = "distill-scaling" if module == "step" else f"distill-{module}-scaling"
+    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": example}
     for arm, kind in ((arm, kind) for arm in options.arms for kind in options.kinds if (arm, kind) not in without):
         processes = 1 if kind == "one" else options.processes
         if processes > found:
             print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
         elif run := launch(options, arm, processes, kind, module, more):
             runs.append(run)
+            # After each: what is measured stays if the time does not suffice for all.
+            one = {run["arm"]: run["tokens_per_s"] for run in runs if run["kind"] == "one"}
+            for run in runs:
+                run["ratio_to_one"] = run["tokens_per_s"] / one[run["arm"]] if run["arm"] in one else None
+            path = write(f"{theme}-{options.shape}", configuration, {"runs": runs}, options.out)
     if not runs:
         stop("nothing was measured")
-    one = {run["arm"]: run["tokens_per_s"] for run in runs if run["kind"] == "one"}
-    for run in runs:
-        run["ratio_to_one"] = run["tokens_per_s"] / one[run["arm"]] if run["arm"] in one else None
-    example = {arm: arms[arm] for arm in options.arms}
-    theme = "distill-scaling" if module == "step" else f"distill-{module}-scaling"
-    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": example}
-    path = write(f"{theme}-{options.shape}", configuration, {"runs": runs}, options.out)
     print("| arm | | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for run in runs:
