@@ -1,6 +1,7 @@
 """One update of the second stage, whole weights and LoRA: seconds, share of the ceiling, memory; beside the plan.
 
-    python -m benchmarks.distill.matching                     # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
+    python -m benchmarks.distill.matching --compile           # one GPU: Wan2.1-T2V-1.3B shape, 480x832x81 frames
+    python -m benchmarks.distill.matching --compile --scaling # one and two GPUs: DDP and FSDP through accelerate
     python -m benchmarks.distill.matching --shape wan2.2-a14b --arms lora        # one H200
     python -m benchmarks.distill.matching --shape tiny --device cpu --rounds 1
 
@@ -8,35 +9,46 @@ Random weights, batch 1, bf16, AdamW; the second of two steps, so one pass of th
 update is that of `tiedquiet.distill.train`: the student's own state, its clip, the guided teacher's and the critic's
 scores of it, renoised, a segment beside it, and two updates of the critic. Only the arithmetic that this needs is
 counted, against the largest bf16 matrix product of the same run: forward once, backward twice that, once that where a
-weight is frozen and only what flows through it is asked for. Beside it stands what `--plan` says: its seconds are from
-blocks that are timed before, its memory is weights, gradients and Adam's moments, and what blocks leave for the
-backward pass.
+weight is frozen and only what flows through it is asked for. Beside it stands what `--plan` says: its seconds and its
+activations are from blocks that are measured before, the rest of its memory is weights, gradients and Adam's moments.
 """
 
+import argparse
 import gc
+import json
 import math
 import statistics
 import time
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.distill.shapes import CHANNELS, SHAPES, models, useful_flops
+from benchmarks.distill.scaling import communication, scaling
+from benchmarks.distill.shapes import CHANNELS, SHAPES, latent_tokens, useful_flops, wan_transformer
 from benchmarks.distill.steps import ceiling
+from benchmarks.distill.updates import Update
 from benchmarks.record import arguments, spread, stop, write
 
 RANK = 64
-ARMS = {"whole": {}, "lora": {"lora_rank": RANK}}
-NODES, STEPS = 2, 1_000.0
+ARMS: dict[str, dict[str, Any]] = {"whole": {}, "lora": {"lora_rank": RANK}}
 
 
 def main() -> None:
+    """Look at the command line, and measure."""
     parser = arguments(__doc__)
     parser.add_argument("--shape", default="wan2.1-1.3b", help=f"one of {', '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed updates of each arm (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--scaling", action="store_true", help="the arms on one GPU and on more")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["one", "ddp", "fsdp"], default=["one", "ddp", "fsdp"],
+        help="with --scaling; adapters have no fsdp",
+    )  # fmt: skip
+    parser.add_argument("--processes", type=int, default=2, help="of ddp and fsdp (default: %(default)s)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shape not in SHAPES:
         stop(f"no shape {options.shape!r}; there are {', '.join(SHAPES)}")
@@ -46,6 +58,16 @@ def main() -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         stop("no CUDA device; --device cpu --shape tiny tries it out")
+    if options.worker:
+        worker(options)
+    elif options.scaling:
+        scaling(options, "matching", ARMS, ["--compile"] if options.compile else [], without={("lora", "fsdp")})
+    else:
+        one_device(options)
+
+
+def one_device(options: Any) -> None:
+    """Measure every arm on one device and write the results."""
     ceilings, arms = [ceiling(options.device)], {}
     for arm in options.arms:
         arms[arm] = one(options, arm)
@@ -89,72 +111,49 @@ def settings(options: Any, arm: str) -> Namespace:
 def one(options: Any, arm: str) -> dict[str, Any]:
     """An arm: what an update took, and what was planned."""
     import torch
+    from accelerate import Accelerator
 
     from tiedquiet.distill import plan
-    from tiedquiet.distill.lora import Adapter
-    from tiedquiet.distill.pipeline import Expert, Nodes, new_student
-    from tiedquiet.distill.speed import speed_up
-    from tiedquiet.distill.train import Distillation
 
-    args, shape, device = settings(options, arm), SHAPES[options.shape], torch.device(options.device)
-    cuda, lora = device.type == "cuda", bool(args.lora_rank)
+    torch.compiler.reset()  # of the arm before
+
+    args, shape = settings(options, arm), SHAPES[options.shape]
+    accelerator = Accelerator(mixed_precision="bf16", cpu=options.device == "cpu")
     form = (CHANNELS, shape["f"], shape["h"], shape["w"])
-    if cuda:
-        torch.cuda.empty_cache()
-    base, spare = models(shape, device, "float32", 1)
-    del spare
-    block = plan.measured(args, SimpleNamespace(transformer=dict(base.config), latents=lambda args: form), device)
-    if cuda:
-        torch.cuda.empty_cache()
-    student: Any
-    critic: Any
-    if lora:
-        frozen: Any = Adapter(base, None)
-        student, critic = (Adapter(base, name).add(RANK, seed) for seed, name in enumerate(("student", "critic")))
-        speed_up([], [base], args)
-    else:
-        frozen = base
-        student, critic = (new_student(base, shape["blocks"], torch.float32).train() for _ in range(2))
-        speed_up([base], [student, critic], args)
-    nodes = Nodes(torch.tensor([999.0, 833.0]), torch.tensor([1.0, 0.833, 0.0]))
-    expert = Expert("transformer", 0.0, STEPS, int(STEPS), 5.0)
-    it = Distillation(args, frozen, student, expert, critic, nodes)
-    optimizers = {of: torch.optim.AdamW(of.parameters(), lr=1e-6, fused=cuda or None) for of in (student, critic)}
-    text, empty = (torch.randn(1, shape["tokens"], shape["text"], device=device) for _ in range(2))
-    x, target, noise = (torch.randn(1, *form, device=device) for _ in range(3))
-    sigma, at = torch.tensor([0.6], device=device), torch.tensor([833.0], device=device)
+    config = wan_config(shape)
+    teacher: Any = SimpleNamespace(transformer=config, latents=lambda args: form)
+    block = plan.measured(args, teacher, accelerator.device)
+    seconds, peak, value = timed(Update(args, shape, accelerator), options.rounds)
+    accelerator.free_memory()
+    forward, learning = plan.step_blocks(args, "matching", shape["blocks"], [1])
+    per_block = useful_flops({**shape, "blocks": 1}, 0, teacher=True)
+    return {
+        "seconds": spread(seconds),
+        "mean": statistics.mean(seconds),
+        "useful_teraflop": per_block * (forward + (2 if args.lora_rank else 3) * learning) / 1e12,
+        "peak_gib": peak,
+        "planned_seconds": forward * block.forward + learning * block.learning,
+        "planned_gib": (plan.memory(args, config) + block.activations) / 2**30,
+        "block": vars(block),
+        "loss": value,
+    }
 
-    def learn(model: Any, loss: Any) -> None:
-        if lora:
-            model.activate()
-        loss.backward()
 
-    def move(model: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers[model].step()
-        optimizers[model].zero_grad()
+def wan_config(shape: dict[str, int]) -> dict[str, Any]:
+    """The configuration of such a transformer."""
+    import torch
 
-    def update() -> float:
-        autocast = torch.autocast(device.type, torch.bfloat16)
-        with autocast:
-            state = it.own_state(x, text, 0, 1)
-        with autocast:
-            loss, clip = it.matching(state, 1, text, empty, sigma, noise)
-        learn(student, loss)
-        with autocast:
-            segment = it.loss(x, at, text, target)[0]
-        learn(student, args.segment_weight * segment)
-        move(student)
-        for _ in range(args.critic_steps):
-            with autocast:
-                criticism = it.criticism(clip, text, sigma, noise)
-            learn(critic, criticism)
-            move(critic)
-        return float(loss.detach() + criticism.detach())
+    with torch.device("meta"):
+        return dict(wan_transformer(shape).config)
 
-    torch._dynamo.config.recompile_limit = 100
-    seconds = []
-    for number in range(options.rounds + 1):  # the first warms up
+
+def timed(update: Update, rounds: int) -> tuple[list[float], float, float]:
+    """The seconds of each update after the first, which warms up; the highest peak of their GiB; the last loss."""
+    import torch
+
+    cuda = update.accelerator.device.type == "cuda"
+    seconds, peak = [], 0.0
+    for number in range(rounds + 1):
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -166,18 +165,36 @@ def one(options: Any, arm: str) -> dict[str, Any]:
             stop("the loss is not a number: the time of such an update says nothing")
         if number:
             seconds.append(time.perf_counter() - start)
-    forward, learning = plan.step_blocks(args, "matching", shape["blocks"], [1])
-    per_block = useful_flops({**shape, "blocks": 1}, 0, teacher=True)
-    return {
-        "seconds": spread(seconds),
-        "mean": statistics.mean(seconds),
-        "useful_teraflop": per_block * (forward + (2 if lora else 3) * learning) / 1e12,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-        "planned_seconds": forward * block.forward + learning * block.learning,
-        "planned_gib": (plan.memory(args, dict(base.config)) + block.kept * shape["blocks"]) / 2**30,
-        "block": vars(block),
-        "loss": value,
-    }
+            peak = max(peak, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
+    return seconds, peak, value
+
+
+def worker(options: Any) -> None:
+    """One process of several, or the one that they are held against: the first writes what was measured."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+    from torch.profiler import ProfilerActivity
+
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # as the example has it
+    accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[buckets])
+    cuda, shape = accelerator.device.type == "cuda", SHAPES[options.shape]
+    update = Update(settings(options, options.arms[0]), shape, accelerator)
+    seconds, peak, value = timed(update, options.rounds)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profile:
+        update()
+        if cuda:
+            torch.cuda.synchronize()
+    if accelerator.is_main_process:
+        told = {
+            "seconds": spread(seconds),
+            "tokens_per_s": accelerator.num_processes * latent_tokens(shape) / statistics.median(seconds),
+            "peak_gib": peak,
+            "loss": value,
+            **communication(profile, cuda),
+        }
+        Path(options.worker).write_text(json.dumps(told))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The step on one process and on more, under accelerate's launcher."""
+"""A step of either stage in one process and in more, under accelerate's launcher."""
 
 import json
 import os
@@ -7,35 +7,51 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.distill.shapes import ARMS, SHAPES, latent_tokens
+from benchmarks.distill.shapes import SHAPES, latent_tokens
 from benchmarks.distill.steps import Steps, timed
 from benchmarks.record import PAGE_INCHES, show, spread, stop, write
 
 
-def scaling(options: Any) -> None:
-    """Run the same step on one GPU, and on more under DDP and FSDP, and write the results."""
+def scaling(
+    options: Any,
+    module: str,
+    arms: Mapping[str, Any],
+    more: Sequence[str] = (),
+    without: Collection[tuple[str, str]] = (),
+) -> None:
+    """Run the same step on one GPU, and on more under DDP and FSDP, and write the results.
+
+    Args:
+        options: of the command line.
+        module: of this folder, which has the step and a `--worker`.
+        arms: what each passes to the example.
+        more: words for the worker.
+        without: arms and kinds that do not go together.
+    """
     import torch
 
     found = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
     runs: list[dict[str, Any]] = []
-    for arm in options.arms:
-        for kind in options.kinds:
-            processes = 1 if kind == "one" else options.processes
-            if processes > found:
-                print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
-            elif run := launch(options, arm, processes, kind):
-                runs.append(run)
+    example = {arm: arms[arm] for arm in options.arms}
+    theme = "distill-scaling" if module == "step" else f"distill-{module}-scaling"
+    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": example}
+    for arm, kind in ((arm, kind) for arm in options.arms for kind in options.kinds if (arm, kind) not in without):
+        processes = 1 if kind == "one" else options.processes
+        if processes > found:
+            print(f"{kind}: left out, {processes} processes are more than {found} devices", file=sys.stderr)
+        elif run := launch(options, arm, processes, kind, module, more):
+            runs.append(run)
+            # After each: what is measured stays if the time does not suffice for all.
+            one = {run["arm"]: run["tokens_per_s"] for run in runs if run["kind"] == "one"}
+            for run in runs:
+                run["ratio_to_one"] = run["tokens_per_s"] / one[run["arm"]] if run["arm"] in one else None
+            path = write(f"{theme}-{options.shape}", configuration, {"runs": runs}, options.out)
     if not runs:
         stop("nothing was measured")
-    one = {run["arm"]: run["tokens_per_s"] for run in runs if run["kind"] == "one"}
-    for run in runs:
-        run["ratio_to_one"] = run["tokens_per_s"] / one[run["arm"]] if run["arm"] in one else None
-    example = {arm: ARMS[arm] for arm in options.arms}
-    configuration = {**vars(options), "out": None, "model": SHAPES[options.shape], "example": example}
-    path = write(f"distill-scaling-{options.shape}", configuration, {"runs": runs}, options.out)
     print("| arm | | GPUs | s/step | tokens/s | to one | GiB per GPU | communication | not hidden |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for run in runs:
@@ -49,7 +65,9 @@ def scaling(options: Any) -> None:
     print(path)
 
 
-def launch(options: Any, arm: str, processes: int, kind: str) -> dict[str, Any] | None:
+def launch(
+    options: Any, arm: str, processes: int, kind: str, module: str, more: Sequence[str]
+) -> dict[str, Any] | None:
     """One run under accelerate's launcher, whose output is shown; None if it failed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--num_processes", str(processes), "--mixed_precision", "bf16" if kind == "fsdp" else "no"]
@@ -62,10 +80,10 @@ def launch(options: Any, arm: str, processes: int, kind: str) -> dict[str, Any] 
     environment = {**os.environ, **({} if options.device == "cuda" else {"ACCELERATE_USE_CPU": "true"})}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command += ["-m", "benchmarks.distill.step", "--worker", str(answer)]
+        command += ["-m", f"benchmarks.distill.{module}", "--worker", str(answer)]
         command += ["--shape", options.shape, "--device", options.device]
         command += ["--rounds", str(options.rounds), "--arms", arm]
-        command += ["--student-blocks", str(options.student_blocks)]
+        command += more
         subprocess.run(command, env=environment, stdout=sys.stderr)
         if not answer.exists():
             print(f"{arm}, {kind}: failed, as told above", file=sys.stderr)
@@ -86,7 +104,7 @@ def scaling_worker(options: Any) -> None:
     steps = Steps(SHAPES[options.shape], accelerator.device, options.student_blocks)
     steps.choose(options.arms[0])
     if sharded:
-        shard(None if steps.segments else steps.teacher, accelerator)
+        shard([] if steps.segments else [steps.teacher], accelerator)
     steps.distillation.student, steps.optimizer = accelerator.prepare(steps.student, steps.optimizer)
     inputs, measured = steps.inputs(), []
     for number in range(options.rounds):
@@ -159,6 +177,6 @@ def plot_scaling(path: Path, runs: list[dict[str, Any]], shape: str) -> None:
         row[2].bar(names, [100 * run["communication"] for run in ours])
         row[2].bar(names, [100 * run["communication_not_hidden"] for run in ours], color="tab:red")
         row[2].set(title="communication, % of a\nstep (red: not hidden)")
-    figure.suptitle(f"one distillation step, {shape}")
+    figure.suptitle(f"one step of distillation, {shape}")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=150)

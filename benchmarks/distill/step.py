@@ -61,7 +61,7 @@ def main() -> None:
     if options.worker:
         scaling_worker(options)
     elif options.scaling:
-        scaling(options)
+        scaling(options, "step", ARMS, ["--student-blocks", str(options.student_blocks)])
     else:
         one_device(options)
 

@@ -20,6 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ STUDENTS = {
     "velocity": ["--student_steps", "0", "--student_blocks", "6", "--guidance_scale", "3"],
     "half the blocks": ["--student_steps", "4", "--student_blocks", "3"],
 }
+PASSED = ("prompts_file", "max_train_steps", "distribution_matching_steps", "samples_per_prompt")
 MEASURES = ("adherence", "psnr", "spread_of_place", "spread_of_size", "speed_of_motion", "block_passes")
 
 
@@ -45,18 +47,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each student (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--students", nargs="+", choices=list(STUDENTS), default=list(STUDENTS))
-    parser.add_argument("--prompts_file", help="passed on, as are the next three; for a short trial")
-    parser.add_argument("--max_train_steps", type=int)
-    parser.add_argument("--distribution_matching_steps", type=int)
-    parser.add_argument("--samples_per_prompt", type=int)
+    add_passed(parser)
     options = parser.parse_args()
     if options.seeds < 1 or options.jobs < 1:
         stop("at least one seed, and one job")
-    passed = {
-        name: str(value)
-        for name in ("prompts_file", "max_train_steps", "distribution_matching_steps", "samples_per_prompt")
-        if (value := getattr(options, name)) is not None
-    }
+    passed = passed_on(options)
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(options.jobs) as pool:
         plan = [(name, seed) for seed in range(options.seeds) for name in options.students]
         runs = list(pool.map(lambda of: one(*of, passed, cache), plan))
@@ -95,18 +90,35 @@ def main() -> None:
     print(path)
 
 
+def add_passed(parser: argparse.ArgumentParser) -> None:
+    """What a run of the example is given as it is, for a short trial."""
+    parser.add_argument("--prompts_file", help="passed on, as are the next three; for a short trial")
+    for name in PASSED[1:]:
+        parser.add_argument(f"--{name}", type=int)
+
+
+def passed_on(options: Any) -> dict[str, str]:
+    """Of these, those that were given."""
+    return {name: str(value) for name in PASSED if (value := getattr(options, name)) is not None}
+
+
 def one(student: str, seed: int, passed: dict[str, str], cache: str) -> dict[str, Any]:
-    """A whole run of the example; its progress goes to stderr."""
+    """A whole run of a student; its progress goes to stderr."""
+    return run(student, flags(student, passed), seed, cache)
+
+
+def run(student: str, words: Sequence[str], seed: int, cache: str) -> dict[str, Any]:
+    """A whole run of the example with these words for it, and what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [sys.executable, "-m", "tiedquiet.distill", *flags(student, passed), "--seed", str(seed)]
+        command = [sys.executable, "-m", "tiedquiet.distill", *words, "--seed", str(seed)]
         command += ["--cache_dir", cache, "--output_dir", str(out)]
         done = subprocess.run(command, stdout=sys.stderr, cwd=Path(__file__).parents[2])
         if done.returncode:
             stop(f"{student}, seed {seed}: failed, as told above")
         told = {"student": student, "seed": seed, **json.loads((out / "metrics.json").read_text())}
-        prompts = len(json.loads((out / "metrics.json").read_text())["prompts"])
-        cost = passes({**json.loads((out / "args.json").read_text()), "prompts": prompts})
+        args = json.loads((out / "args.json").read_text())
+        cost = passes({**args, "prompts": len(told["prompts"])})
         return {**told, "cost": cost, "picture": (out / "samples.png").read_bytes()}
 
 

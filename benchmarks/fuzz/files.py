@@ -81,7 +81,7 @@ class Files:
             values[key] = value
         second, shared = "second.", plan.shape.shared
         for key in [key for key in values if shared and key.startswith(second)]:
-            if plan.stored.equal:
+            if plan.stored.equal and key not in plan.stored.odd:
                 values[key] = values[f"{shared}.{key.removeprefix(second)}"].clone()
         return {key: value for key, value in values.items() if key not in plan.stored.missing}
 

@@ -50,19 +50,36 @@ def test_an_update_of_the_second_stage_on_the_cpu(tmp_path: Path) -> None:
     assert all(arm["seconds"]["min"] > 0 < arm["planned_seconds"] for arm in arms.values())
 
 
+def test_an_update_of_the_second_stage_in_two_processes(tmp_path: Path) -> None:
+    small = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    done = run("distill.matching", "--scaling", *small, "--kinds", "ddp")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("distill-matching-scaling-tiny_*.json")
+    runs = json.loads(path.read_text())["results"]["runs"]
+    assert [(run["arm"], run["kind"], run["processes"]) for run in runs] == [("whole", "ddp", 2), ("lora", "ddp", 2)]
+    assert all(run["tokens_per_s"] > 0 < run["communication"] for run in runs)
+
+
 def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None:
+    """Under an adapter and compiled, as the page has it: no block is compiled so often that torch gives it up."""
     small = ["--shape", "tiny", "--device", "cpu", "--max_train_steps", "2", "--num_inference_steps", "4"]
+    small += ["--distribution_matching_steps", "2", "--lora_rank", "4"]
     done = run("distill.whole", *small, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())["results"]
     assert list(results["phases"]) == [
         "start, prompts, paths",
-        "training",
+        "training, segments",
+        "training, matching",
         "writing the student",
         "samples and pictures",
     ]
-    assert "student/model_index.json" in results["files"]
+    assert "recompile_limit" not in done.stderr
+    assert list(results["took"]) == list(results["planned"]["seconds"]) == ["paths", "segments", "matching"]
+    assert set(results["took"]["matching"]) == {"seconds", "warm"}
+    assert results["disk_gb"] > 0
+    assert "student/pytorch_lora_weights.safetensors" in results["files"]
     assert path.with_suffix(".png").exists()
 
 
@@ -92,6 +109,19 @@ def test_the_control_of_two_students(tmp_path: Path) -> None:
     assert made == {"2 steps": 288, "2 steps, DMD2 alone": 0, "velocity": 288}
     for student in ("2-steps", "2-steps-DMD2-alone", "velocity"):
         assert path.with_name(f"{path.stem}_{student}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rates_of_adapters(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    small = ["--prompts_file", str(tmp_path / "prompts.txt"), "--max_train_steps", "1", "--samples_per_prompt", "1"]
+    small += ["--distribution_matching_steps", "1", "--ranks", "4", "--times", "3", "--out", str(tmp_path / "out")]
+    done = run("distill.rates", *small, "--apart")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    runs = json.loads(path.read_text())["results"]["runs"]
+    assert [(one["rank"], one["times"], one["name"]) for one in runs] == [(0, [1, 1, 1], "1"), (4, [3, 3, 3], "3")]
+    assert all("segments, 2 steps" in one["arms"] for one in runs)
+    assert path.with_suffix(".png").exists()
 
 
 def test_one_wrong_gradient_is_not_lost_among_many() -> None:

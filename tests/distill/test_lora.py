@@ -148,7 +148,10 @@ def test_the_memory_of_adapters() -> None:
     adapter = 6 * 4 * (8 * (96 + 96) + 2 * (96 + 192))
     args = parse(DOC, ["--lora_rank", "4", "--mixed_precision", "bf16"])
     args.student_blocks = 6
-    assert plan.memory(args, config) == 2 * (2 * 794_848 + 16 * adapter)
+    # Student and critic lie on one teacher, with the gradients of one of them; nobody wraps them under DDP.
+    assert plan.memory(args, config, processes=2) == 2 * 794_848 + (12 + 12 + 4) * adapter
+    # The first expert's student, which takes the second one's first steps, has a teacher of its own.
+    assert plan.memory(args, config, experts=2) == 2 * 2 * 794_848 + (12 + 12 + 4) * adapter
     args.distribution_matching_steps = 0
     assert plan.memory(args, config) == 2 * 794_848 + 16 * adapter
 

@@ -67,6 +67,22 @@ def test_a_plan_counts_what_an_update_passes() -> None:
     assert plan.memory(args, Teacher(str(TINY_WAN)).transformer) == (16 + 4 + 2) * millions
 
 
+@pytest.mark.parametrize(
+    ("flags", "experts", "processes", "bytes_each"),
+    [
+        # Student and critic, 12 bytes each and the gradients of one; the teacher in bfloat16.
+        ([], 1, 1, 12 + 12 + 4 + 2),
+        ([], 1, 2, 12 + 12 + 8 + 2),  # DDP keeps the gradients of both
+        ([], 2, 1, 12 + 12 + 4 + 2 + 2),  # the first expert's student is there as well
+        (["--distribution_matching_steps", "0"], 2, 1, 16),  # paths say all that the teacher would
+    ],
+)
+def test_a_plan_counts_what_is_held(flags: list[str], experts: int, processes: int, bytes_each: int) -> None:
+    args, config = parse(DOC, ["--mixed_precision", "bf16", *flags]), Teacher(str(TINY_WAN)).transformer
+    args.student_blocks = config["num_layers"]
+    assert plan.memory(args, config, experts, processes) == bytes_each * plan.parameters(config)
+
+
 @pytest.mark.slow
 def test_the_cache_is_counted_before_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

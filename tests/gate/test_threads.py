@@ -15,10 +15,11 @@ from tiedquiet.proof.memory import Bytes, bytes_of, same
 
 @pytest.fixture
 def four(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four threads, and slices so small that tensors of a test are shared."""
+    """Four threads, and slices and batches so small that tensors of a test are shared."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(threads, "_SMALL", 64)
     monkeypatch.setattr(threads, "_SLICE", 256)
+    monkeypatch.setattr(threads, "_BATCH", 1000)
 
 
 def outcomes(pairs: list[Pair | None]) -> list[bool]:
@@ -69,7 +70,7 @@ def test_it_is_what_one_thread_would_say(data: st.DataObject) -> None:
 
 
 @pytest.mark.usefixtures("four")
-def test_pairs_are_taken_a_few_ahead() -> None:
+def test_pairs_are_taken_two_batches_ahead() -> None:
     taken = 0
 
     def pairs() -> Iterator[Pair]:
@@ -80,7 +81,14 @@ def test_pairs_are_taken_a_few_ahead() -> None:
 
     with Threads() as these:
         assert next(these.same(pairs()))
-        assert taken == 4 * 4 + 1
+        assert taken == 3 + 3
+
+
+@pytest.mark.usefixtures("four")
+def test_what_goes_wrong_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bytes, "equal", lambda part: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        outcomes([(torch.ones(100), torch.ones(100))])
 
 
 def test_one_thread_hands_nothing_over(monkeypatch: pytest.MonkeyPatch) -> None:

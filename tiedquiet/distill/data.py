@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import lru_cache
@@ -80,6 +81,7 @@ class Data:
         prompts: all different; those of the samples, those for validation, and last the negative prompt.
         which: for each sample, the number of its prompt.
         texts: once prepared, the embedding of each prompt, (tokens, text_dim).
+        seconds: that each batch of paths took, of those that were made.
     """
 
     def __init__(self, args: Namespace, prompts: Sequence[str], clips: Sequence[Path]) -> None:
@@ -90,6 +92,7 @@ class Data:
         each = 1 if clips else args.samples_per_prompt
         self.which = [number[prompt] for prompt in prompts for _ in range(each)]
         self.texts: list[Tensor] = []
+        self.seconds: list[float] = []
         if clips:
             files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in clips]
             self.names = [named(file) for file in files]
@@ -173,12 +176,13 @@ class Data:
         what = "paths of the teacher" if args.student_steps else "latents from the teacher"
         with tqdm(total=len(share), desc=what, disable=quiet) as bar:
             for start in range(0, len(share), size):
-                batch = share[start : start + size]
+                batch, clock = share[start : start + size], time.perf_counter()
                 prompts, seeds = [self.which[n] for n in batch], [self.seeds[n] for n in batch]
                 steps = args.num_inference_steps
                 path = sample(pipe, self, prompts, seeds, steps, guidance(args), args.student_steps)
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
                     self.latents.put(self.names[n], made.to(dtype).cpu())
+                self.seconds.append(time.perf_counter() - clock)
                 bar.update(len(batch))
         if args.compile:
             torch.compiler.reset()  # what training compiles is counted against a limit

@@ -106,6 +106,11 @@ def counted(steps: int) -> str:
     return f"{steps} step{'s' * (steps > 1)}"
 
 
+def warm(seconds: Sequence[float]) -> float:
+    """What all would have taken at the median of those after the first, which compiles."""
+    return round(len(seconds) * float(np.median(seconds[1:] or seconds)), 1)
+
+
 class Judge:
     """Samples the same prompts from the same seeds with whatever it is given.
 
@@ -276,7 +281,11 @@ class Judge:
         seconds = [step["seconds"] for steps in losses.values() for step in steps]
         last = {name: steps[-1] for name, steps in losses.items()}
         told = {"training_seconds": round(sum(seconds), 1), "step_seconds": round(float(np.median(seconds)), 4)}
-        return {"arms": metrics, "prompts": sorted(set(prompts)), "losses": last, **told}
+        lasted = {"paths" if args.student_steps else "latents": self.data.seconds}
+        for name, steps in losses.items():
+            lasted.setdefault(name.split(", ")[1], []).extend(step["seconds"] for step in steps)
+        took = {what: {"seconds": round(sum(each), 1), "warm": warm(each)} for what, each in lasted.items() if each}
+        return {"arms": metrics, "prompts": sorted(set(prompts)), "losses": last, **told, "took": took}
 
     def draw(self, clips: Mapping[str, Tensor], name: str) -> None:
         """Pictures of the shown clips of the first seed, still and moving."""

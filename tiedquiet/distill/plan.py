@@ -11,72 +11,130 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 
 from tiedquiet.distill.data import Data
-from tiedquiet.distill.lora import lora
+from tiedquiet.distill.lora import Adapter, lora
 from tiedquiet.distill.options import fail, needs_paths, stages, steps_of
 from tiedquiet.distill.pipeline import Expert, Teacher, compute_dtype, size
 from tiedquiet.distill.speed import speed_up
 
-COMPILED = 0.66  # of the time of blocks that are not compiled: docs/distill.md
-LEARNING = 16  # bytes a parameter: itself, its gradient and Adam's two moments, in float32
+KEPT = 12  # bytes a parameter that learns: itself and Adam's two moments, in float32
+GRADIENT = 4
 
 
 @dataclass(frozen=True)
 class Block:
-    """What one block of the teacher's shape takes for one batch, measured where the run will be.
+    """What one block of the teacher's shape takes for one batch, measured where the run will be and as it will run.
 
     Attributes:
-        forward: seconds, without gradients, in the teacher's precision.
+        path: seconds forward while paths are sampled.
+        forward: seconds forward, without gradients, in training.
         learning: seconds forward and backward, as student and critic run.
-        kept: bytes that it leaves for the backward pass; 0 on a CPU, where nobody counts them.
+        activations: bytes at the most, of all blocks, while one learns; 0 on a CPU, where nobody counts them.
     """
 
+    path: float
     forward: float
     learning: float
-    kept: int
+    activations: int
 
 
 def measured(args: Namespace, teacher: Teacher, device: torch.device) -> Block:
-    """Time transformers of one block and of two, with random weights; what is not in a block is spread over all."""
-    dtype, x = compute_dtype(args), torch.randn(args.train_batch_size, *teacher.latents(args), device=device)
-    text = torch.randn(len(x), args.max_sequence_length, teacher.transformer["text_dim"], device=device)
-    timesteps = torch.full((len(x),), 500.0, device=device)
-    told = []
-    for blocks in (1, 2):
-        model: Any = WanTransformer3DModel.from_config({**teacher.transformer, "num_layers": blocks}).to(device)
-        model.train()
-        speed_up([], [model], Namespace(**{**vars(args), "compile": False}))
-        kept = 0
+    """Measure transformers of two blocks and of three, with random weights: each further block adds what the third did.
 
-        def learn(model: Any = model) -> None:
-            nonlocal kept
-            before = allocated(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                out = model(x, timesteps, text, return_dict=False)[0]
-            kept = allocated(device) - before
-            out.float().square().mean().backward()
-            model.zero_grad()
-
-        def ask(model: Any = model) -> None:
-            with torch.no_grad():
-                model(x.to(dtype), timesteps, text.to(dtype), return_dict=False)
-
-        learning = quickest(learn, device)
-        for parameter in model.eval().parameters():
-            parameter.data = parameter.data.to(dtype)
-        told.append((quickest(ask, device), learning, kept))
-    count, share = teacher.transformer["num_layers"], COMPILED if args.compile else 1.0
-    forward, learning, kept = (one + (count - 1) * max(0, two - one) for one, two in zip(*told, strict=True))
-    return Block(share * forward / count, share * learning / count, int(kept / count))
+    They are set up as the run's own: compiled or not, computed again backward or not, whole or under an adapter. The
+    first block may differ from all others: below adapters, no gradient has to flow through it.
+    """
+    told = [Trial(args, teacher, blocks, device).taken() for blocks in (2, 3)]
+    if args.compile:
+        torch.compiler.reset()  # what the run compiles is counted against a limit
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    count = teacher.transformer["num_layers"]
+    path, forward, learning, asking, most = (
+        two + (count - 2) * max(0, three - two) for two, three in zip(*told, strict=True)
+    )
+    return Block(path / count, forward / count, learning / count, int(max(asking, most)))
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes on a GPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+class Trial:
+    """A transformer of a few blocks, as a run has it.
+
+    Args:
+        args: the settings.
+        teacher: has the shape of all but the number of blocks.
+        blocks: how many.
+        device: where the run will be.
+    """
+
+    def __init__(self, args: Namespace, teacher: Teacher, blocks: int, device: torch.device) -> None:
+        self.args, self.device, self.dtype = args, device, compute_dtype(args)
+        self.config = {**teacher.transformer, "num_layers": blocks}
+        self.x = torch.randn(args.train_batch_size, *teacher.latents(args), device=device)
+        self.text = torch.randn(len(self.x), args.max_sequence_length, self.config["text_dim"], device=device)
+        self.timesteps = torch.full((len(self.x),), 500.0, device=device)
+
+    def model(self, dtype: torch.dtype) -> WanTransformer3DModel:
+        """With weights of a type, but for those that Wan keeps in float32."""
+        with self.device:
+            model = WanTransformer3DModel.from_config(self.config)
+        for name, parameter in model.named_parameters():
+            if not any(kept in name for kept in model._keep_in_fp32_modules):
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    def velocity(self, model: Any) -> Tensor:
+        """As in training."""
+        velocity: Tensor = model(self.x.to(self.dtype), self.timesteps, self.text.to(self.dtype), return_dict=False)[0]
+        return velocity
+
+    def taken(self) -> tuple[float, float, float, int, int]:
+        """Seconds of a path's pass, of one in training, of one forward and backward; bytes of the latter, see `most`.
+
+        The first number of bytes is that of the way forward alone, where blocks that are not compiled leave copies of
+        the weights in the type that is computed in.
+        """
+        frozen: Any = self.model(self.dtype).eval().requires_grad_(False)
+        speed_up([frozen], [], self.args)
+        asked = frozen
+        if self.args.lora_rank:
+            asked = learner = Adapter(self.model(self.dtype), "student").add(self.args.lora_rank, 0)
+            speed_up([], [asked.base], self.args)
+        else:
+            learner = self.model(torch.float32).train()
+            speed_up([], [learner], self.args)
+
+        @torch.no_grad()
+        def ask(model: Any, mixed: bool) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                self.velocity(model)
+
+        def loss() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                return self.velocity(learner).float().square().mean()
+
+        mixed = self.dtype == torch.bfloat16
+        path = quickest(lambda: ask(frozen, False), self.device)
+        forward = quickest(lambda: ask(asked, mixed), self.device) if self.args.lora_rank else path
+        # Gradients stay, as between the two losses of a step.
+        learning = quickest(lambda: loss().backward(), self.device)
+        return path, forward, learning, most(loss, self.device), most(lambda: loss().backward(), self.device)
 
 
-def quickest(act: Callable[[], None], device: torch.device) -> float:
+def most(act: Callable[[], object], device: torch.device) -> int:
+    """Bytes on a GPU at the most while something is done, beyond what was there before."""
+    used = 0
+    if device.type == "cuda":  # pragma: no cover - needs a GPU
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        act()
+        used = torch.cuda.max_memory_allocated(device) - before
+    return used
+
+
+def quickest(act: Callable[[], object], device: torch.device) -> float:
     """Seconds, the least of three times after one that warms up."""
     seconds = []
     for _ in range(4):
@@ -114,10 +172,32 @@ def step_blocks(args: Namespace, stage: str, blocks: int, own: Sequence[int]) ->
     return states * mine + 3 * blocks, learnt  # the guided teacher asks twice, the critic once
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any weight is loaded.
+
+    Attributes:
+        lines: for people, one for each thing.
+        seconds: of the paths, and of each stage of all experts.
+        memory: bytes of each GPU at the most, while something is learnt.
+        disk: bytes at the most.
+    """
+
+    lines: list[str]
+    seconds: dict[str, float]
+    memory: int
+    disk: int
+
+    def told(self) -> dict[str, Any]:
+        """For `metrics.json`, beside what was taken."""
+        seconds = {name: round(spent, 1) for name, spent in self.seconds.items()}
+        return {"seconds": seconds, "gib": round(self.memory / 2**30, 2), "gb": round(self.disk / 1e9, 2)}
+
+
 def plan(
     args: Namespace, teacher: Teacher, trained: Sequence[Expert], data: Data, processes: int, device: torch.device
-) -> list[str]:
-    """What is known before any weight is loaded, a line for each thing.
+) -> Plan:
+    """Say what a run would take.
 
     Args:
         args: the settings.
@@ -129,7 +209,7 @@ def plan(
     """
     block, config = measured(args, teacher, device), teacher.transformer
     blocks, batch = config["num_layers"], args.train_batch_size
-    lines = []
+    lines, seconds = [], {}
     if args.student_steps:
         own = {expert: data.nodes.of(expert) for expert in trained}
         taken = (
@@ -137,33 +217,38 @@ def plan(
             for expert, nodes in own.items()
         )
         lines.append(f"steps of the student, by their timesteps: {'; '.join(taken)}")
-    lacking, hours = len(data.lacking()), 0.0
+    lacking = len(data.lacking())
     if needs_paths(args) and not args.train_data_dir:
         passes = args.num_inference_steps * blocks * (2 if args.sample_guidance_scale > 1 else 1)
-        hours = lacking / processes / batch * passes * block.forward / 3600
-        what = f"{'paths' if args.student_steps else 'latents'} of {args.num_inference_steps} steps"
+        what = "paths" if args.student_steps else "latents"
+        seconds[what] = lacking / processes / batch * passes * block.path
         lines.append(
-            f"{what}: {lacking:,} to make, {len(data.which) - lacking:,} to reuse; {told_hours(hours)}, "
-            f"{lacking * data.bytes_each / 1e9:.2f} GB"
+            f"{what} of {args.num_inference_steps} steps: {lacking:,} to make, {len(data.which) - lacking:,} to reuse; "
+            f"{told_hours(seconds[what] / 3600)}, {lacking * data.bytes_each / 1e9:.2f} GB"
         )
     for stage in stages(args):
         steps = steps_of(args, stage)
         updates = steps * args.gradient_accumulation_steps
-        spent = 0.0
+        seconds[stage] = 0.0
         for expert in trained:
             forward, learning = step_blocks(args, stage, blocks, data.nodes.of(expert))
-            spent += updates * (forward * block.forward + learning * block.learning) / 3600
-        hours += spent
-        lines.append(f"{stage}: {steps:,} steps of {batch * processes} for each expert, {told_hours(spent)}")
-    held = memory(args, config)
+            seconds[stage] += updates * (forward * block.forward + learning * block.learning)
+        lines.append(
+            f"{stage}: {steps:,} steps of {batch * processes} for each expert, {told_hours(seconds[stage] / 3600)}"
+        )
+    held = memory(args, config, len(trained), processes)
     lines.append(
-        f"memory of each GPU: {held / 2**30:.1f} GiB of weights, gradients and Adam's moments"
-        + (f", {block.kept * blocks / 2**30:.1f} GiB of activations" if block.kept else "")
+        f"memory of each GPU: {(held + block.activations) / 2**30:.1f} GiB while it learns, "
+        f"{held / 2**30:.1f} of weights, gradients and Adam's moments"
+        + (f", {block.activations / 2**30:.1f} of activations" if block.activations else "")
     )
     needs = space(args, teacher, [expert.name for expert in trained], data)
+    disk = sum(need for _, need in needs.values())
     each = " and ".join(f"{need / 1e9:.2f} in {flag}" for flag, (_, need) in needs.items())
-    lines.append(f"disk: {sum(need for _, need in needs.values()) / 1e9:.2f} GB, {each}")
-    return [*lines, f"in all {told_hours(hours)} before the student is written, samples are drawn after that"]
+    lines.append(f"disk: {disk / 1e9:.2f} GB, {each}")
+    whole = told_hours(sum(seconds.values()) / 3600)
+    lines.append(f"in all {whole} before the student is written, samples are drawn after that")
+    return Plan(lines, seconds, held + block.activations, disk)
 
 
 def told_hours(hours: float) -> str:
@@ -182,17 +267,39 @@ def adapter(args: Namespace, config: dict[str, Any]) -> int:
     return int(model.num_parameters()) - parameters(config)
 
 
-def memory(args: Namespace, config: dict[str, Any]) -> int:
-    """Bytes of what a stage holds at the most, not spread over GPUs: what learns, and what is only asked."""
-    teacher, student = parameters(config), parameters({**config, "num_layers": args.student_blocks})
-    stored = 2 if args.mixed_precision == "bf16" else 4
+def memory(args: Namespace, config: dict[str, Any], experts: int = 1, processes: int = 1) -> int:
+    """Bytes of weights, gradients and Adam's moments that a stage holds at the most, none of them spread over GPUs.
+
+    - What learns has 12 bytes a parameter: itself and two moments, in float32. Student and critic learn in turns, and
+      an optimizer that has stepped drops its gradients, so those of one of them are there at a time, 4 bytes each.
+    - What is only asked is in the type that is computed in. That is the teacher, in every stage but that of segments;
+      and, in the second stage of the second of two experts, the first one's student, which takes the steps before.
+    - Adapters learn as a student does. All of them lie on one teacher, which is there in every stage.
+    - DDP keeps the gradients of both, in the memory in which it exchanges them.
+
+    Activations are not in it: those are measured, see `Trial`. A pass leaves for its way back what `--compile` and
+    `--gradient_checkpointing` make of it, and while a block goes back, all in it is there once more.
+
+    Args:
+        args: the settings.
+        config: of a transformer of the teacher.
+        experts: how many are trained.
+        processes: that share the work.
+    """
+    teacher, stored = parameters(config), 2 if args.mixed_precision == "bf16" else 4
+    matching = "matching" in stages(args)
+    student = parameters({**config, "num_layers": args.student_blocks})
+    critic = teacher if matching else 0
+    asked = 0 if stages(args) == ["segments"] and not args.lora_rank else stored * teacher
+    if matching and experts > 1:
+        asked += stored * (teacher if args.lora_rank else student)
     if args.lora_rank:
-        both = 2 if "matching" in stages(args) else 1
-        return stored * teacher * both + both * LEARNING * adapter(args, config)
-    learning: int = LEARNING * student + 4 * args.use_ema * student
-    if "matching" in stages(args):  # the critic is as large as the teacher; Wan2.2's other student takes its steps
-        learning += (LEARNING + stored) * teacher
-    return learning + (0 if stages(args) == ["segments"] else stored * teacher)
+        student = adapter(args, config)
+        critic = student if matching else 0
+    wrapped = processes > 1 and not args.lora_rank
+    gradients = student + critic if wrapped else max(student, critic)
+    total: int = asked + KEPT * (student + critic) + GRADIENT * gradients + 4 * args.use_ema * student
+    return total
 
 
 def space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> dict[str, tuple[Path, int]]:

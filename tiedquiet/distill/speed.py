@@ -3,21 +3,26 @@
 What each bought is measured by `benchmarks/distill/step.py`.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tiedquiet.distill.lora import Adapter
 from tiedquiet.distill.options import fail
 
 
@@ -132,6 +137,9 @@ def speed_up(
     if args.compile:
         # It would split each block where DDP's buckets end; a block is small enough for them as it is.
         torch._dynamo.config.optimize_ddp = False
+        # A block is compiled anew for each adapter and none, with gradients and without, and as the first, into which
+        # none flow: nine times. After eight torch goes on without compiling.
+        torch._dynamo.config.recompile_limit = 64
         # On GPUs it leaves gradients of Wan's modulation unwritten: https://github.com/pytorch/pytorch/issues/193061
         wrong = "triton.mix_order_reduction"  # torch 2.10 to 2.13; older ones do not know it
         options = {wrong: False} if wrong in torch._inductor.list_options() else {}
@@ -147,6 +155,29 @@ def whole(tensor: Any) -> Tensor:
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether FSDP gives each process a part of a model, so that only all of them together can use it."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def unexchanged(accelerator: Accelerator, model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Around a pass forward and its way back: only those of the `last` before the optimizer steps are exchanged.
+
+    DDP has to know it before the pass. Under FSDP, gradients that wait would lie whole on every GPU.
+    """
+    if last or accelerator.distributed_type is DistributedType.FSDP:
+        return nullcontext()
+    return cast(AbstractContextManager[Any], accelerator.no_sync(model))
+
+
+def clipped(accelerator: Accelerator, model: Any, limit: float) -> Tensor:
+    """The norm of a model's gradients, which are clipped to `limit`, if that is not 0, and of adapters exchanged first.
+
+    Torch's own clipping: accelerate's takes one FSDP model alone.
+    """
+    gradients = [parameter.grad for parameter in model.parameters()]
+    if isinstance(model, Adapter) and accelerator.num_processes > 1:  # nobody wrapped it; one exchange beats hundreds
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+    return clip_grad_norm_(model.parameters(), limit or math.inf)
 
 
 def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:

@@ -38,11 +38,16 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from diffusers import WanTransformer3DModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from tiedquiet.distill.average import Average
@@ -83,7 +88,7 @@ from tiedquiet.distill.pipeline import (
 from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.report import track_film
 from tiedquiet.distill.sources import read_metadata, read_prompts
-from tiedquiet.distill.speed import check_fsdp, check_kernels, shard, speed_up, whole
+from tiedquiet.distill.speed import check_fsdp, check_kernels, clipped, shard, speed_up, unexchanged, whole
 
 
 class Distillation:
@@ -354,23 +359,13 @@ def train(
         )
     told: dict[str, Tensor] = {}
 
-    def learn(model: Any, loss: Tensor, last: bool, **parts: Tensor) -> None:
-        """Backward; `last` where the optimizer steps next. `parts` are what is told of it, summed up over a step."""
-        # Under FSDP, gradients that are not exchanged yet would lie whole on every GPU.
-        apart = not last and not is_sharded
+    def learn(model: Any, loss: Tensor, **parts: Tensor) -> None:
+        """Backward. `parts` are what is told of it, summed up over a step."""
         if args.lora_rank:
             model.activate()
-        with accelerator.no_sync(model) if apart else contextlib.nullcontext():
-            accelerator.backward(loss)
+        accelerator.backward(loss)
         for part, value in parts.items():
             told[part] = told.get(part, torch.zeros_like(value)) + value.detach() / micro
-
-    def clipped(model: Any) -> Tensor:
-        """The norm of a model's gradients, which are clipped. Torch's own: accelerate's takes one FSDP model alone."""
-        if args.lora_rank and processes > 1:  # nobody wrapped it
-            for parameter in model.parameters():
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        return clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
 
     with noticing_signals() as received, words_above_the_bar():
         for step in bar:
@@ -380,23 +375,26 @@ def train(
             for part in range(micro):
                 last = part == micro - 1
                 if not matching:
-                    with accelerator.autocast():
-                        loss, parts = one.loss(**ahead)
-                    learn(one.student, loss, last, total=loss, **parts)
+                    with unexchanged(accelerator, one.student, last):
+                        with accelerator.autocast():
+                            loss, parts = one.loss(**ahead)
+                        learn(one.student, loss, total=loss, **parts)
                 else:
                     text, sigma, noise = ahead["text"], ahead["sigma"], ahead["noise"]
                     with accelerator.autocast():
                         x = one.own_state(ahead["start"], text, first, ahead["node"])
-                    with accelerator.autocast():
-                        loss, clip = one.matching(x, ahead["node"], text, ahead["empty"], sigma[0], noise[0])
-                    learn(one.student, loss, last and not args.segment_weight, matching=loss)
-                    if args.segment_weight:
+                    with unexchanged(accelerator, one.student, last and not args.segment_weight):
                         with accelerator.autocast():
-                            loss, _ = one.loss(ahead["x"], ahead["timesteps"], text, ahead["target"])
-                        learn(one.student, args.segment_weight * loss, last, segments=loss)
+                            loss, clip = one.matching(x, ahead["node"], text, ahead["empty"], sigma[0], noise[0])
+                        learn(one.student, loss, matching=loss)
+                    if args.segment_weight:
+                        with unexchanged(accelerator, one.student, last):
+                            with accelerator.autocast():
+                                loss, _ = one.loss(ahead["x"], ahead["timesteps"], text, ahead["target"])
+                            learn(one.student, args.segment_weight * loss, segments=loss)
                     drawn.append((clip, text, sigma[1:], noise[1:]))
                 ahead = batch(offset + step * micro + part + 1)  # while the GPU is busy with this one
-            norm = clipped(one.student)
+            norm = clipped(accelerator, one.student, args.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -406,10 +404,11 @@ def train(
 
             for again in range(args.critic_steps if matching else 0):
                 for part, (clip, text, sigma, noise) in enumerate(drawn):
-                    with accelerator.autocast():
-                        loss = one.criticism(clip, text, sigma[again], noise[again])
-                    learn(one.critic, loss, part == micro - 1, critic=loss / args.critic_steps)
-                clipped(one.critic)
+                    with unexchanged(accelerator, one.critic, part == micro - 1):
+                        with accelerator.autocast():
+                            loss = one.criticism(clip, text, sigma[again], noise[again])
+                        learn(one.critic, loss, critic=loss / args.critic_steps)
+                clipped(accelerator, one.critic, args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             if matching:
@@ -484,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
     check_space(args, teacher, names, data)
     if args.plan:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device)))
+        print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device).lines))
         return 0
 
     # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
@@ -494,7 +493,10 @@ def main(argv: list[str] | None = None) -> int:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         # The others wait while one writes and samples; torch gives up on them after ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or each would be there twice
+        ],
         project_config=ProjectConfiguration(
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
         ),
@@ -546,8 +548,8 @@ def distil(
             torch.cuda.reset_peak_memory_stats()
 
     if accelerator.is_main_process:
-        lines = plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device)
-        print(*(f"plan: {line}" for line in lines), sep="\n")
+        planned = plan(args, teacher, experts, data, accelerator.num_processes, accelerator.device)
+        print(*(f"plan: {line}" for line in planned.lines), sep="\n")
     data.prepare(teacher, accelerator, dtype)
     ended("start, prompts, paths" if args.student_steps else "start, prompts, latents")
     judge = Judge(teacher, data, accelerator.device, dtype)
@@ -567,7 +569,8 @@ def distil(
                 accelerator.print(f"tiedquiet.distill: {stopped}", file=sys.stderr)
                 return 128 + stopped.number
         steps_before += steps_of(args, stage)
-    ended("training")
+        if expert is experts[-1]:
+            ended(f"training, {stage}")
     if accelerator.is_main_process:
         try:
             if not (out / "student").exists():  # it does where an earlier run was interrupted later than this
@@ -581,7 +584,7 @@ def distil(
             print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
             return 128 + signal.SIGINT
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
-        metrics["phases"] = phases
+        metrics |= {"phases": phases, "planned": planned.told()}
         metrics["seconds"] = round(time.perf_counter() - start, 1)
         write_text(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         if not args.checkpointing_steps:

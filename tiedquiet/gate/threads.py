@@ -1,19 +1,56 @@
 """Compares many pairs of tensors in several threads: one alone does not reach the speed of memory."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
 
-from tiedquiet.proof.memory import bytes_of, same
+from tiedquiet.proof.memory import Bytes, bytes_of, same
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MOST = 16
 _SLICE = 1 << 24  # bytes that a thread compares at a time: several threads share one large tensor
 _SMALL = 1 << 19  # bytes that are compared before a thread would have begun
-_AHEAD = 4  # pairs for each thread
+_BATCH = 1 << 29  # bytes that the threads are given at a time
+
+
+class _Batch:
+    """Pairs that follow one another: what is known of them, and what the threads still have to compare."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.are_same: list[bool] = []
+        self._threads: list[Future[None]] = []
+        self._parts: list[tuple[int, Bytes]] = []
+
+    def add(self, pair: Pair | None, is_alone: bool) -> None:
+        """Take a pair in, and compare it at once if the threads would gain nothing."""
+        both = None if pair is None else bytes_of(*pair)
+        if both is not None and both.length > _SMALL and not is_alone:
+            self._parts += [(len(self.are_same), part) for part in both.parts(_SLICE)]
+            self.are_same.append(True)  # unless a thread finds that they differ
+        elif both is not None:
+            self.are_same.append(both.equal())
+        else:  # what is cast or copied first, a part at a time, torch compares with threads of its own
+            self.are_same.append(pair is not None and same(*pair))
+        self.bytes += 0 if pair is None else pair[0].nbytes
+
+    def start(self, pool: ThreadPoolExecutor, count: int) -> None:
+        """Let the threads begin. Each takes a part, until none is left, and waits for no other."""
+        todo = iter(self._parts)  # of a list: two threads never get the same from it
+        self._threads = [pool.submit(self._compare, todo) for _ in range(min(count, len(self._parts)))]
+
+    def outcome(self) -> list[bool]:
+        """Wait for the threads; whether the two tensors of each pair are the same."""
+        for thread in self._threads:
+            thread.result()
+        return self.are_same
+
+    def _compare(self, todo: Iterator[tuple[int, Bytes]]) -> None:
+        for number, part in todo:
+            if not part.equal():
+                self.are_same[number] = False
 
 
 class Threads:
@@ -32,25 +69,19 @@ class Threads:
     def same(self, pairs: Iterable[Pair | None]) -> Iterator[bool]:
         """Whether the two tensors of each pair are the same, as `memory.same` has it, in the order of the pairs.
 
+        A batch is compared while the next one is taken: to hand the threads one pair at a time would have them wait
+        for the interpreter's lock, which for small tensors takes as long as comparing.
+
         Args:
-            pairs: taken a few ahead of what is compared; None is not the same.
+            pairs: taken up to two batches ahead; None is not the same.
         """
-        begun: deque[list[Future[bool]] | bool] = deque()
+        running, batch = _Batch(), _Batch()
         for pair in pairs:
-            begun.append(self._begin(pair))
-            if len(begun) > _AHEAD * self._count:
-                yield _outcome(begun.popleft())
-        yield from map(_outcome, begun)
-
-    def _begin(self, pair: Pair | None) -> list[Future[bool]] | bool:
-        if pair is None:
-            return False
-        if (both := bytes_of(*pair)) is None:
-            return same(*pair)  # it is cast or copied first, a part at a time, by torch with threads of its own
-        if both.length <= _SMALL or self._count == 1:
-            return both.equal()
-        return [self._pool.submit(part.equal) for part in both.parts(_SLICE)]
-
-
-def _outcome(begun: list[Future[bool]] | bool) -> bool:
-    return begun if isinstance(begun, bool) else all(part.result() for part in begun)
+            batch.add(pair, is_alone=self._count == 1)
+            if batch.bytes >= _BATCH:
+                batch.start(self._pool, self._count)
+                yield from running.outcome()
+                running, batch = batch, _Batch()
+        batch.start(self._pool, self._count)
+        yield from running.outcome()
+        yield from batch.outcome()

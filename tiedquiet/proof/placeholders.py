@@ -73,8 +73,8 @@ class Placeholders:
             written = self._written.get(address)
             # Written whole; or through a view of another element size, after which nothing is claimed.
             if piece.numel() >= elements or (written is not None and written.numel() != elements):
-                del self._known[address]
-                self._written.pop(address, None)
+                for what in (self._known, self._written, self._marks):
+                    what.pop(address, None)
                 continue
             if written is None:
                 written = self._written[address] = torch.zeros(elements, dtype=torch.bool, device="cpu")
@@ -157,11 +157,14 @@ class _Marks:
 def version_of(tensor: Place) -> int:
     """How often torch has written to a tensor and its views, in whatever thread; not through `.data`.
 
-    0 where torch does not count, and on meta, where nothing can be lost.
+    0 where torch does not count.
     """
     if isinstance(tensor, tuple):
         return sum(map(version_of, tensor))
-    return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # of a tensor that was made in inference mode; to ask each whether it was takes twice as long
+        return 0
 
 
 def _address(piece: torch.Tensor) -> int:

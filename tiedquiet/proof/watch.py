@@ -195,7 +195,10 @@ class Watch(TorchDispatchMode):
 
     def _is_changed_elsewhere(self, name: str) -> bool:
         tensor = self._stored[name]
-        return version_of(tensor) != self._versions[name] and self._changed.isdisjoint(addresses_of(tensor))
+        if version_of(tensor) == self._versions[name]:
+            return False
+        addresses = addresses_of(tensor)  # none on meta, where nothing can be lost
+        return bool(addresses) and self._changed.isdisjoint(addresses)
 
     def give_up(self, error: Exception) -> None:
         """From here on nothing is known; the program goes on."""
