@@ -22,7 +22,11 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `check` takes to its parser."""
-    parser.add_argument("source", metavar="PATH|HUB_ID", help="a folder, a .gguf file, or a model's name on the hub")
+    parser.add_argument(
+        "source",
+        metavar="PATH|HUB_ID",
+        help="a folder, a .gguf file, a model's name on the hub, or a file of weights (--config)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument(
         "--class",
@@ -30,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="class to load it as: of transformers, of the checkpoint's own code, or package.module.Class "
         "(default: what its config names)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PATH|HUB_ID",
+        help="check a single file, as diffusers' from_single_file makes it the model or the pipeline of this config",
     )
     parser.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="load it as this type (default: the file's)")
@@ -43,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only what is not well")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run")
     parser.add_argument(
-        "--trust-pickle", action="store_true", help="open a .bin file also with a torch before 2.10, which is not safe"
+        "--trust-pickle",
+        action="store_true",
+        help="open a .bin or .ckpt file also with a torch before 2.10, which is not safe",
     )
 
 
@@ -73,7 +84,7 @@ def check(options: argparse.Namespace) -> int:
     )
     shown = progress.shown(not options.json and not options.quiet)
     with shown, _silence(how.trust), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
-        results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
+        results, is_pipeline = checking.check(options.source, options.revision, options.cls, how, options.config)
     status = int(any(result.is_loud for result in results))
     if options.json:
         print(report.as_json(status, options.source, versions(), results))
