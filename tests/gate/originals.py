@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.checkpoints import TOKENS
+
 Tensors = dict[str, torch.Tensor]
 
 _WAN = {
@@ -174,7 +176,7 @@ def sd_pipeline(folder: Path) -> tuple[Any, Any, Any]:
     )
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
     size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=50, max_position_embeddings=12, **size))
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=50, max_position_embeddings=12, **size, **TOKENS))
     for name, model in (("unet", unet), ("vae", vae)):
         model.save_config(folder / name)
     encoder.config.save_pretrained(folder / "text_encoder")

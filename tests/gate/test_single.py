@@ -103,7 +103,7 @@ def test_what_is_split_and_swapped(tmp_path: Path, of_single: Callable[..., dict
     assert found["notes"] == ["split, joined or turned by diffusers, and compared element by element: 28"]
     del tensors["y_embedder.mlp.0.bias"]
     found = of_single(tensors, 2, config=tmp_path / "sd3")
-    assert "diffusers looks for y_embedder.mlp.0.bias in the file, and it is not there" in found["error"]
+    assert "diffusers asks the file or its config for y_embedder.mlp.0.bias, which they do not have" in found["error"]
 
 
 # What is not as it should be in the file

@@ -301,7 +301,7 @@ def _reason(error: Exception, how: How) -> str:
     if type(error).__name__ == "SingleFileComponentError":
         return "the file has no weights for it"
     if isinstance(error, KeyError):
-        return f"diffusers looks for {error.args[0]} in the file, and it is not there"
+        return f"diffusers asks the file or its config for {error.args[0]}, which they do not have"
     if match := _MISMATCH.search(str(error)):
         key, wanted, stored = match[1], *(match[i].replace(", ", " by ") or "a scalar" for i in (2, 3))
         return f"{key} is {stored} in the file and {wanted} in the model"
