@@ -128,7 +128,8 @@ def test_a_tensor_that_diffusers_leaves_without_values(
     """It raises for its own models, and says nothing of the text encoder."""
     tensors = dict(made[1])
     del tensors[f"{ENCODER}final_layer_norm.bias"]
-    assert outcome(tensors, 1)["text_encoder"]["missing"] == ["final_layer_norm.bias"]
+    (missing,) = outcome(tensors, 1)["text_encoder"]["missing"]
+    assert missing.removeprefix("text_model.") == "final_layer_norm.bias"  # up to 5.5
     del tensors["first_stage_model.quant_conv.bias"]
     found = outcome(tensors, 1)
     assert found["vae"]["error"].endswith("the file has nothing for 1 of 92 tensors: quant_conv.bias")
@@ -148,6 +149,17 @@ def test_the_encoder_of_stable_diffusion_3(
     del tensors["text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"]
     found = outcome(tensors, 1)["text_encoder_3"]
     assert [(f["key"], f["verdict"]) for f in found["findings"]] == [("encoder.embed_tokens.weight", "untied")]
+
+
+def test_a_tensor_with_the_name_of_a_state_dict(
+    made: tuple[Path, Tensors, Any], outcome: Callable[..., dict[str, Any]]
+) -> None:
+    """Diffusers takes it for one."""
+    tensors = {**made[1], "state_dict": torch.ones(2)}
+    assert "sd.safetensors cannot be read by diffusers: " in outcome(tensors, 2)["error"]
+    assert (
+        "sd.safetensors cannot be loaded as AutoencoderKL: " in outcome(tensors, 2, "--class", "AutoencoderKL")["error"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,25 @@ def test_a_pickle_that_wants_to_run_code(
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": 3}, torch.ones(2)])
+NESTED: dict[str, Any] = {}
+NESTED["state_dict"] = NESTED
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": 3}, torch.ones(2), NESTED])
 def test_a_pickle_of_something_else(
     content: Any, wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(content, tmp_path / "x.pt")
     assert check(tmp_path / "x.pt", "--config", str(wan_folder / "transformer")) == 2
     assert capsys.readouterr().err.endswith("x.pt holds no tensors by name\n")
+
+
+def test_a_pickle_with_names_that_are_none(
+    wan_folder: Path, wan_stored: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({**wan_stored, 1: torch.ones(1)}, tmp_path / "x.pt")
+    assert check(tmp_path / "x.pt", "--config", str(wan_folder / "transformer")) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    torch.save({1: torch.ones(1)}, tmp_path / "x.pt")
+    assert check(tmp_path / "x.pt", "--config", str(wan_folder / "transformer")) == 2
+    assert capsys.readouterr().err.count("\n") == 1

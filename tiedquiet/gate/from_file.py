@@ -99,7 +99,7 @@ def _pipeline(file: File, source: Source, how: How, beside: Callable[[Source, En
     from diffusers.loaders.single_file import SINGLE_FILE_OPTIONAL_COMPONENTS
 
     results, reached, parts = [], set[str](), []
-    given = single.loaded(file)
+    given = single.loaded(file, how)
     for entry in components.entries_of(source):
         if entry.name in SINGLE_FILE_OPTIONAL_COMPONENTS:
             continue

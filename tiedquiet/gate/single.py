@@ -31,6 +31,7 @@ from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
 _MISMATCH = re.compile(r"(\S+) expected shape (?:torch\.Size)?\(?\[(.*?)\]\)?, but got (?:torch\.Size)?\(?\[(.*?)\]")
+_MOST_NESTED = 9  # `state_dict` inside `state_dict`
 Tensors = dict[str, torch.Tensor]
 
 
@@ -100,21 +101,29 @@ def read(name: str, how: How) -> File:
         content = unpickled(str(path))
     except Exception as error:
         raise CannotCheck(f"{name} cannot be read: {explain(error, None, how.trust)}") from error
-    while isinstance(content, dict) and "state_dict" in content:  # as diffusers does
-        content = content["state_dict"]
-    if not isinstance(content, dict):
+    for _ in range(_MOST_NESTED):  # diffusers goes on for ever where one holds itself
+        if isinstance(content, dict) and "state_dict" in content:
+            content = content["state_dict"]
+    if not isinstance(content, dict) or "state_dict" in content:
         raise CannotCheck(f"{name} holds no tensors by name")
-    tensors = {key: value for key, value in content.items() if torch.is_tensor(value)}
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and torch.is_tensor(value)}
     others = {key: value for key, value in content.items() if key not in tensors}
     return File(path, Checkpoint(tensors), others)
 
 
-def loaded(file: File) -> dict[str, Any]:
-    """What diffusers reads a file as: its tensors by name, mapped."""
+def loaded(file: File, how: How) -> dict[str, Any]:
+    """What diffusers reads a file as: its tensors by name, mapped.
+
+    Raises:
+        CannotCheck: diffusers cannot read it.
+    """
     from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 
-    with silent():
-        return dict(load_single_file_checkpoint(str(file.path)))
+    try:
+        with silent():
+            return dict(load_single_file_checkpoint(str(file.path)))
+    except Exception as error:
+        raise CannotCheck(f"{file.path} cannot be read by diffusers: {_reason(error, how)}") from error
 
 
 def of_class(kind: Any, file: File, folder: Path, how: How) -> Way:
