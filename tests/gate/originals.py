@@ -158,6 +158,25 @@ def stable_diffusion(unet: Any, vae: Any, encoder: Any) -> Tensors:
     return _cloned(found)
 
 
+def open_clip(encoder: Any, layers: int) -> Tensors:
+    """The second text encoder of Stable Diffusion XL as its authors store it: queries, keys and values in one."""
+    own = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
+    found = {
+        "positional_embedding": own["embeddings.position_embedding.weight"],
+        "token_embedding.weight": own["embeddings.token_embedding.weight"],
+        "text_projection": own["text_projection.weight"].T,
+    }
+    for end in ("weight", "bias"):
+        found[f"ln_final.{end}"] = own[f"final_layer_norm.{end}"]
+        for i in range(layers):
+            ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            parts = [own[f"{ours}.self_attn.{part}_proj.{end}"] for part in "qkv"]
+            found[f"{theirs}.attn.in_proj_{end}"] = torch.cat(parts)
+            for new, old in (("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("self_attn.out_proj", "attn.out_proj")):  # fmt: skip
+                found[f"{theirs}.{old}.{end}"] = own[f"{ours}.{new}.{end}"]
+    return _cloned({f"conditioner.embedders.1.model.{key}": tensor for key, tensor in found.items()})
+
+
 def sd_pipeline(folder: Path) -> tuple[Any, Any, Any]:
     """Write the configs of a tiny Stable Diffusion pipeline, and no weights; its three models."""
     import diffusers

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
-from tests.checkpoints import t5
+from tests.checkpoints import TOKENS, t5
 from tests.gate import originals
 from tests.gate.test_check import check
 
@@ -160,6 +160,23 @@ def test_a_tensor_with_the_name_of_a_state_dict(
     assert (
         "sd.safetensors cannot be loaded as AutoencoderKL: " in outcome(tensors, 2, "--class", "AutoencoderKL")["error"]
     )
+
+
+def test_the_second_encoder_of_stable_diffusion_xl(configs: Path, outcome: Callable[..., dict[str, Any]]) -> None:
+    """Diffusers copies slices of its projections, and turns one."""
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=50, max_position_embeddings=12, projection_dim=8, **size, **TOKENS)
+    encoder = CLIPTextModelWithProjection(config)
+    config.save_pretrained(configs / "text_encoder_2")
+    index = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "unet": None, "vae": None}
+    change(configs / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder=None, **index)
+    tensors = originals.open_clip(encoder, 2)
+    found = outcome(tensors, 0)
+    assert (found["text_encoder_2"]["held"], found["text_encoder_2"]["tensors"]) == (37, 37)
+    assert found["text_encoder_2"]["notes"] == [
+        "split, joined or turned by diffusers, and compared element by element: 13"
+    ]
+    assert (found["sd.safetensors"]["held"], found["sd.safetensors"]["unexpected"]) == (len(tensors), [])
 
 
 @pytest.mark.parametrize(
