@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     GPT2LMHeadModel,
@@ -31,6 +33,8 @@ from transformers import (
 )
 
 from tests.checkpoints import gpt2, umt5
+from tests.doors.test_from_pretrained import wan_pipeline
+from tests.gate import originals
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,6 +129,7 @@ def stage(folder: Path) -> None:
     _with_its_flag_off(UMT5EncoderModel(umt5()), folder / "wan" / "text_encoder")
     index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
     (folder / "wan" / "model_index.json").write_text(json.dumps(index))
+    _single_files(folder)
     _run_of_a_llava(folder)
     gpt.save_pretrained(folder / "cut-model")
     weights = folder / "cut-model" / "model.safetensors"
@@ -133,6 +138,18 @@ def stage(folder: Path) -> None:
         for block in blocks(page, "python"):
             if name := program(block):
                 (folder / name).write_text(block.text)
+
+
+def _single_files(folder: Path) -> None:
+    """Files in the form of their authors, and folders with the configs alone."""
+    from diffusers import WanTransformer3DModel
+
+    whole = wan_pipeline(folder / "whole")
+    tensors = originals.wan(WanTransformer3DModel.from_pretrained(whole / "transformer"))
+    save_file(tensors, folder / "wan2.1_t2v.safetensors")
+    shutil.copytree(whole, folder / "wan-configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = originals.sd_pipeline(folder / "sd-configs")
+    save_file(originals.stable_diffusion(*models), folder / "sd.safetensors")
 
 
 def _run_of_a_llava(folder: Path) -> None:

@@ -20,10 +20,13 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, T5EncoderModel
 
 from benchmarks.census.loads import limited as in_time
 from tests.checkpoints import gpt2, t5
+from tests.doors.test_from_pretrained import wan_pipeline
+from tests.gate import originals
 from tiedquiet.__main__ import main
 
 TEXTS = ("", "x", "..", "/etc", "a/b", "\n::error::x", "\x1b[2J", "\0", "\u202e", "é" * 9, "😀", "\ud800", "x" * 5000, "GPT2Config", "BertModel", "float16", "int8", "nan", "{0}", "%s", "*(", "model.safetensors", "__class__", "auto", "os.system")  # fmt: skip
@@ -31,6 +34,7 @@ NUMBERS = (0, 1, -1, 2, 3, 7, 10**30, -(10**30), 2**63, 0.5, -0.0, 1e308, float(
 WHOLE_FILES = (b"", b"{", b"[]", b"null", b"{}", b"NaN", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"a":' * 3000 + b"1" + b"}" * 3000, b"[" * 100000, b"1" * 5000, b'{"a": 1, "a": 2}', b"\x80\x04.", b"PK\x03\x04", b"GGUF", b"version https://git-lfs.github.com/spec/v1\n", bytes(200), b"\xff" * 200)  # fmt: skip
 
 _MOST_SECONDS = 60
+SINGLE = 1_000_000  # from this number on: single files, each with the folder of its config
 
 
 def make(top: Path) -> list[Path]:
@@ -67,6 +71,26 @@ def make(top: Path) -> list[Path]:
         config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
         peft.get_peft_model(base, config).save_pretrained(top / "adapter")
     return sorted(path for path in top.iterdir() if path.is_dir())
+
+
+def make_single(top: Path) -> list[Path]:
+    """Sound single files, each in a folder `weights` beside that of its config."""
+    import diffusers
+
+    models = originals.sd_pipeline(top / "sd" / "config")
+    tensors = originals.stable_diffusion(*models)
+    wan_pipeline(top / "wan" / "whole")
+    (top / "wan" / "whole" / "transformer").rename(top / "wan" / "config")
+    shutil.rmtree(top / "wan" / "whole")
+    wan = originals.wan(diffusers.WanTransformer3DModel.from_pretrained(top / "wan" / "config"))
+    (top / "wan" / "config" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.copytree(top / "wan", top / "pickle")
+    for name in ("wan", "sd", "pickle"):
+        (top / name / "weights").mkdir()
+    save_file(wan, top / "wan" / "weights" / "x.safetensors")
+    save_file(tensors, top / "sd" / "weights" / "x.safetensors")
+    torch.save({"state_dict": wan}, top / "pickle" / "weights" / "x.ckpt")
+    return sorted(top.iterdir())
 
 
 def spoil(random: Random, folder: Path) -> None:
@@ -171,12 +195,15 @@ def run(number: int, sound: list[Path], top: Path) -> tuple[int, str]:
     random = Random(number)
     folder = top / f"folder{number}"
     shutil.copytree(random.choice(sound), folder)
+    single = next(folder.glob("weights/*"), None)
     try:
         spoil(random, folder)
         options = [option for option in ("--json", "--quiet", "--all", "--resume") if random.random() < 0.2]
+        if single is not None:
+            options = ["--config", str(folder / "config"), *(option for option in options if option != "--resume")]
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err), in_time(_MOST_SECONDS, KeyboardInterrupt):
-            status = main(["check", str(folder), *options])
+            status = main(["check", str(single or folder), *options])
         return status, _fault(status, out.getvalue(), err.getvalue(), options)
     except BaseException as error:
         return 3, f"{type(error).__name__}: {error}"
@@ -219,8 +246,11 @@ def fuzz(numbers: Iterator[int] | range, say: Callable[[str], Any] = print) -> C
     with tempfile.TemporaryDirectory() as temporary, limited():
         top = Path(temporary)
         sound = make(top / "sound")
+        single: list[Path] = []
         for number in numbers:
-            status, fault = run(number, sound, top)
+            if number >= SINGLE and not single:
+                single = make_single(top / "single")
+            status, fault = run(number, single if number >= SINGLE else sound, top)
             count[3 if fault else status] += 1
             if fault:
                 say(f"{number}: {fault[:600]}")

@@ -33,7 +33,7 @@ for package in ("bitsandbytes", "compressed_tensors.compressors", "gguf"):  # qu
         __import__(package)
 from tiedquiet.__main__ import main
 
-top, names = os.getcwd(), json.loads(sys.argv[1])
+top, arguments = os.getcwd(), json.loads(sys.argv[1])
 for name in ("good", "pipe"):
     with redirect_stdout(io.StringIO()):
         main(["check", name])
@@ -56,11 +56,11 @@ def hook(event, given):
 
 out = {}
 sys.addaudithook(hook)
-for name in names:
+for name, given in arguments.items():
     seen.clear()
     said, told = io.StringIO(), io.StringIO()
     with redirect_stdout(said), redirect_stderr(told):
-        status = main(["check", "./" + name])
+        status = main(["check", *given])
     out[name] = {"status": status, "out": said.getvalue(), "err": told.getvalue(), "seen": {k: sorted(set(v)) for k, v in seen.items()}}
 print(json.dumps(out))
 """
@@ -103,7 +103,8 @@ def run(*arguments: str, cwd: Path, **more: Any) -> "subprocess.CompletedProcess
 def test_what_strangers_made_is_read_and_not_run(zoo: Zoo) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    done = run("-c", WATCHED, json.dumps(list(zoo.wanted)), cwd=zoo.top)
+    arguments = {name: zoo.arguments.get(name, [f"./{name}"]) for name in zoo.wanted}
+    done = run("-c", WATCHED, json.dumps(arguments), cwd=zoo.top)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     opened, imported = documented("opened"), documented("imported")

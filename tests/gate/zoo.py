@@ -10,6 +10,7 @@ import pickletools
 import shutil
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,12 @@ class Zoo:
     Attributes:
         mark: a file that is there if code was run.
         wanted: the exit statuses that are right for each.
+        arguments: what `check` is given of those that are not a folder as a whole.
     """
 
     def __init__(self, top: Path) -> None:
         self.top, self.mark, self.wanted = top, str(top / "RAN"), dict[str, set[int]]()
+        self.arguments: dict[str, list[str]] = {}
         GPT2LMHeadModel(gpt2()).save_pretrained(top / "good")
         T5EncoderModel(t5()).save_pretrained(top / "pipe" / "text_encoder")
         self._write(top / "pipe" / "model_index.json", {"_class_name": "P", "text_encoder": ["transformers", "T5EncoderModel"]})  # fmt: skip
@@ -103,6 +106,7 @@ class Zoo:
         self._places()
         self._adapters()
         self._sentences()
+        self._single_files()
 
     def _copy(self, name: str, *wanted: int, source: str = "good", **change: Any) -> Path:
         self.wanted[name] = set(wanted)
@@ -276,3 +280,71 @@ class Zoo:
         folder = adapter("adapter_bin", 2)
         (folder / "adapter_model.safetensors").unlink()
         (folder / "adapter_model.bin").write_bytes(pickles(self.mark)["reduce_system"])
+
+    def _single_files(self) -> None:
+        tensors = {
+            "model.diffusion_model.x": torch.ones(1),
+            "a\n::add-mask::x": torch.ones(1),
+            "b\x1b[2J": torch.ones(1),
+        }
+        own = {"_class_name": "AutoencoderKL", "block_out_channels": [4], "norm_num_groups": 2, "latent_channels": 2}
+        evil = ["evil", "Model"]
+
+        def single(name: str, *wanted: int, file: str = "x.safetensors", **files: Any) -> Path:
+            folder, self.wanted[name] = self.top / name, set(wanted)
+            self.arguments[name] = [f"./{name}/{file}", "--config", f"./{name}/config"]
+            for path, content in files.items():
+                self._write(folder / "config" / f"{path}.json", content)
+            for place in (folder, folder / "config"):
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "evil.py").write_text(CODE.format(mark=self.mark))
+            save_file(tensors, folder / "x.safetensors")
+            return folder
+
+        def index(name: str, *wanted: int, **entries: Any) -> Path:
+            vae = {"vae": ["diffusers", "AutoencoderKL"]}
+            return single(name, *wanted, model_index={"_class_name": "StableDiffusionPipeline", **vae, **entries})
+
+        single("single_class", 2, config=own | {"_class_name": "evil.Model", "auto_map": {"AutoModel": "evil.Model"}})
+        single("single_class_list", 2, config=own | {"_class_name": evil})
+        single("single_no_config", 2)
+        self.arguments["single_no_config"] = ["./single_no_config/x.safetensors"]
+        single("single_url", 2, config=own)
+        self.arguments["single_url"] = [
+            "https://huggingface.co/a/b/blob/main/x.safetensors",
+            "--config",
+            "./single_url/config",
+        ]
+        folder = single("single_config_link", 2, config=own)
+        (folder / "config" / "config.json").unlink()
+        (folder / "config" / "config.json").symlink_to("/etc/hostname")
+        folder = single("single_header", 2, config=own)
+        with (folder / "x.safetensors").open("wb") as file:
+            file.write((3 << 30).to_bytes(8, "little"))
+            file.truncate((3 << 30) + 8)
+        folder = single("single_fifo", 2, config=own)
+        (folder / "x.safetensors").unlink()
+        os.mkfifo(folder / "x.safetensors")
+        for suffix in ("ckpt", "pt", "safetensors"):
+            folder = single(f"single_pickle_{suffix}", 2, config=own, file=f"x.{suffix}")
+            (folder / f"x.{suffix}").write_bytes(pickles(self.mark)["reduce_system"])
+        index("single_pipe", 2)
+        index("single_pipe_library", 2, unet=evil, scheduler=["os", "system"], tokenizer=["evil", "Model"])
+        index("single_pipe_class", 2, _class_name=["evil", "Model"])
+        index("single_pipe_up", 2, **{"../good": ["transformers", "GPT2LMHeadModel"]})
+        folder = index(
+            "single_pipe_tokenizer",
+            2,
+            tokenizer=["transformers", "AutoTokenizer"],
+            scheduler=["diffusers", "DDIMScheduler"],
+        )
+        for part in ("tokenizer", "scheduler"):
+            beside = {"tokenizer_class": "evil.Model", "auto_map": {"AutoTokenizer": ["evil.Model", None]}}
+            self._write(folder / "config" / part / "tokenizer_config.json", beside)
+        with suppress(ImportError):
+            from diffusers import AutoencoderKLWan
+
+            vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1], num_res_blocks=1, temperal_downsample=[])
+            folder = single("single_terminal", 0)
+            vae.save_config(folder / "config")
+            save_file({**vae.state_dict(), **tensors, "c" * 5000: torch.ones(1)}, folder / "x.safetensors")

@@ -1,5 +1,6 @@
 """Checks a folder or a model on the hub: its one model, or each component of a pipeline."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,17 @@ from tiedquiet.gate.weights import has_variant
 _NO_LORA = "{} is not a model of diffusers, which --lora is for; a peft adapter is a folder"
 
 
-def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[list[Result], bool]:
+def check(
+    name: str, revision: str | None, cls: str | None, how: How, config: str | None = None
+) -> tuple[list[Result], bool]:
     """Check what a name stands for.
 
     Args:
-        name: a folder, a `.gguf` file, or a model's name on the hub.
-        revision: branch, tag or commit on the hub.
+        name: a folder, a `.gguf` file, a model's name on the hub, or a single file of weights.
+        revision: branch, tag or commit on the hub; of a single file that of its config.
         cls: the class to load it as; None for the one that it names.
         how: how to load it.
+        config: where the config of a single file lies, a folder or a model's name on the hub.
 
     Returns:
         The result for each component, and whether it is a pipeline.
@@ -29,6 +33,17 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
     Raises:
         CannotCheck: nothing of it can be checked.
     """
+    if config is None and os.path.isfile(name) and not name.endswith(".gguf"):
+        from tiedquiet.gate import from_file
+
+        raise CannotCheck(from_file.no_config(name))
+    if config is not None:
+        if not classes.has_diffusers():
+            raise CannotCheck("--config needs diffusers, which is not installed")
+        from tiedquiet.gate import from_file
+
+        results, is_pipeline = from_file.check(name, config, revision, cls, how, lambda s, e: _component(s, e, how))
+        return (_all(name, results) if is_pipeline else results), is_pipeline
     source = Source(name, revision)
     is_pipeline = components.is_pipeline(source)
     if how.is_resume and (is_pipeline or source.gguf or source.file("trainer_state.json") is None):
@@ -57,7 +72,7 @@ def check(name: str, revision: str | None, cls: str | None, how: How) -> tuple[l
 
 def _all(name: str, results: list[Result]) -> list[Result]:
     """What came out for all components; raises where nothing could be checked."""
-    looked_at = [result for result in results if result.has_tensors]
+    looked_at = [result for result in results if result.has_tensors and result.is_component]
     if all(result.error for result in looked_at):
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: no part of this pipeline can be checked: {why}")

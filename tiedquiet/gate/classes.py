@@ -42,6 +42,11 @@ def is_of_diffusers(kind: object) -> bool:
     return diffusers is not None and isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
 
 
+def has_diffusers() -> bool:
+    """Whether diffusers is installed."""
+    return _library("diffusers") is not None
+
+
 def is_module(kind: object) -> bool:
     """Whether it has tensors at all."""
     import torch

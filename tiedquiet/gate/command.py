@@ -22,7 +22,11 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `check` takes to its parser."""
-    parser.add_argument("source", metavar="PATH|HUB_ID", help="a folder, a .gguf file, or a model's name on the hub")
+    parser.add_argument(
+        "source",
+        metavar="PATH|HUB_ID",
+        help="a folder, a .gguf file, a model's name on the hub, or a file of weights (--config)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument(
         "--class",
@@ -30,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="class to load it as: one of transformers, of the checkpoint's own code, or package.module.Class "
         "(default: what its config names)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PATH|HUB_ID",
+        help="check a single file, as diffusers' from_single_file makes it the model or the pipeline of this config",
     )
     parser.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="load it as this type (default: the file's)")
@@ -45,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="open a .bin file even with a torch older than 2.10, which is not safe",
+        help="open a .bin or .ckpt file even with a torch older than 2.10, which is not safe",
     )
 
 
@@ -75,7 +84,7 @@ def check(options: argparse.Namespace) -> int:
     )
     shown = progress.shown(not options.json and not options.quiet)
     with shown, _silence(how.trust), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
-        results, is_pipeline = checking.check(options.source, options.revision, options.cls, how)
+        results, is_pipeline = checking.check(options.source, options.revision, options.cls, how, options.config)
     status = int(any(result.is_loud for result in results))
     if options.json:
         print(report.as_json(status, options.source, versions(), results))

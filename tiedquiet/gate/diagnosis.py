@@ -66,7 +66,7 @@ def damage(folder: Path) -> Iterator[str]:
         yield f"{path.name} cannot be read as a JSON object"
     for path in _weights(folder):
         try:
-            problem = _damage_of(path)
+            problem = damage_of(path)
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         if problem:
@@ -92,13 +92,14 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
 
 
-def _damage_of(path: Path) -> str:
+def damage_of(path: Path) -> str:
+    """What is wrong with a file of weights, as the end of a sentence; empty where nothing is seen."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(_POINTER))
         if start == _POINTER:
             return "is a Git LFS pointer instead of the file: run `git lfs pull`"
-        if path.suffix == ".bin":
+        if path.suffix != ".safetensors":
             is_torn = start[:2] == b"PK" and not zipfile.is_zipfile(path)
             return "is empty" if not size else "is truncated: its end is missing" if is_torn else ""
         file.seek(0)

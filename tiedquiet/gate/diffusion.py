@@ -49,7 +49,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
     checkpoint = Checkpoint(None, files)
     folder = part.source.folder(part.name) if is_here or not files else Path(files[0]).parent  # in the hub's cache
     try:
-        options: dict[str, Any] = {"torch_dtype": _dtype(how.dtype, checkpoint)}
+        options: dict[str, Any] = {"torch_dtype": dtype_of(how.dtype, checkpoint)}
         if how.variant:
             options["variant"] = how.variant
         if how.device != "cpu":
@@ -123,7 +123,7 @@ def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
     return found
 
 
-def _dtype(asked: str, checkpoint: Checkpoint) -> Any:
+def dtype_of(asked: str, checkpoint: Checkpoint) -> Any:
     """The type to load it as; of a file that is all of one half precision that, so that no memory is lost by it."""
     if asked != "auto":
         return getattr(torch, asked)

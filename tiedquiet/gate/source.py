@@ -32,7 +32,7 @@ class Source:
         if path.is_file() and path.suffix == ".gguf":
             self.name, self.gguf = str(path.parent), path.name
         elif path.is_file():
-            raise CannotCheck(f"{name} is a file; give the folder that it is in, with its config.json")
+            raise CannotCheck(f"{name} is a file, and no folder")
         elif self.is_local and not path.is_dir():
             raise CannotCheck(f"{name} is neither a folder nor a file")
         elif path.is_dir() and not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):

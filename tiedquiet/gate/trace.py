@@ -30,11 +30,11 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        sources = frozenset().union(*(self.of(tensor) for tensor in _tensors((args, kwargs))))
+        sources = frozenset().union(*(self.of(tensor) for tensor in tensors_in((args, kwargs))))
         if name == "_local_scalar_dense":
             self.asked |= sources
         elif sources and not (name.endswith(_OF_SHAPE[0]) or name.startswith(_OF_SHAPE[1])):
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 self._note(tensor, sources)
         return result
 
@@ -47,12 +47,12 @@ class Trace(TorchDispatchMode):
         self._names[tensor.untyped_storage()._cdata] = self.of(tensor) | sources
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in what a call was given, or gave."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))

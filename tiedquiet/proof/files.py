@@ -171,11 +171,20 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
     if reason := closed_because([path]):
         raise ValueError(reason)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the form before torch 1.6 cannot be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = unpickled(path)
     yield from ((key, partial(_itself, value)) for key, value in tensors.items() if torch.is_tensor(value))
+
+
+def unpickled(path: str) -> Any:
+    """What a pickle holds, mapped where its form allows that.
+
+    Raises:
+        Exception: it cannot be read, or wants to run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the form before torch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _equal(key: str, *paths: str) -> bool:

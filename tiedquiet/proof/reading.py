@@ -5,7 +5,7 @@ looked up in the headers of the files, and only if a load is not plainly clean.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -273,14 +273,32 @@ def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, u
         if not equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
             why = f"by the cast to {kinds[1]}: the file has it as {kinds[0]}"
             reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
-    elif stored in _CODES and ours not in _CODES and ours.is_floating_point:
-        beside = name.rpartition(".")[0] + "."
-        if scale := next((n for n in sorted(unread) if n.startswith(beside)), None):
-            why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
-            cure = "Load it with the quantization_config that it was saved with"
-            reading.found[key] = Finding(key, Verdict.UNREAD, None, why, True, cure)
+    elif (found := without_scale(key, name, stored, ours, unread)) is not None:
+        reading.found[key] = found
     elif narrows(stored, ours):
         reading.narrowed.add(key)
+
+
+def without_scale(
+    key: str, name: str, stored: torch.dtype, ours: torch.dtype, unread: Collection[str]
+) -> Finding | None:
+    """A finding where codes of eight bits were read as numbers, and nothing read the scale beside them.
+
+    Args:
+        key: the model's name.
+        name: the file's.
+        stored: the type that it has in the file.
+        ours: the type that it was read into.
+        unread: names of the file that nothing read.
+    """
+    if stored not in _CODES or ours in _CODES or not ours.is_floating_point:
+        return None
+    beside = name.rpartition(".")[0] + "."
+    scale = next((other for other in sorted(unread) if other.startswith(beside)), None)
+    if scale is None:
+        return None
+    why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
+    return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")
 
 
 def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
