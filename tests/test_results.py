@@ -182,6 +182,14 @@ def of_speed() -> Figures:
         cells = [ranged(told["seconds"], 2), f"{told['percent_of_ceiling']:.1f} %", f"{told['peak_gib']:.1f}"]
         cells += [f"{told['planned_seconds']:.1f} s, {told['planned_gib']:.1f} GiB"]
         yield "docs/distill.md", f"| {words} | {' | '.join(cells)} |", name
+    name, rates = results("distill-rates")
+    drawn = {(run["rank"], run["name"]): run["arms"]["student, 2 steps"] for run in rates["runs"]}
+    for rank in (8, 16, 64):
+        told = [drawn[rank, times] for times in ("1", "3", "10", "30")]
+        cells = [f"{100 * each['adherence']:.1f} %, {each['psnr']:.1f} dB" for each in told]
+        yield "docs/distill.md", f"| {rank} | {' | '.join(cells)} |", name
+    whole = drawn[0, "1"]
+    yield "docs/distill.md", f"Whole weights reach {100 * whole['adherence']:.1f} % and {whole['psnr']:.1f} dB", name
     name, large = results("distill-matching-wan2.2-a14b")
     told = large["arms"]["lora"]
     for figure in (

@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks.distill.students import MEASURES, add_passed, passed_on, run
 from benchmarks.record import PAGE_INCHES, arguments, stop, write
 
-RATES = ("learning_rate", "matching_learning_rate", "critic_learning_rate")
 APART = [(10, 1, 1), (10, 3, 3), (10, 30, 30), (10, 3, 10), (10, 10, 3)]
 
 
@@ -62,7 +61,7 @@ def main() -> None:
 
 def one(options: Any, rank: int, times: tuple[float, ...], seed: int, cache: str) -> dict[str, Any]:
     """A run at a rank, 0 for whole weights, and its rates as parts of the default ones."""
-    from tiedquiet.distill.options import TINY
+    from tiedquiet.distill.options import RATES, TINY
 
     words = ["--student_steps", "2", "--lora_rank", str(rank)]
     for name, factor in zip(RATES, times, strict=True):

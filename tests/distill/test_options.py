@@ -146,3 +146,11 @@ def test_wan_is_led_away_from_its_own_negative_prompt() -> None:
     wan = ["--pretrained_model_name_or_path", "someone/wan"]
     assert "过曝" in parse(DOC, wan).negative_prompt
     assert parse(DOC, [*wan, "--negative_prompt", "mine"]).negative_prompt == "mine"
+
+
+@pytest.mark.parametrize("teacher", [[], ["--pretrained_model_name_or_path", "wan"]])
+def test_adapters_learn_three_times_as_fast_unless_told_otherwise(teacher: list[str]) -> None:
+    whole, adapters = parse(DOC, teacher), parse(DOC, [*teacher, "--lora_rank", "8", "--critic_learning_rate", "0.5"])
+    assert adapters.learning_rate == 3 * whole.learning_rate
+    assert adapters.matching_learning_rate == 3 * whole.matching_learning_rate
+    assert adapters.critic_learning_rate == 0.5

@@ -10,7 +10,7 @@ from tiedquiet.proof.memory import Bytes, bytes_of, same
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 _MOST = 16
-_SLICE = 1 << 24  # bytes that a thread compares at a time: several threads share one large tensor
+_SLICE = 1 << 23  # bytes that a thread compares at a time: several threads share one large tensor
 _SMALL = 1 << 19  # bytes that are compared before a thread would have begun
 _BATCH = 1 << 29  # bytes that the threads are given at a time
 
