@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
 from tiedquiet.gate.diagnosis import CannotCheck
-from tiedquiet.gate.source import Source, kernels
+from tiedquiet.gate.patterns import ENDLESS, endless
+from tiedquiet.gate.source import Source, kernels, under
 
 
 class Part(NamedTuple):
@@ -120,6 +121,8 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
                 f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
                 "--trust-remote-code allows it"
             )
+        if (pattern := endless(adapter)) and not trust:
+            raise CannotCheck(f"{source.name}: adapter_config.json {ENDLESS.format(pattern)}")
         base = adapter.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise CannotCheck(f"{source.name} is an adapter, and its adapter_config.json names no base model")
@@ -211,3 +214,5 @@ def _check_names(part: Part, config: dict[str, Any]) -> None:
             f"{part.label}: config.json names {kernel}, compiled code that transformers fetches from the hub and runs; "
             "--trust-remote-code allows it"
         )
+    if pattern := endless(under(config, "quantization_config")):
+        raise CannotCheck(f"{part.label}: the quantization_config in config.json {ENDLESS.format(pattern)}")
