@@ -18,6 +18,7 @@ import tiedquiet
 from tests.gate.quantised import Make, plain
 from tests.gate.test_quantised import check, down, flip
 from tiedquiet import Verdict
+from tiedquiet.doors import from_pretrained
 from tiedquiet.gate import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -133,6 +134,49 @@ def test_what_it_cannot_do_once_more_is_unproven_with_its_words(
     assert all(
         "unproven  transformers (last) cannot make it of the file once more: no attention" in row for row in rows
     )
+
+
+def test_the_shim_leaves_to_it_what_it_does(last: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for mode in "on", "repair", "strict":
+        with tiedquiet.enable(mode):
+            model = LlamaForCausalLM.from_pretrained(last)
+        proof = tiedquiet.check(model)
+        assert (proof.stored, proof.total, proof.findings, proof.ok) == (12, 12, (), True)
+        stored = load_file(last / "model.safetensors")[f"{MLP}.down_proj.weight"]
+        assert torch.equal(down(model).weight, stored + 1)
+    assert not caplog.records
+    down(model).weight = torch.nn.Parameter(down(model).weight.data.clone())
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.key, finding.verdict) == (f"{MLP}.down_proj.weight", Verdict.UNPROVEN)
+
+
+class _Merging(LlamaForCausalLM):
+    """Writes to what was read in `eval()`, as layers do that merge something there."""
+
+    def eval(self) -> Any:
+        self.model.norm.weight.data.add_(1)
+        return super().eval()
+
+
+def test_what_is_written_before_it_is_told(last: Path) -> None:
+    with tiedquiet.enable("on"):
+        model = _Merging.from_pretrained(last)
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.key, finding.verdict) == ("model.norm.weight", Verdict.OVERWRITTEN)
+    assert "_Merging.eval" in finding.why
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match=r"model\.norm\.weight"):
+        _Merging.from_pretrained(last)
+
+
+def test_where_its_step_cannot_be_seen_the_watch_ends_with_the_report(
+    last: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = from_pretrained.is_wrapped
+    monkeypatch.setattr(
+        from_pretrained, "is_wrapped", lambda seam: seam is not from_pretrained._LAST_STEP and seen(seam)
+    )
+    with tiedquiet.enable("strict"):
+        assert tiedquiet.check(_Merging.from_pretrained(last)).stored == 12
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ WITHOUT = {
     "state of 4 bits": ("bitsandbytes, 4 bits", "bitsandbytes__fp4", 2, f"LlamaForCausalLM: {DOWN}.weight cannot be made of what the files have for it: "),
     "scale of torchao": ("torchao", "_weight_scale", 2, no("_weight_scale", "_weight_qdata", "int8")),
     "scale of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight_scale_inv", 2, "the files have no model.layers.0.mlp.experts.1.down_proj.weight_scale_inv, which belongs beside"),
+    "codes of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight", 2, "mlp.experts.down_proj cannot be made of what the files have for it: "),
     "scale of mxfp4": ("mxfp4", "down_proj_scales", 2, "model.layers.0.mlp.experts.down_proj_scales, which belongs beside model.layers.0.mlp.experts.down_proj_blocks (codes of uint8)"),
 }  # fmt: skip
 
