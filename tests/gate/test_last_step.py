@@ -19,7 +19,7 @@ from tests.gate.quantised import Make, plain
 from tests.gate.test_quantised import check, down, flip
 from tiedquiet import Verdict
 from tiedquiet.doors import from_pretrained
-from tiedquiet.gate import load
+from tiedquiet.gate import load, report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MLP = "model.layers.0.mlp"
@@ -223,3 +223,17 @@ def test_the_load_and_the_model_in_memory_are_sound_too(mode: str, gptq: Path, t
     save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
     (finding,) = tiedquiet.check(model, str(tmp_path)).findings
     assert (finding.key, finding.verdict) == (f"{MLP}.down_proj.qzeros", Verdict.OVERWRITTEN)
+
+
+def test_what_is_said_of_tensors_that_do_not_hold_the_file_s_own_bytes() -> None:
+    made = report.Result("text_encoder", "LlamaForCausalLM", held=33, total=33, maker="gptqmodel")
+    wanted = "tensors hold the file's bytes, or what gptqmodel makes of them"
+    assert made.as_json()["counted"] == wanted
+    plain_one = report.Result("vae", "AutoencoderKL", held=7, total=7)
+    assert list(report.as_lines([made, plain_one], is_pipeline=True)) == [
+        f"text_encoder: LlamaForCausalLM: 33 of 33 {wanted}",
+        "vae: AutoencoderKL: 7 of 7 tensors hold the file's bytes",
+        "2 of 2 components are sound; 40 of 40 tensors hold the files' bytes, or what is made of them",
+    ]
+    *_, last = report.as_lines([plain_one], is_pipeline=True)
+    assert last == "1 of 1 components are sound; 7 of 7 tensors hold the files' bytes"
