@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ def _part(module: Any, names: Collection[str], prefix: str = "") -> Any:
         path = f"{prefix}{name}."
         if any(key.startswith(path) for key in names):
             part._modules[name] = _part(child, names, path)
-        elif child is None or any(True for _ in (*child.parameters(), *child.buffers())):
+        elif child is None or next(chain(child.parameters(), child.buffers()), None) is not None:
             del part._modules[name]
     return part
 
