@@ -140,7 +140,7 @@ def _can_be_a_path(name: str) -> bool:
 
 def kernels(config: object) -> Iterator[str]:
     """The kernels of the hub that a config names, at any depth: transformers fetches such code, and runs it."""
-    for key, value in _entries(config):
+    for key, value in entries(config):
         if key.lstrip("_") in _KERNELS:
             named = value.values() if isinstance(value, dict) else [value]
             yield from (name for name in named if isinstance(name, str) and "/" in name)
@@ -148,10 +148,11 @@ def kernels(config: object) -> Iterator[str]:
 
 def under(config: object, wanted: str) -> list[Any]:
     """What a config has under a key, at any depth."""
-    return [value for key, value in _entries(config) if key == wanted]
+    return [value for key, value in entries(config) if key == wanted]
 
 
-def _entries(config: object) -> Iterator[tuple[str, Any]]:
+def entries(config: object) -> Iterator[tuple[str, Any]]:
+    """Each key of a config and its value, at any depth."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
