@@ -11,6 +11,7 @@ from tiedquiet import mode
 DOORS = {
     "transformers.utils.loading_report": "tiedquiet.doors.from_pretrained",
     "transformers.modeling_utils": "tiedquiet.doors.from_pretrained",
+    "transformers.quantizers.base": "tiedquiet.doors.from_pretrained",
     "transformers.trainer": "tiedquiet.doors.trainer",
     "transformers.integrations.deepspeed": "tiedquiet.doors.trainer",
     "peft.peft_model": "tiedquiet.doors.adapters",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from tests.checkpoints import gpt2, save
 from tests.doors.test_from_pretrained import wan_pipeline
 from tests.gate import originals
+from tests.gate.quantised import MAKERS, Make
 from tests.gate.test_check import check
 
 Tensors = dict[str, torch.Tensor]
@@ -51,3 +53,16 @@ def of_single(wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         return component  # type: ignore[no-any-return]
 
     return say
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes a quantised checkpoint of a kind; each once."""
+
+    @cache
+    def made(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("quantised")
+        MAKERS[kind](folder)
+        return folder
+
+    return made

@@ -20,21 +20,21 @@ from random import Random
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, T5EncoderModel
 
 from benchmarks.census.loads import limited as in_time
 from tests.checkpoints import gpt2, t5
-from tests.doors.test_from_pretrained import wan_pipeline
-from tests.gate import originals
+from tests.gate import fuzz_kinds
+from tests.gate.fuzz_kinds import Kind
 from tiedquiet.__main__ import main
 
 TEXTS = ("", "x", "..", "/etc", "a/b", "\n::error::x", "\x1b[2J", "\0", "\u202e", "é" * 9, "😀", "\ud800", "x" * 5000, "GPT2Config", "BertModel", "float16", "int8", "nan", "{0}", "%s", "*(", "model.safetensors", "__class__", "auto", "os.system")  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 3, 7, 10**30, -(10**30), 2**63, 0.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf"))
 WHOLE_FILES = (b"", b"{", b"[]", b"null", b"{}", b"NaN", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"a":' * 3000 + b"1" + b"}" * 3000, b"[" * 100000, b"1" * 5000, b'{"a": 1, "a": 2}', b"\x80\x04.", b"PK\x03\x04", b"GGUF", b"version https://git-lfs.github.com/spec/v1\n", bytes(200), b"\xff" * 200)  # fmt: skip
 
+MORE, SINGLE = 100_000, 1_000_000  # from these numbers on it is the folders, and the single files, of fuzz_kinds
+
 _MOST_SECONDS = 60
-SINGLE = 1_000_000  # from this number on: single files, each with the folder of its config
 
 
 def make(top: Path) -> list[Path]:
@@ -73,28 +73,19 @@ def make(top: Path) -> list[Path]:
     return sorted(path for path in top.iterdir() if path.is_dir())
 
 
-def make_single(top: Path) -> list[Path]:
-    """Sound single files, each in a folder `weights` beside that of its config."""
-    import diffusers
+def spoil(random: Random, folder: Path, own: Callable[..., None] | None = None) -> None:
+    """Change something in a folder.
 
-    models = originals.sd_pipeline(top / "sd" / "config")
-    tensors = originals.stable_diffusion(*models)
-    wan_pipeline(top / "wan" / "whole")
-    (top / "wan" / "whole" / "transformer").rename(top / "wan" / "config")
-    shutil.rmtree(top / "wan" / "whole")
-    wan = originals.wan(diffusers.WanTransformer3DModel.from_pretrained(top / "wan" / "config"))
-    (top / "wan" / "config" / "diffusion_pytorch_model.safetensors").unlink()
-    shutil.copytree(top / "wan", top / "pickle")
-    for name in ("wan", "sd", "pickle"):
-        (top / name / "weights").mkdir()
-    save_file(wan, top / "wan" / "weights" / "x.safetensors")
-    save_file(tensors, top / "sd" / "weights" / "x.safetensors")
-    torch.save({"state_dict": wan}, top / "pickle" / "weights" / "x.ckpt")
-    return sorted(top.iterdir())
-
-
-def spoil(random: Random, folder: Path) -> None:
-    """Change something in a folder."""
+    Args:
+        random: what is drawn from.
+        folder: it.
+        own: changes what this kind of folder has and others have not.
+    """
+    if own is not None and random.random() < 0.6:
+        with suppress(ValueError, UnicodeEncodeError):
+            own(random, folder, _changed)
+        if random.random() < 0.7:
+            return
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
         if not files:
@@ -190,20 +181,21 @@ def _change_file(random: Random, path: Path) -> None:
         path.write_bytes(random.choice(WHOLE_FILES))
 
 
-def run(number: int, sound: list[Path], top: Path) -> tuple[int, str]:
+def run(number: int, sound: list[Kind], top: Path) -> tuple[int, str]:
     """How `check` ends on one folder, and what is wrong with that; empty if nothing is."""
     random = Random(number)
     folder = top / f"folder{number}"
-    shutil.copytree(random.choice(sound), folder)
-    single = next(folder.glob("weights/*"), None)
+    kind = random.choice(sound)
+    shutil.copytree(kind.folder, folder)
     try:
-        spoil(random, folder)
+        spoil(random, folder, kind.spoil)
         options = [option for option in ("--json", "--quiet", "--all", "--resume") if random.random() < 0.2]
-        if single is not None:
-            options = ["--config", str(folder / "config"), *(option for option in options if option != "--resume")]
+        given = kind.arguments(folder)
+        if "--config" in given:  # which --resume goes with nowhere
+            options = [option for option in options if option != "--resume"]
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err), in_time(_MOST_SECONDS, KeyboardInterrupt):
-            status = main(["check", str(single or folder), *options])
+            status = main(["check", *given, *options])
         return status, _fault(status, out.getvalue(), err.getvalue(), options)
     except BaseException as error:
         return 3, f"{type(error).__name__}: {error}"
@@ -245,12 +237,14 @@ def fuzz(numbers: Iterator[int] | range, say: Callable[[str], Any] = print) -> C
     count: Counter[int] = Counter()
     with tempfile.TemporaryDirectory() as temporary, limited():
         top = Path(temporary)
-        sound = make(top / "sound")
-        single: list[Path] = []
+        sound, more, single = [Kind(folder) for folder in make(top / "sound")], list[Kind](), list[Kind]()
         for number in numbers:
+            if MORE <= number < SINGLE and not more:
+                more = fuzz_kinds.make(top / "more")
             if number >= SINGLE and not single:
-                single = make_single(top / "single")
-            status, fault = run(number, single if number >= SINGLE else sound, top)
+                single = fuzz_kinds.make_single(top / "single")
+            kinds = single if number >= SINGLE else more if number >= MORE else sound
+            status, fault = run(number, kinds, top)
             count[3 if fault else status] += 1
             if fault:
                 say(f"{number}: {fault[:600]}")

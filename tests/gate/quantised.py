@@ -23,6 +23,7 @@ from transformers import (
 
 from tests.checkpoints import state_of
 
+Make = Callable[[str], Path]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}  # fmt: skip
 BLOCK = 32  # rows and columns of a float8 block
 
@@ -129,6 +130,32 @@ def _float4(folder: Path) -> None:
     _add_config(folder, quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "lm_head"])
 
 
+def _four_bits(method: str, **more: Any) -> Callable[[Path], None]:
+    """Codes and zero points of four bits, eight to a number, and one scale for 32 of a row: what gptqmodel reads."""
+
+    def make(folder: Path) -> None:
+        pytest.importorskip("gptqmodel")
+        pytest.importorskip("optimum")
+        random, group, tensors = np.random.default_rng(0), 32, {}
+        for name, weight in load_file(plain(folder) / "model.safetensors").items():
+            if "_proj" not in name:
+                tensors[name] = weight.half()
+                continue
+            rows, columns = weight.shape
+            shape = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
+            of = {"qweight": random.integers(-(2**31), 2**31, shape, np.int32)}
+            zeros = random.integers(0, 15, (columns // group, rows // 8, 8)) << np.arange(0, 32, 4)
+            of["qzeros"] = zeros.sum(-1).astype(np.uint32).view(np.int32)
+            of["scales"] = random.uniform(0.001, 0.01, (columns // group, rows)).astype(np.float16)
+            if method == "gptq":
+                of["g_idx"] = (np.arange(columns) // group).astype(np.int32)
+            tensors |= {name.replace("weight", part): torch.from_numpy(values) for part, values in of.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        _add_config(folder, quant_method=method, bits=4, group_size=group, **more)
+
+    return make
+
+
 class Gguf:
     """A GGUF file in the making: every matrix in the next of some types."""
 
@@ -214,6 +241,9 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "fp8": _float8,
     "fp8 experts": _float8_experts,
     "mxfp4": _float4,
+    "gptq": _four_bits("gptq", desc_act=False, sym=True, checkpoint_format="gptq"),
+    "gptq of version 2": _four_bits("gptq", desc_act=True, sym=False, checkpoint_format="gptq_v2"),
+    "awq": _four_bits("awq", zero_point=True, version="gemm", modules_to_not_convert=["lm_head"]),
     "gguf": _gguf("Q8_0", "Q4_0", "Q5_1"),
     "gguf, k": _gguf("Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "F16"),
     "gguf of transformers": _gguf_of_transformers,

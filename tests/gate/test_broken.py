@@ -145,3 +145,14 @@ def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(AttributeError) as raised:
         names["NoFile"](gpt2())
     assert explain(raised.value, None, False).startswith("NoFile._tied_weights_keys is a list, but transformers 5")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layer", 2**63), ("depths", [2, 10**6]), ("text_config", {"num_layers": 10_001})]
+)
+def test_layers_without_end(key: str, value: Any, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {**json.loads((good / "config.json").read_text()), "n_layer": 1, key: value}
+    (good / "config.json").write_text(json.dumps(config))
+    assert check(good) == 2
+    named = next(iter(value)) if isinstance(value, dict) else key
+    assert capsys.readouterr().err == f"tiedquiet: {good}: config.json asks for more than 10,000 layers ({named})\n"

@@ -16,6 +16,7 @@ from tests.compat import cases
 from tests.doors.test_from_pretrained import wan_pipeline
 from tests.gate.test_compare import bert, mixtral
 from tiedquiet.__main__ import main
+from tiedquiet.gate import load
 
 
 def check(path: Path | str, *options: str) -> int:
@@ -48,6 +49,22 @@ def test_what_was_silenced_for_it_is_as_before(good: Path, bars: bool, monkeypat
     assert check(good) == 0
     assert transformers.logging.is_progress_bar_enabled() is bars
     assert [logger.level for logger in loggers] == levels
+    assert logging.root.isEnabledFor(logging.ERROR)
+
+
+def test_nothing_is_logged_whoever_logs(
+    good: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some package or other: what it logs may be a name that strangers chose."""
+    own = load._load
+
+    def loaded(*arguments: Any) -> Any:
+        logging.getLogger("some.package").critical("a name with \x1b[2J")
+        return own(*arguments)
+
+    monkeypatch.setattr(load, "_load", loaded)
+    assert check(good) == 0
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["gpt2_flag_off", "gpt2_with_neither_end", "gpt2_with_an_unrelated_key_missing"])

@@ -16,7 +16,7 @@ from tiedquiet.gate import lora
 from tiedquiet.gate.load import How
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("peft")
+LoraConfig = pytest.importorskip("peft").LoraConfig
 from tiedquiet.distill import lora as ours  # noqa: E402 (it needs both)
 
 RANK, LAYERS = 4, 10
@@ -115,7 +115,10 @@ def test_peft_s_names_and_what_is_written_beside_them(
 ) -> None:
     tensors = {f"transformer.{key}": tensor for key, tensor in by_peft.items()}
     assert outcome(tensors, 0)["held"] == 20
-    config = {"transformer.r": RANK, "transformer.lora_alpha": 8, "transformer.target_modules": ours.TARGETS}
+    # All of it, as diffusers' own training programs write it: megatron's module is named, and not asked for.
+    whole = LoraConfig(r=RANK, lora_alpha=8, target_modules=ours.TARGETS).to_dict()
+    config = {f"transformer.{key}": list(value) if isinstance(value, set) else value for key, value in whole.items()}
+    assert config["transformer.megatron_core"]
     assert outcome(tensors, 0, metadata={"lora_adapter_metadata": json.dumps(config)})["held"] == 20
     config["transformer.r"] = 2 * RANK
     found = outcome(tensors, 1, metadata={"lora_adapter_metadata": json.dumps(config)})
@@ -292,7 +295,10 @@ def test_what_is_no_lora_file(
         ("{", "cannot be read: Expecting property name"),
         ("[" * 100_000, "cannot be read: "),
         ("[]", "its lora_adapter_metadata does not hold a JSON object"),
-        ('{"transformer.megatron_core": "this"}', "asks for megatron_core, a module that peft imports by its name"),
+        (
+            '{"transformer.megatron_core": "this", "transformer.megatron_config": {"a": 1}}',
+            "asks for megatron_core, a module that peft imports by its name",
+        ),
     ],
 )
 def test_what_is_written_beside_the_tensors(

@@ -12,7 +12,7 @@ from tiedquiet import mode
 from tiedquiet.doors import adapters, call
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
 from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_override
-from tiedquiet.proof import names
+from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import (
@@ -85,6 +85,18 @@ def _on_finalize(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], 
             entered.callback(_close, load, model)
             entered.enter_context(load.watch)
         return wrapped(*args, **kwargs)
+
+
+def _on_last_step(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a quantiser's `postprocess_model`: it changes tensors for good, and on purpose, so the watch has ended."""
+    model, around = bind(wrapped, args, kwargs)["model"], call.current()
+    if around is not None:
+        around.end_earlier(model)
+    result = wrapped(*args, **kwargs)
+    with suppress(Exception):
+        if around is not None and (known := record.of(model)) is not None:
+            record.leave(model, known.renewed(survey(model).state))
+    return result
 
 
 def _close(load: Load, model: Any) -> None:
@@ -165,9 +177,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     around = call.current()
     if around is not None:
         load.arguments = around.arguments
-        # What a quantiser does once transformers has reported changes tensors for good, and on purpose. And of an
-        # adapter the report says which of its keys are missing, where the loader calls all of its base model so.
-        if not quantised and not adapters.is_loading(model):
+        # Of an adapter the report says which of its keys are missing, where the loader calls all of its base model so.
+        if not adapters.is_loading(model) and (not quantised or is_wrapped(_LAST_STEP)):
             around.watch(load, model)
     if adapters.is_loading(model):
         adapters.note_rest(model, reading, unread)
@@ -277,6 +288,13 @@ _FINALIZE = Seam(
     (frozenset({"model", "load_config"}),),
     _on_finalize,
 )
+_LAST_STEP = Seam(
+    "transformers.quantizers.base",
+    "HfQuantizer",
+    ("postprocess_model",),
+    (frozenset({"model"}),),
+    _on_last_step,
+)
 add(
     Seam(
         "transformers.utils.loading_report",
@@ -293,6 +311,7 @@ add(
         _on_read,
     ),
     _FINALIZE,
+    _LAST_STEP,
     Seam(
         "transformers.modeling_utils",
         "PreTrainedModel",

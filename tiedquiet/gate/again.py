@@ -1,9 +1,11 @@
 """What transformers makes from a checkpoint's files, made again, on a model without values."""
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +13,20 @@ import tiedquiet
 from tiedquiet.proof.survey import survey
 
 _SEAM = "_load_pretrained_model"  # of every release since 5.0: the model is built, and no value was read
+
+
+class Made(NamedTuple):
+    """What the loader made.
+
+    Attributes:
+        model: where it lies: the model without values, or what that has of the modules concerned.
+        tensors: by the model's names.
+        gone: the names of those that were read, and of which the quantiser made others since.
+    """
+
+    model: Any
+    tensors: dict[str, torch.Tensor]
+    gone: set[str]
 
 
 class Again:
@@ -21,16 +37,19 @@ class Again:
         given: what it would have read, under its names, where that does not come from the files as it is; GGUF.
         quantiser: the loader's own; None where it has none.
         conversions: what the loader renames and converts.
+        has_last_step: whether the quantiser goes through the model once more when all of it is read.
     """
 
     def __init__(self, model: Any, given: Mapping[str, Any] | None, config: Any) -> None:
         self.model, self.given, self._config = model, given, config
         self.quantiser = config.hf_quantizer
         self.conversions = list(config.weight_mapping or ())
+        # With a GGUF file transformers looks for kernels then, on the hub, and does nothing to tensors.
+        self.has_last_step = given is None and self.quantiser is not None and _has_last_step(self.quantiser)
 
     @contextmanager
-    def made_of(self, tensors: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
-        """What the loader makes of some tensors of the files, by the model's names; gone when the `with` ends.
+    def made_of(self, tensors: Mapping[str, Any]) -> Iterator[Made]:
+        """What the loader makes of some tensors of the files, its last step included; gone when the `with` ends.
 
         Args:
             tensors: all that one tensor of the model is made of, or several.
@@ -41,9 +60,16 @@ class Again:
         before = survey(self.model).state
         try:
             with tiedquiet.enable("off"):
+                if self.has_last_step:  # which may write where the values of the files lie
+                    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                 getattr(type(self.model), _SEAM)(self.model, dict(tensors), None, self._config)
-            now = survey(self.model).state
-            yield {name: tensor for name, tensor in now.items() if tensor is not before.get(name)}
+                made = Made(self.model, _changed(self.model, before), set())
+                if self.has_last_step:
+                    part = _part(self.model, made.tensors)
+                    self.quantiser.postprocess_model(part)
+                    gone = made.tensors.keys() - survey(part).state.keys()
+                    made = Made(part, _changed(part, before), gone)
+            yield made
         finally:
             for name, tensor in before.items():
                 module, _, leaf = name.rpartition(".")
@@ -75,6 +101,36 @@ def begin(load: Callable[[], object]) -> Again | None:
     finally:
         setattr(PreTrainedModel, _SEAM, kept)
     return found[0] if found else None
+
+
+def _has_last_step(quantiser: Any) -> bool:
+    from transformers.quantizers import HfQuantizer
+
+    step = "_process_model_after_weight_loading"
+    return getattr(type(quantiser), step, None) is not getattr(HfQuantizer, step, None)
+
+
+def _changed(model: Any, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    now = survey(model).state
+    return {name: tensor for name, tensor in now.items() if tensor is not before.get(name) and not tensor.is_meta}
+
+
+def _part(module: Any, names: Collection[str], prefix: str = "") -> Any:
+    """A copy of a module, with those of its modules that have some tensors, or none at all; the tensors are the same.
+
+    What is done to all of a model can be done to that, and the module itself stays as it is.
+    """
+    part = copy.copy(module)
+    for what in ("_parameters", "_buffers", "_modules"):
+        vars(part)[what] = dict(vars(module)[what])
+    part._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    for name, child in module._modules.items():
+        path = f"{prefix}{name}."
+        if any(key.startswith(path) for key in names):
+            part._modules[name] = _part(child, names, path)
+        elif child is None or next(chain(child.parameters(), child.buffers()), None) is not None:
+            del part._modules[name]
+    return part
 
 
 def _begun(model: Any, given: Any = None, files: Any = None, config: Any = None, *_: Any, **__: Any) -> tuple[Any, ...]:

@@ -120,11 +120,8 @@ def _silence(trust: bool) -> Iterator[None]:
     """
     from transformers.utils import logging as theirs
 
-    names = ("transformers", "diffusers", "huggingface_hub", "tiedquiet", "torch", "torchao", "bitsandbytes")
-    loggers = [logging.getLogger(name) for name in names]
-    levels, bars = [logger.level for logger in loggers], theirs.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    disabled, bars = logging.root.manager.disable, theirs.is_progress_bar_enabled()
+    logging.disable()
     theirs.disable_progress_bar()
     stdin, told = sys.stdin, sys.stderr if trust else _nowhere()
     try:
@@ -134,7 +131,6 @@ def _silence(trust: bool) -> Iterator[None]:
             yield
     finally:
         sys.stdin = stdin
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
         if bars:
             theirs.enable_progress_bar()

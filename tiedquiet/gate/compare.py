@@ -73,8 +73,11 @@ def compare(
         why = f"no value was compared: {' '.join(str(error).split(chr(10))[0].split())}"
         unread = Finding("", Verdict.UNPROVEN, None, why)
         return Comparison(0, len(names), buffers, [*findings.values(), unread])
-    delivered = set(names) - lost
-    settled = {name: finding for name, finding in (settled or {}).items() if name in delivered}
+    settled = {
+        name: finding
+        for name, finding in (settled or {}).items()
+        if name not in lost and (finding is not None or name in known.stored)
+    }
     open_ = {name: state[name] for name in names if name not in lost and name not in settled}
     empty = [name for name, tensor in open_.items() if tensor.is_meta]
     on_disk = {name for name in empty if known.place(name) is not None or is_moved(model, name)}
@@ -91,7 +94,7 @@ def compare(
         source = findings.get(finding.source or "")
         if finding.verdict in WELL and source is not None and source.verdict not in WELL:
             findings[finding.key] = Finding(finding.key, source.verdict, finding.source, source.why, source.broken)
-    return Comparison(len(held), len(names), buffers, [findings[key] for key in sorted(findings)])
+    return Comparison(len(held.intersection(names)), len(names), buffers, [findings[key] for key in sorted(findings)])
 
 
 class _Comparing:

@@ -1,5 +1,6 @@
 """The models in what `check` is given, and the class to load each as."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -7,7 +8,11 @@ from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
 from tiedquiet.gate.diagnosis import CannotCheck
-from tiedquiet.gate.source import Source, kernels
+from tiedquiet.gate.patterns import ENDLESS, endless
+from tiedquiet.gate.source import Source, entries, kernels, under
+
+_LAYERS = re.compile(r"(?:layers?|depths?|blocks)$")  # how configs end the name of their number
+_MOST_LAYERS = 10_000
 
 
 class Part(NamedTuple):
@@ -87,6 +92,7 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     part = Part(source, entry.name, {}, None)
     if (config := source.read("config.json", entry.name)) is None:
         raise CannotCheck("model_index.json names it, but it is missing: it has no config.json")
+    _check_size(part, config)
     if not trust:
         _check_names(part, config)
     return part._replace(config=config)
@@ -120,6 +126,8 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
                 f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
                 "--trust-remote-code allows it"
             )
+        if (pattern := endless(adapter)) and not trust:
+            raise CannotCheck(f"{source.name}: adapter_config.json {ENDLESS.format(pattern)}")
         base = adapter.get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise CannotCheck(f"{source.name} is an adapter, and its adapter_config.json names no base model")
@@ -132,6 +140,7 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
         part = part._replace(base=origin)
     if own is None:
         raise CannotCheck(source.absence())
+    _check_size(part, own)
     if not trust:
         _check_names(part, own)
     return part._replace(config=own)
@@ -205,9 +214,19 @@ def _by_user(part: Part, name: str) -> Any:
         raise CannotCheck(f"{part.label}: {error}") from error
 
 
+def _check_size(part: Part, config: dict[str, Any]) -> None:
+    """Raise where a config asks for layers without end: to build them takes years before any file is looked at."""
+    for key, value in entries(config):
+        counts = value if isinstance(value, list) else [value]
+        if _LAYERS.search(key) and any(type(count) is int and count > _MOST_LAYERS for count in counts):
+            raise CannotCheck(f"{part.label}: config.json asks for more than {_MOST_LAYERS:,} layers ({key})")
+
+
 def _check_names(part: Part, config: dict[str, Any]) -> None:
     if (kernel := next(kernels(config), None)) is not None:
         raise CannotCheck(
             f"{part.label}: config.json names {kernel}, compiled code that transformers fetches from the hub and runs; "
             "--trust-remote-code allows it"
         )
+    if pattern := endless(under(config, "quantization_config")):
+        raise CannotCheck(f"{part.label}: the quantization_config in config.json {ENDLESS.format(pattern)}")

@@ -29,7 +29,7 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         damaged: the first of what `damage` says of the folder.
     """
     message = " ".join(str(error).split())
-    if reason := _of_the_code(error) or damaged:
+    if reason := _of_the_code(error) or damaged or _of_conversion(error):
         return reason
     if "weights_only" in message or isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL ([\w.]+)", message)
@@ -122,6 +122,15 @@ def damage_of(path: Path) -> str:
             return ""
     except Exception as error:
         return f"is damaged: {' '.join(str(error).split())}"
+
+
+def _of_conversion(error: BaseException) -> str:
+    """What transformers could not convert: its own words point to a report, where each has a traceback."""
+    infos = [frame.f_locals["loading_info"] for frame in _frames(error) if "loading_info" in frame.f_locals]
+    for key, trace in sorted(dict(getattr(infos[-1], "conversion_errors", ()) if infos else ()).items()):
+        said = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(trace), re.MULTILINE)
+        return f"{key} cannot be made of what the files have for it: {' '.join(said[:1] or [str(trace)])}"
+    return ""
 
 
 # Modelling files that were written for transformers 4

@@ -9,6 +9,7 @@ from typing import Any
 from tiedquiet.gate import progress
 from tiedquiet.gate.components import Part, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
+from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, of_transformers
 from tiedquiet.gate.weights import (
@@ -120,6 +121,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
         sorted(info["unexpected_keys"]),
         problem,
         notes,
+        maker=settled.maker if settled is not None else "",
     )
 
 
@@ -202,6 +204,8 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
     if folder is None and (config := part.source.file("config.json", part.name)):
         folder = config.parent
     damaged = next((line for place in (folder, *folders_of(part)) if place for line in damage(place)), "")
+    if _names_quantiser(part.config) and folder is not None and not damaged:
+        damaged = lacking_in(folder)
     reason = explain(error, folder, how.trust, damaged)
     if "use_safetensors" in options and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"

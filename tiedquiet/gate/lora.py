@@ -19,6 +19,7 @@ from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, explain
 from tiedquiet.gate.diffusion import silent
 from tiedquiet.gate.load import How
+from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.printing import few, printable
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
@@ -71,10 +72,13 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(f"{name} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(metadata, dict | None):
         raise CannotCheck(f"{name}: its lora_adapter_metadata does not hold a JSON object")
-    if not trust and any("megatron" in key for key in metadata or ()):
+    given = metadata or {}
+    if not trust and any(value for key, value in given.items() if key.rpartition(".")[2] == "megatron_config"):
         raise CannotCheck(
             f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
         )
+    if not trust and (pattern := endless(given)):
+        raise CannotCheck(f"{name}: its lora_adapter_metadata {ENDLESS.format(pattern)}")
     return File(path, tensors, metadata)
 
 

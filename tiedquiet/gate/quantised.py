@@ -2,13 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from tiedquiet.gate.again import Again
+from tiedquiet.gate.again import Again, Made
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import differing, identical
 from tiedquiet.proof.names import Origin, sources
@@ -18,7 +18,9 @@ from tiedquiet.verdict import Finding, Verdict
 
 Pieces = dict[str, torch.Tensor]
 _CODES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
-_PACKAGES = ("bitsandbytes", "compressed-tensors", "quanto", "torchao")  # the other forms are transformers' own
+# What a form is read by; the others are transformers' own.
+_PACKAGES = {name: name for name in ("bitsandbytes", "compressed-tensors", "quanto", "torchao")}
+_PACKAGES |= {"gptq": "gptqmodel", "awq": "gptqmodel"}
 _STORED = "compared in {its} stored form (codes and scales)"
 
 
@@ -29,10 +31,12 @@ class Settled:
     Attributes:
         findings: by the model's names: what is wrong; None where it is the file's.
         ways: how many were proven in which way, as the end of a sentence.
+        maker: what made those that do not hold the file's own bytes; empty where all do.
     """
 
     findings: dict[str, Finding | None] = field(default_factory=dict)
     ways: Counter[str] = field(default_factory=Counter)
+    maker: str = ""
 
     @property
     def notes(self) -> list[str]:
@@ -49,7 +53,8 @@ def settle(model: torch.nn.Module, again: Again, checkpoint: Checkpoint, stored:
 
     A tensor of a model may be several in its files, codes and scales, and more than its codes in memory. It is held if
     the loader makes the same of the files once more, every piece to the bit; or, where the loader cannot, if the files
-    have each piece under the name that the model would save it under.
+    have each piece under the name that the model would save it under. A quantiser may have a last step, for which all
+    is read: it repacks codes for a kernel, or counts zero points from another number. That is part of what it makes.
 
     Args:
         model: a loaded model.
@@ -62,7 +67,7 @@ def settle(model: torch.nn.Module, again: Again, checkpoint: Checkpoint, stored:
     for key in stored & settling.sources.keys():
         if settling.is_touched(key):
             layer = re.match(r".*?\.\d+\.", key)
-            layers.setdefault(layer[0] if layer else key, []).append(key)
+            layers.setdefault(layer[0] if layer else key.rpartition(".")[0], []).append(key)
     for _, keys in sorted(layers.items()):
         settling.layer(sorted(keys))
     return settling.settled
@@ -84,12 +89,14 @@ class _Settling:
 
     def is_touched(self, key: str) -> bool:
         """Whether the loader does more with it than to rename and cast it, or it is codes."""
-        return self._is_made(key) or self._is_codes(key, self.sources[key].names[0])
+        is_made = self._again.has_last_step or self._is_made(key)
+        return is_made or self._is_codes(key, self.sources[key].names[0])
 
     def _is_codes(self, key: str, name: str) -> bool:
-        """By its type; several codes are packed into one number of a parameter, which is no floating one then."""
-        dtype = self._headers[name].dtype
-        return dtype in _CODES or (dtype is torch.int32 and isinstance(self._theirs.get(key), torch.nn.Parameter))
+        """By its type; several codes are packed into one number of a parameter or matrix, which no other one is of."""
+        header, tensor = self._headers[name], self._theirs.get(key)
+        is_packed = header.dtype is torch.int32 and (header.dim() > 1 or isinstance(tensor, torch.nn.Parameter))
+        return header.dtype in _CODES or is_packed
 
     def _is_made(self, key: str) -> bool:
         return self.sources[key].is_converted or self._again.given is not None or key in self._quantised
@@ -106,18 +113,24 @@ class _Settling:
         reason = f"{self._by} does not make it from the file again"
         try:
             with self._again.made_of(given) as made:
-                others = (made.keys() & self._ours.keys()) - self.sources.keys() if is_split else ()
-                theirs = {key: _parts(self._skeleton, key) for key in (*keys, *others) if key in made}
+                wanted = made.tensors.keys() & {*keys, *self._others(made, is_split)}
+                theirs = {key: _parts(made.model, key) for key in wanted}
+                theirs |= dict.fromkeys(made.gone & {*keys}, _NOTHING)  # as they have to be in the model
         except Exception as error:
             reason = f"{self._by} cannot make it from the file again: {' '.join(str(error).split())}"
-        for key in dict.fromkeys((*keys, *theirs)):
+        for key in dict.fromkeys((*keys, *sorted(theirs))):
             self._settle(key, theirs.get(key), reason)
 
+    def _others(self, made: Made, is_split: bool) -> Iterable[str]:
+        """What the loader makes without a tensor of the files that has its name."""
+        if self._again.has_last_step:
+            return made.tensors.keys()
+        return (made.tensors.keys() & self._ours.keys()) - self.sources.keys() if is_split else ()
+
     def _settle(self, key: str, theirs: "_Parts | None", reason: str) -> None:
-        ours = _parts(self._model, self._ours[key])
+        ours = _parts(self._model, self._ours[key]) if key in self._ours else _NOTHING
         names = self.sources[key].names if key in self.sources else ()
-        rows = {f"{key.rpartition('.')[0]}.{name}": piece for name, piece in ours.pieces.items()}
-        is_in_file = self._is_in_file(rows, names)
+        rows = _rows(key, ours)
         finding = None
         if names and self._is_made(key) and (codes := self._codes_alone(names)) is not None:
             finding = Finding(key, Verdict.MISSING, None, f"the file has {codes} codes for it, and no scale", True)
@@ -125,11 +138,16 @@ class _Settling:
             finding = Finding(key, Verdict.UNREAD, left, "it belongs to it, and is not in the model", True)
         elif theirs is not None:
             finding = _difference(key, ours, theirs, self._by)
-        elif not is_in_file:
+            is_plain = key in self.sources and not self._is_made(key) and not self._is_coded(key, names)
+            if finding is not None and is_plain and self._is_in_file(_rows(key, theirs), names):
+                finding = _difference(key, ours, theirs, "")
+        elif not self._is_in_file(rows, names):
             finding = Finding(key, Verdict.UNPROVEN, None, reason)
         self.settled.findings[key] = finding
         if finding is None and self._is_coded(key, names):
-            self.settled.ways[_STORED if is_in_file else self._way(ours.pieces)] += 1
+            is_the_file_s = self._is_in_file(rows, names)
+            self.settled.ways[_STORED if is_the_file_s else self._way(ours.pieces)] += 1
+            self.settled.maker = self.settled.maker if is_the_file_s else self._by
 
     def _left_over(self, rows: Pieces, names: tuple[str, ...]) -> str | None:
         """A tensor of the file that belongs to one of the model, which has all of its other pieces, and lacks this."""
@@ -190,6 +208,9 @@ class _Parts(NamedTuple):
     numbers: object
 
 
+_NOTHING = _Parts({}, None)
+
+
 def _parts(model: torch.nn.Module, key: str) -> _Parts:
     path, _, leaf = key.rpartition(".")
     module = model.get_submodule(path)
@@ -225,17 +246,30 @@ def _inner(tensor: torch.Tensor) -> list[str]:
     return [name for name in tensor.__tensor_flatten__()[0] if getattr(tensor, name) is not None]  # type: ignore[attr-defined]
 
 
+def _rows(key: str, parts: _Parts) -> Pieces:
+    """The pieces of a tensor by their names in a state dict."""
+    return {f"{key.rpartition('.')[0]}.{name}": piece for name, piece in parts.pieces.items()}
+
+
 def _difference(key: str, ours: _Parts, theirs: _Parts, by: str) -> Finding | None:
-    """What differs between a tensor of the model and what the loader makes once more; None where nothing does."""
+    """What differs between a tensor of the model and what it should be; None where nothing does.
+
+    Args:
+        key: its name in the model.
+        ours: the model's.
+        theirs: what it should be.
+        by: what makes that of the file; empty where it is the file's own.
+    """
+    made = f"what {by} makes of the file" if by else "the file"
     for name in sorted(ours.pieces.keys() | theirs.pieces.keys()):
         shown = [_kind(parts.pieces.get(name)) for parts in (ours, theirs)]
         if shown[0] != shown[1]:
-            why = f"its {name} is {shown[0]}, and {shown[1]} in what {by} makes of the file"
+            why = f"its {name} is {shown[0]}, and {shown[1]} in {made}"
             return Finding(key, Verdict.UNPROVEN, None, why)
     for name, piece in ours.pieces.items():
         if count := differing(piece, theirs.pieces[name]):
             where = "" if name == key.rpartition(".")[2] else f" of {name.removesuffix(_BESIDE)}"
-            why = f"differs from what {by} makes of the file in {count:,} of {piece.numel():,} elements{where}"
+            why = f"differs from {made} in {count:,} of {piece.numel():,} elements{where}"
             return Finding(key, Verdict.OVERWRITTEN, key, why, True)
     if ours.numbers != theirs.numbers:
         why = f"its codes are read by {ours.numbers}, and {by} reads those of the file by {theirs.numbers}"
@@ -252,4 +286,4 @@ def _name(again: Again) -> str:
         return "the gguf package"
     method = again.quantiser.quantization_config.quant_method
     name = str(getattr(method, "value", method))
-    return name if name in _PACKAGES else f"transformers ({name})"
+    return _PACKAGES.get(name, f"transformers ({name})")

@@ -21,7 +21,7 @@ class Result:
         component: its name in a pipeline; empty for the single model of a folder.
         cls: the name of its class.
         files: the files that it was loaded from.
-        held: how many tensors hold the files' bytes.
+        held: how many tensors hold the files' bytes, or what `maker` makes of them.
         total: how many tensors the checkpoint delivered.
         buffers: how many of the model's tensors are in no state dict.
         findings: one for each tensor that has something to report.
@@ -34,6 +34,7 @@ class Result:
         has_tensors: whether it is a model.
         counted: what is true of the tensors that count as held, if not that they hold the file's bytes.
         is_component: whether it is a part of what was named; a LoRA file beside it is none.
+        maker: what made the tensors that are held and do not hold the file's own bytes; empty where all do.
     """
 
     component: str
@@ -52,6 +53,7 @@ class Result:
     has_tensors: bool = True
     counted: str = ""
     is_component: bool = True
+    maker: str = ""
 
     @property
     def is_loud(self) -> bool:
@@ -75,7 +77,7 @@ class Result:
             "missing_allowed": self.allowed,
             "unexpected": self.unexpected,
             "problem": self.problem or None,
-            "counted": self.counted or None,
+            "counted": self.counted or (f"tensors hold {self._bytes()}" if self.maker else None),
             "notes": self.notes,
         }
 
@@ -103,9 +105,12 @@ class Result:
         rows += [(key, "unexpected", "", "in the checkpoint but not in the model") for key in self.unexpected]
         yield from table(rows, 1, every)
 
+    def _bytes(self) -> str:
+        return "the file's bytes" + (f", or what {self.maker} makes of them" if self.maker else "")
+
     def _counted(self) -> str:
         tensors = "tensor holds" if self.total == 1 else "tensors hold"
-        said = [f"{self.held:,} of {self.total:,} " + (self.counted or f"{tensors} the file's bytes")]
+        said = [f"{self.held:,} of {self.total:,} " + (self.counted or f"{tensors} {self._bytes()}")]
         count = Counter(finding.verdict for finding in self.findings)
         unwritten = sum(1 for f in self.findings if f.verdict is Verdict.UNWRITTEN and f.why == BUFFER)
         said += [
@@ -150,7 +155,8 @@ def as_lines(results: list[Result], is_pipeline: bool, every: bool = False, quie
         read = [result for result in models if result.has_tensors and not result.error and not result.counted]
         held, total = sum(result.held for result in read), sum(result.total for result in read)
         well = f"{len(models) - len(loud)} of {len(models)} components are sound"
-        yield coloured(well, "red" if loud else "green") + f"; {held:,} of {total:,} tensors hold the files' bytes"
+        hold = "hold the files' bytes" + ", or what is made of them" * any(result.maker for result in read)
+        yield coloured(well, "red" if loud else "green") + f"; {held:,} of {total:,} tensors {hold}"
 
 
 def _why(finding: Finding) -> str:

@@ -140,14 +140,24 @@ def _can_be_a_path(name: str) -> bool:
 
 def kernels(config: object) -> Iterator[str]:
     """The kernels of the hub that a config names, at any depth: transformers fetches such code, and runs it."""
+    for key, value in entries(config):
+        if key.lstrip("_") in _KERNELS:
+            named = value.values() if isinstance(value, dict) else [value]
+            yield from (name for name in named if isinstance(name, str) and "/" in name)
+
+
+def under(config: object, wanted: str) -> list[Any]:
+    """What a config has under a key, at any depth."""
+    return [value for key, value in entries(config) if key == wanted]
+
+
+def entries(config: object) -> Iterator[tuple[str, Any]]:
+    """Each key of a config and its value, at any depth."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            for key, inner in value.items():
-                named = inner.values() if isinstance(inner, dict) else [inner]
-                if key.lstrip("_") in _KERNELS:
-                    yield from (name for name in named if isinstance(name, str) and "/" in name)
+            yield from value.items()
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value

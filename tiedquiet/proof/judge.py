@@ -143,7 +143,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
     """Findings on what is seen to have changed since the load; none for a copy."""
     if known.model is None or known.model() is not model:
         return  # a copy has tensors of its own
-    for name in sorted(known.stored):
+    for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in _ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them

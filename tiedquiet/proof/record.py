@@ -1,7 +1,8 @@
 """The record of a load: names and verdicts, left on the model. It holds no tensor and keeps none alive."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -28,6 +29,7 @@ class Record:
         grown: names of tensors that were made larger.
         altered: names of tensors that were turned, or whose own row for padding transformers zeroed again: no loss.
         narrowed: names of what was cast to a type with a smaller range.
+        gone: names of those of which the quantiser made other tensors when all was read.
         places: where what stays on disk is, by name.
         likely: for missing keys, an unread tensor of the files that fits their shape.
         reported: the keys that the loader was about to report missing.
@@ -47,6 +49,7 @@ class Record:
     grown: set[str] = field(default_factory=set)
     altered: set[str] = field(default_factory=set)
     narrowed: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
     likely: dict[str, str] = field(default_factory=dict)
     reported: set[str] = field(default_factory=set)
@@ -66,6 +69,16 @@ class Record:
         entry = self.places.get(key)
         return (entry.get("safetensors_file"), entry.get("weight_name")) if entry else None
 
+    def renewed(self, state: Mapping[str, torch.Tensor]) -> "Record":
+        """The same once a quantiser has made other tensors of some of these, or of two one.
+
+        Args:
+            state: the model's tensors by name.
+        """
+        gone = self.tensors.keys() - state.keys()
+        tensors = {name: ref(state[name]) for name in self.tensors if name not in gone}
+        return replace(self, gone=self.gone | gone, tensors=tensors)
+
     def after(self, earlier: "Record") -> "Record":
         """What is known after an earlier load of the same model as well: of its base before an adapter's, say.
 
@@ -80,7 +93,7 @@ class Record:
             setattr(
                 self, kept, {**{k: v for k, v in getattr(earlier, kept).items() if k not in own}, **getattr(self, kept)}
             )
-        for kept in ("grown", "altered", "narrowed", "free"):
+        for kept in ("grown", "altered", "narrowed", "free", "gone"):
             setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
         new = own - earlier.stored - earlier.missing
         self.total = earlier.total + len(new)

@@ -1,0 +1,63 @@
+"""Patterns of strangers that would be searched for without end are refused; those that people write are not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.gate.test_check import check
+from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.lora import read
+from tiedquiet.gate.patterns import endless
+
+EVIL = "([a-z0-9_.]+)+!"
+# Of unsloth, which writes it into the adapters that it trains.
+LONG = (
+    r"(?:.*?(?:vision|image|language|text).*?(?:self_attn|attention|mlp|dense).*?(?:k_proj|v_proj|q_proj|fc1|fc2).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|v_proj|q_proj)))"
+)
+
+
+WRITTEN = (LONG, r".*\.(q|k|v)_proj", r"^blocks\.\d+\.attn\.to_q$", "re:.*self_attn.*", r"-:.*\.18\..*gate.*", r"(.*\.)?x", "model.layers.0", "a/b+c", "x(y)+z", "(a|b)?c", "1.0 (x+y)", "[a+]*", "[]a]*", r"\(a+\)+", "a|b*", "+:x", ")", "[x")  # fmt: skip
+ENDLESS = (EVIL, "(a+)+b", "([a-z]+)*!", "(a|a)*b", "(a?){50}b", "((a+))+", "(?:a+)+", "(a+|b)*?x", "(x(a+)y)+", "(a{1,9}){9}", "(?:(?:a|b))*c", "a?" * 30, ".*" * 8 + "x", "[]a]+" * 9, "(.*.*.*|.*.*.*.*.*.*)x", "(.*.*.*|x).*.*")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_people_write(text: str) -> None:
+    assert endless([{"target_modules": text}]) == ""
+
+
+@pytest.mark.parametrize("text", ENDLESS)
+def test_what_never_ends(text: str) -> None:
+    assert endless({"rank_pattern": {"x": 1, text: 8}}) == text
+
+
+def test_a_file_that_asks_for_such_a_search_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    about = json.dumps({"transformer.rank_pattern": {EVIL: 8}})
+    save_file({"x": torch.ones(1)}, path, {"lora_adapter_metadata": about})
+    with pytest.raises(
+        CannotCheck, match=r"its lora_adapter_metadata has .* a pattern that may be searched for without"
+    ):
+        read(str(path), trust=False)
+    assert read(str(path), trust=True).metadata == json.loads(about)
+
+
+@pytest.mark.parametrize("place", ["adapter_config.json", "config.json"])
+def test_a_folder_that_asks_for_one_is_refused(
+    place: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: dict[str, Any] = json.loads((good / "config.json").read_text())
+    if place == "config.json":
+        own = {**own, "quantization_config": {"quant_method": "compressed-tensors", "ignore": [f"re:{EVIL}"]}}
+    else:
+        own = {"base_model_name_or_path": str(good), "peft_type": "LORA", "target_modules": EVIL}
+    folder = good if place == "config.json" else tmp_path
+    (folder / place).write_text(json.dumps(own))
+    assert check(folder) == 2
+    error = capsys.readouterr().err
+    assert f"{EVIL}, a pattern that may be searched for without end; --trust-remote-code allows it" in error
+    assert error.count("\n") == 1

@@ -1,0 +1,85 @@
+"""Files of codes that lack a scale."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.gate.quantised import MAKERS, Make
+from tiedquiet.__main__ import main
+from tiedquiet.gate.lacking import lacking, lacking_in
+from tiedquiet.proof.files import Checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def no(lacks: str, beside: str, kind: str) -> str:
+    return f"LlamaForCausalLM: the files have no {DOWN}.{lacks}, which belongs beside {DOWN}.{beside} (codes of {kind})"
+
+
+WITHOUT = {
+    "scale of fp8": ("fp8", "weight_scale_inv", 1, "missing  the file has float8_e4m3fn codes for it, and no scale"),
+    "scale of scales": ("bitsandbytes, 4 bits twice", "nested_absmax", 1, "nested_quant_map  it belongs to it, and is not in the model"),
+    "scale of compressed-tensors": ("compressed-tensors", "weight_scale", 1, "unwritten  a parameter: uninitialised memory"),
+    "scale of 8 bits": ("bitsandbytes, 8 bits", "SCB", 2, no("SCB", "weight", "int8")),
+    "codes of 8 bits": ("bitsandbytes, 8 bits", "weight", 2, no("weight", "weight_format", "uint8")),
+    "scale of 4 bits": ("bitsandbytes, 4 bits", "absmax", 2, no("weight.absmax", "weight", "uint8")),
+    "map of 4 bits": ("bitsandbytes, 4 bits twice", "weight.quant_map", 2, no("weight.quant_map", "weight", "uint8")),
+    "state of 4 bits": ("bitsandbytes, 4 bits", "bitsandbytes__fp4", 2, f"LlamaForCausalLM: {DOWN}.weight cannot be made of what the files have for it: "),
+    "scale of torchao": ("torchao", "_weight_scale", 2, no("_weight_scale", "_weight_qdata", "int8")),
+    "scale of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight_scale_inv", 2, "the files have no model.layers.0.mlp.experts.1.down_proj.weight_scale_inv, which belongs beside"),
+    "codes of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight", 2, "mlp.experts.down_proj cannot be made of what the files have for it: "),
+    "scale of mxfp4": ("mxfp4", "down_proj_scales", 2, "model.layers.0.mlp.experts.down_proj_scales, which belongs beside model.layers.0.mlp.experts.down_proj_blocks (codes of uint8)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", WITHOUT)
+def test_a_file_without_a_scale_does_not_pass(
+    attack: str, make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, name, wanted, says = WITHOUT[attack]
+    path = make(kind) / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    tensors = load_file(path)
+    del tensors[next(key for key in tensors if key.endswith(name) and "down_proj" in key)]
+    (tmp_path / "config.json").write_text((path.parent / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", about)
+    assert main(["check", str(tmp_path)]) == wanted
+    said = capsys.readouterr()
+    assert says in said.out + said.err
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "gguf" not in kind])
+def test_a_sound_file_lacks_nothing(kind: str, make: Make) -> None:
+    assert lacking(Checkpoint(None, [str(make(kind) / "model.safetensors")]).headers) == ""
+
+
+def file_of(layers: int, *more: str) -> dict[str, torch.Tensor]:
+    codes, scale = torch.empty(4, 4, dtype=torch.int8, device="meta"), torch.empty(4, device="meta")
+    found = {f"layers.{i}.weight": codes for i in range(layers)} | {f"layers.{i}.scale": scale for i in range(layers)}
+    return found | dict.fromkeys(more, scale)
+
+
+def test_what_most_have_is_missing_where_one_has_it_not() -> None:
+    headers = file_of(4, *(f"layers.{i}.bias" for i in range(3)))
+    assert lacking(headers) == ""  # a layer may have no bias
+    del headers["layers.1.scale"]
+    says = "the files have no layers.1.scale, which belongs beside layers.1.weight (codes of int8)"
+    assert lacking(headers) == says
+    del headers["layers.2.scale"]
+    assert lacking(headers) == f"{says} (and 1 more)"
+    del headers["layers.0.scale"]
+    assert lacking(headers) == ""  # the form is another one
+
+
+def test_what_lies_beside_a_hundred_belongs_to_none(tmp_path: Path) -> None:
+    headers = file_of(2)
+    one = {name: header for name, header in headers.items() if name != "layers.1.scale"}
+    assert lacking(one) != ""
+    assert lacking(one | {f"layers.0.{i}": headers["layers.0.scale"] for i in range(100)}) == ""
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    assert lacking_in(tmp_path) == ""
