@@ -64,7 +64,7 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: g.parent / "nowhere" / "at" / "all", "is not a folder, and not a valid name for a model on the hub"),
         (lambda g: "some/model", "is neither a folder nor in the local cache, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (lambda g: g.parent, "has neither config.json nor model_index.json"),
-        (lambda g: g / "model.safetensors", "is a file; give the folder that it is in"),
+        (lambda g: g / "model.safetensors", "is a file; pass the folder that it is in"),
         (lambda g: write(g / "config.json", "{"), "cannot be read"),
         (lambda g: write(g / "config.json", "[]"), "does not hold a JSON object"),
         (lambda g: write(g / "model_index.json", "{}"), "is a pipeline, and its model_index.json names no component"),

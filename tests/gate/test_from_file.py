@@ -100,7 +100,7 @@ def test_weights_that_are_averaged_over_training(
     assert (found["sd.safetensors"]["unexpected"], found["unet"]["unexpected"]) == (sorted(average), [])
     rest = {f"other.{key}": tensor for key, tensor in made[1].items()}
     found = outcome({**made[1], **average, **rest}, 1)["sd.safetensors"]
-    assert found["problem"].endswith(" have no place in StableDiffusionPipeline: is that its class?")
+    assert found["problem"].endswith(" have no place in StableDiffusionPipeline: is that the right class?")
     assert found["counted"] == "tensors of the file reach text_encoder, unet and vae"
 
 

@@ -132,7 +132,7 @@ def test_what_it_cannot_do_once_more_is_unproven_with_its_words(
     assert status == 1
     assert len(rows) == 2
     assert all(
-        "unproven  transformers (last) cannot make it of the file once more: no attention" in row for row in rows
+        "unproven  transformers (last) cannot make it from the file again: no attention" in row for row in rows
     )
 
 

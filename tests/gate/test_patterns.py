@@ -40,7 +40,7 @@ def test_a_file_that_asks_for_such_a_search_is_refused(tmp_path: Path) -> None:
     about = json.dumps({"transformer.rank_pattern": {EVIL: 8}})
     save_file({"x": torch.ones(1)}, path, {"lora_adapter_metadata": about})
     with pytest.raises(
-        CannotCheck, match=r"its lora_adapter_metadata has .* a pattern that may be searched for without"
+        CannotCheck, match=r"its lora_adapter_metadata has .* a pattern whose search may never end"
     ):
         read(str(path), trust=False)
     assert read(str(path), trust=True).metadata == json.loads(about)
@@ -59,5 +59,5 @@ def test_a_folder_that_asks_for_one_is_refused(
     (folder / place).write_text(json.dumps(own))
     assert check(folder) == 2
     error = capsys.readouterr().err
-    assert f"{EVIL}, a pattern that may be searched for without end; --trust-remote-code allows it" in error
+    assert f"{EVIL}, a pattern whose search may never end; --trust-remote-code allows it" in error
     assert error.count("\n") == 1

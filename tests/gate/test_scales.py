@@ -17,7 +17,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 
 def no(lacks: str, beside: str, kind: str) -> str:
-    return f"LlamaForCausalLM: the files have no {DOWN}.{lacks}, which belongs beside {DOWN}.{beside} (codes of {kind})"
+    return f"LlamaForCausalLM: the files have no {DOWN}.{lacks}, which belongs to {DOWN}.{beside} (codes of {kind})"
 
 
 WITHOUT = {
@@ -30,9 +30,9 @@ WITHOUT = {
     "map of 4 bits": ("bitsandbytes, 4 bits twice", "weight.quant_map", 2, no("weight.quant_map", "weight", "uint8")),
     "state of 4 bits": ("bitsandbytes, 4 bits", "bitsandbytes__fp4", 2, f"LlamaForCausalLM: {DOWN}.weight cannot be made of what the files have for it: "),
     "scale of torchao": ("torchao", "_weight_scale", 2, no("_weight_scale", "_weight_qdata", "int8")),
-    "scale of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight_scale_inv", 2, "the files have no model.layers.0.mlp.experts.1.down_proj.weight_scale_inv, which belongs beside"),
+    "scale of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight_scale_inv", 2, "the files have no model.layers.0.mlp.experts.1.down_proj.weight_scale_inv, which belongs to"),
     "codes of fp8 experts": ("fp8 experts", "experts.1.down_proj.weight", 2, "mlp.experts.down_proj cannot be made of what the files have for it: "),
-    "scale of mxfp4": ("mxfp4", "down_proj_scales", 2, "model.layers.0.mlp.experts.down_proj_scales, which belongs beside model.layers.0.mlp.experts.down_proj_blocks (codes of uint8)"),
+    "scale of mxfp4": ("mxfp4", "down_proj_scales", 2, "model.layers.0.mlp.experts.down_proj_scales, which belongs to model.layers.0.mlp.experts.down_proj_blocks (codes of uint8)"),
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_what_most_have_is_missing_where_one_has_it_not() -> None:
     headers = file_of(4, *(f"layers.{i}.bias" for i in range(3)))
     assert lacking(headers) == ""  # a layer may have no bias
     del headers["layers.1.scale"]
-    says = "the files have no layers.1.scale, which belongs beside layers.1.weight (codes of int8)"
+    says = "the files have no layers.1.scale, which belongs to layers.1.weight (codes of int8)"
     assert lacking(headers) == says
     del headers["layers.2.scale"]
     assert lacking(headers) == f"{says} (and 1 more)"

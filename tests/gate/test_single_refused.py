@@ -77,7 +77,7 @@ def test_a_config_that_does_not_fit(
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
-        ("", (), "WanPipeline is not a pipeline of diffusers that has from_single_file; name one of its parts: --class WanTransformer3DModel"),
+        ("", (), "WanPipeline is not a pipeline of diffusers that has from_single_file; choose one of its parts: --class WanTransformer3DModel"),
         ("", ("--class", "FluxTransformer2DModel"), "is a pipeline without a FluxTransformer2DModel"),
         ("text_encoder", (), "['UMT5EncoderModel'] is not a class of diffusers that has from_single_file; put the file"),
         ("", ("--class", "UMT5EncoderModel"), "UMT5EncoderModel is not a class of diffusers that has from_single_file"),
@@ -132,11 +132,11 @@ def test_without_a_config(
     ):  # fmt: skip
         save_file(tensors, file)
         assert check(file) == 2
-        says = f"{file} is a single file: name the folder, or the hub's model, with its config as --config{likely}\n"
+        says = f"{file} is a single file: pass the folder, or the hub model, that has its config as --config{likely}\n"
         assert capsys.readouterr().err == f"tiedquiet: {says}"
     file.write_bytes(b"junk")
     assert check(file) == 2
-    assert capsys.readouterr().err.endswith("with its config as --config\n")
+    assert capsys.readouterr().err.endswith("that has its config as --config\n")
 
 
 # Pickles

@@ -65,8 +65,8 @@ def check(
 def no_config(name: str) -> str:
     """What to say of a file of weights that is named without a config; nothing is fetched."""
     if Path(name).parent.joinpath("config.json").is_file():
-        return f"{name} is a file; give the folder that it is in, with its config.json"
-    return f"{name} is a single file: name the folder, or the hub's model, with its config as --config{_likely(name)}"
+        return f"{name} is a file; pass the folder that it is in, with its config.json"
+    return f"{name} is a single file: pass the folder, or the hub model, that has its config as --config{_likely(name)}"
 
 
 def _likely(name: str) -> str:
@@ -94,7 +94,7 @@ def _pipeline(file: File, source: Source, how: How, beside: Callable[[Source, En
     kind = classes.named("diffusers", name)
     if not hasattr(kind, "from_single_file"):
         known = [entry.cls for entry in components.entries_of(source) if is_convertible(_class_or_none(entry))]
-        hint = f"; name one of its parts: --class {known[0]}" if known else ""
+        hint = f"; choose one of its parts: --class {known[0]}" if known else ""
         raise CannotCheck(f"{source.name}: {name} is not a pipeline of diffusers that has from_single_file{hint}")
     from diffusers.loaders.single_file import SINGLE_FILE_OPTIONAL_COMPONENTS
 

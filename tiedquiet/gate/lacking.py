@@ -56,7 +56,7 @@ def lacking(headers: Mapping[str, torch.Tensor]) -> str:
     name = max(names, key=lambda one: headers[one].numel())
     kind = str(headers[name].dtype).removeprefix("torch.")
     more = f" (and {len(absent) - 1:,} more)" * (len(absent) > 1)
-    return f"the files have no {wanted}, which belongs beside {name} (codes of {kind}){more}"
+    return f"the files have no {wanted}, which belongs to {name} (codes of {kind}){more}"
 
 
 def is_codes(header: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ doubles with every letter: `(a+)+b` takes years for a name of fifty. Such a patt
 import re
 from dataclasses import dataclass
 
-ENDLESS = "has {}, a pattern that may be searched for without end; --trust-remote-code allows it"
+ENDLESS = "has {}, a pattern whose search may never end; --trust-remote-code allows it"
 _MOST = 4  # repetitions, one behind the other: each multiplies the ways by the length of a name
 _SKIPPED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)  # what stands for one letter
 _REPEATED = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[?+]?")
