@@ -131,9 +131,7 @@ def test_what_it_cannot_do_once_more_is_unproven_with_its_words(
     rows = [line for line in lines if f"{MLP}.down_proj.weight" in line or "gate_proj" in line]
     assert status == 1
     assert len(rows) == 2
-    assert all(
-        "unproven  transformers (last) cannot make it from the file again: no attention" in row for row in rows
-    )
+    assert all("unproven  transformers (last) cannot make it from the file again: no attention" in row for row in rows)
 
 
 def test_the_shim_leaves_to_it_what_it_does(last: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -39,9 +39,7 @@ def test_a_file_that_asks_for_such_a_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     about = json.dumps({"transformer.rank_pattern": {EVIL: 8}})
     save_file({"x": torch.ones(1)}, path, {"lora_adapter_metadata": about})
-    with pytest.raises(
-        CannotCheck, match=r"its lora_adapter_metadata has .* a pattern whose search may never end"
-    ):
+    with pytest.raises(CannotCheck, match=r"its lora_adapter_metadata has .* a pattern whose search may never end"):
         read(str(path), trust=False)
     assert read(str(path), trust=True).metadata == json.loads(about)
 

@@ -124,7 +124,10 @@ def test_tensors_that_have_no_place(wan_stored: Tensors, of_single: Callable[...
     assert (found["held"], found["unexpected"], found["problem"]) == (42, sorted(lora), None)
     many = {f"{key}.copy": tensor.clone() for key, tensor in wan_stored.items()}
     found = of_single({**wan_stored, **many}, 1)
-    assert found["problem"] == "42 of 84 tensors of the file have no place in WanTransformer3DModel: is that the right class?"
+    assert (
+        found["problem"]
+        == "42 of 84 tensors of the file have no place in WanTransformer3DModel: is that the right class?"
+    )
     found = of_single({**wan_stored, **many}, 0, "--class", "WanTransformer3DModel")
     assert (found["problem"], found["notes"]) == (
         None,
