@@ -55,8 +55,26 @@ def of_the_load() -> Figures:
     yield "docs/cost.md", f"{hooks['first'] / 1e3:.1f} ms in a process's first load", name
 
 
+def of_the_other_costs() -> Figures:
+    name, found = results("gpu-load-small")
+    for arm, words in (("tiedquiet", "with it {} times as long {}"), ("nothing again", "{} times {}")):
+        ratio, _, span = ranged(found["arms"][arm]["ratio_to_nothing"], 3).partition(" ")
+        yield "docs/cost.md", words.format(ratio, span), name
+    later = found["hooks_microseconds"]["later"]
+    yield "docs/cost.md", f"took {ranged(later, 1, 1e-3).replace(' (', ' ms (')}", name
+    yield "docs/cost.md", f"{found['hooks_microseconds']['first'] / 1e3:.1f} ms in a process's first load", name
+    name, found = results("startup")
+    ms = {what: 1e3 * told["seconds"]["median"] for what, told in found.items()}
+    yield "docs/cost.md", f"({ms['import tiedquiet']:.0f} ms against {ms['import wrapt']:.0f},", name
+    models = [ms[f"import {what}"] / 1e3 for what in ("tiedquiet, then a model", "a model", "a model again")]
+    yield "docs/cost.md", f"({models[0]:.2f} s against {models[1]:.2f} and {models[2]:.2f})", name
+    bare = [ms[what] for what in ("start-up file, TIEDQUIET unset", "bare Python", "bare Python again")]
+    yield "docs/cost.md", f"({bare[0]:.1f} ms against {bare[1]:.1f} and {bare[2]:.1f} without it", name
+
+
 def of_the_gate() -> Figures:
     name, found = results("gate-speed")
+    found["sizes"].update(results("gate-speed-small")[1]["sizes"])  # measured again since
 
     def median(size: str, way: str, is_cold: bool = False) -> float:
         rounds = [each["seconds"] for each in found["sizes"][size]["rounds"] if each["cold"] == is_cold]
@@ -71,6 +89,9 @@ def of_the_gate() -> Figures:
         others = [seconds(size, way) for way in ("sha256sum", "copying", "reading")]
         of = f"{measured['bytes'] / 1e9:.2f} GB, {measured['tensors']:,} tensors"
         yield "docs/check.md", f"| {of} | {' | '.join([took + speed, *others])} |", name
+    by_8 = found["sizes"]["small"]["by_threads"]["8"]
+    best = [found["sizes"]["small"]["bytes"] / min(by_8[way]) / 1e9 for way in ("comparing", "copying")]
+    yield "docs/check.md", f"reaches {best[0]:.1f} GB/s at best, where a copy by as many reaches {best[1]:.1f}", name
     yield "docs/check.md", f"11.36 GB take {seconds('xxl', 'comparing on the GPU')}", name
     yield "docs/check.md", f"as the disk: {seconds('xxl', 'comparing', True)}", name
     yield "docs/check.md", f"file alone took {seconds('xxl', 'reading', True)}", name
@@ -211,6 +232,7 @@ FIGURES = [
     figure
     for of_one_kind in (
         of_the_load,
+        of_the_other_costs,
         of_the_gate,
         of_the_census,
         of_the_fuzzer,
