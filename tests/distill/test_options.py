@@ -8,7 +8,7 @@ import torch
 
 from tests.distill.running import CHECKPOINT, VELOCITY, run
 from tests.pages import blocks
-from tiedquiet.distill import speed
+from tiedquiet.distill import options, speed
 from tiedquiet.distill.options import parse
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
@@ -125,6 +125,17 @@ def test_other_kernels_need(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
     speed.check_kernels(parse(DOC, asked))
+
+
+def test_the_videos_of_a_real_teacher_need_ffmpeg(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is not to find that out at its end."""
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["--pretrained_model_name_or_path", str(options.TINY_WAN), "--output_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().err.endswith("pip install 'imageio[ffmpeg]'\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_flag_on_the_pages_is_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,7 @@ def test_the_second_encoder_of_stable_diffusion_xl(configs: Path, outcome: Calla
     found = outcome(tensors, 0)
     assert (found["text_encoder_2"]["held"], found["text_encoder_2"]["tensors"]) == (37, 37)
     assert found["text_encoder_2"]["notes"] == [
-        "split, joined or turned by diffusers, and compared element by element: 13"
+        "split, joined or transposed by diffusers, and compared element by element: 13"
     ]
     assert (found["sd.safetensors"]["held"], found["sd.safetensors"]["unexpected"]) == (len(tensors), [])
 

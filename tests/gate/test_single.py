@@ -100,7 +100,7 @@ def test_what_is_split_and_swapped(tmp_path: Path, of_single: Callable[..., dict
     tensors = originals.sd3(model)
     found = of_single(tensors, 0, config=tmp_path / "sd3")
     assert (len(tensors), found["held"], found["tensors"]) == (51, 67, 67)
-    assert found["notes"] == ["split, joined or turned by diffusers, and compared element by element: 28"]
+    assert found["notes"] == ["split, joined or transposed by diffusers, and compared element by element: 28"]
     del tensors["y_embedder.mlp.0.bias"]
     found = of_single(tensors, 2, config=tmp_path / "sd3")
     assert "diffusers asks the file or its config for y_embedder.mlp.0.bias, which they do not have" in found["error"]

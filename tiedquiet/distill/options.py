@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -297,6 +298,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not there.is_dir():
             fail(f"{there}: is a file, not a folder")
+    if not args.tiny and not find_spec("imageio_ffmpeg"):  # at full size the last thing that a run writes is an mp4
+        fail("no ffmpeg for imageio, which writes the videos: pip install 'imageio[ffmpeg]'")
     if args.report_to and args.report_to not in (trackers := available_trackers()):
         fail(f"--report_to {args.report_to}: no such tracker is installed; there are {', '.join(trackers)}")
 

@@ -244,7 +244,7 @@ def _hold(component: str, model: Any, file: File, moves: Moves, state: Tensors, 
     findings += _scales(moves, file, of_file, ours, reached)
     findings += _rivals(moves, file, way, moved, reached)
     apart = sum(not moves.is_whole(tensor) for tensor in moved.values())
-    notes = [f"split, joined or turned by diffusers, and compared element by element: {apart:,}"] if apart else []
+    notes = [f"split, joined or transposed by diffusers, and compared element by element: {apart:,}"] if apart else []
     missing = sorted(finding.key for finding in findings if finding.verdict is Verdict.MISSING)
     total += len(of_file) - len(moved)
     name = type(model).__name__
