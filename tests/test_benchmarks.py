@@ -56,7 +56,7 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("distill.clip", ["--timed_steps", "51"], "at least one round, and 1 to 50 timed steps"),
         ("distill.step", ["--student-blocks", "31"], "--student-blocks 31: the teacher has 30"),
         ("distill.students", ["--seeds", "0"], "at least one seed"),
-        ("distill.whole", ["--num_inference_steps", "5"], "a multiple of four teacher steps"),
+        ("distill.whole", ["--num_inference_steps", "5"], "a multiple of the student's"),
     ],
 )
 def test_bad_input_gets_one_clear_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ ELSEWHERE |= {
 }
 ELSEWHERE |= {"differing", "identical"}  # of `check`, and of two shards with one name
 ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
+ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded", "_is_beyond"}  # of adapters, and of values that are too large for their type

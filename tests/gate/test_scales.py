@@ -1,6 +1,8 @@
 """Files of codes that lack a scale."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.gate.quantised import MAKERS, Make
+from tiedquiet import Verdict
 from tiedquiet.__main__ import main
+from tiedquiet.gate import quantised
+from tiedquiet.gate.again import Again
 from tiedquiet.gate.lacking import lacking, lacking_in
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.names import Origin
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DOWN = "model.layers.0.mlp.down_proj"
@@ -22,7 +28,7 @@ def no(lacks: str, beside: str, kind: str) -> str:
 
 WITHOUT = {
     "scale of fp8": ("fp8", "weight_scale_inv", 1, "missing  the file has float8_e4m3fn codes for it, and no scale"),
-    "scale of scales": ("bitsandbytes, 4 bits twice", "nested_absmax", 1, "nested_quant_map  it belongs to it, and is not in the model"),
+    "scale of scales": ("bitsandbytes, 4 bits twice", "nested_absmax", 1, "nested_quant_map  it belongs to this tensor, but is not in the model"),
     "scale of compressed-tensors": ("compressed-tensors", "weight_scale", 1, "unwritten  a parameter: uninitialised memory"),
     "scale of 8 bits": ("bitsandbytes, 8 bits", "SCB", 2, no("SCB", "weight", "int8")),
     "codes of 8 bits": ("bitsandbytes, 8 bits", "weight", 2, no("weight", "weight_format", "uint8")),
@@ -83,3 +89,39 @@ def test_what_lies_beside_a_hundred_belongs_to_none(tmp_path: Path) -> None:
     assert lacking(one | {f"layers.0.{i}": headers["layers.0.scale"] for i in range(100)}) == ""
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     assert lacking_in(tmp_path) == ""
+
+
+class _Coded(torch.nn.Linear):
+    """It saves a scale next to its codes, as the layers of bitsandbytes do."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2, bias=False)
+        self.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.scale"] = torch.ones(2)
+
+
+class _Quantizer:
+    """What is asked of a quantiser before a layer is made again."""
+
+    pre_quantized = True
+    quantization_config = SimpleNamespace(quant_method="coded")
+
+    def param_needs_quantization(self, *_: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("more", [(), ("0.weight.offset",)], ids=["as it was saved", "with an offset"])
+def test_a_piece_of_the_file_that_the_model_does_not_have(more: tuple[str, ...]) -> None:
+    model = torch.nn.Sequential(_Coded())
+    stored = {**model.state_dict(), **dict.fromkeys(more, torch.ones(2))}
+    again = Again(model, None, SimpleNamespace(hf_quantizer=None, weight_mapping=None))
+    again.quantiser = _Quantizer()
+    settling = quantised._Settling(model, again, Checkpoint(stored))
+    settling.sources = {"0.weight": Origin(tuple(stored), True)}
+    settling._settle("0.weight", None, "nobody can make it again")
+    found = settling.settled.findings["0.weight"]
+    assert (found is None) == (not more)
+    assert found is None or (found.verdict, found.source) == (Verdict.UNREAD, *more)

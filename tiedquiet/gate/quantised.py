@@ -135,7 +135,7 @@ class _Settling:
         if names and self._is_made(key) and (codes := self._codes_alone(names)) is not None:
             finding = Finding(key, Verdict.MISSING, None, f"the file has {codes} codes for it, and no scale", True)
         elif len(rows) > 1 and (left := self._left_over(rows, names)) is not None:
-            finding = Finding(key, Verdict.UNREAD, left, "it belongs to it, and is not in the model", True)
+            finding = Finding(key, Verdict.UNREAD, left, "it belongs to this tensor, but is not in the model", True)
         elif theirs is not None:
             finding = _difference(key, ours, theirs, self._by)
             is_plain = key in self.sources and not self._is_made(key) and not self._is_coded(key, names)
