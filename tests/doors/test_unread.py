@@ -152,19 +152,21 @@ def test_a_head_of_another_size_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float8", "int8"])
-def test_codes_without_their_scale(kind: str, tmp_path: Path, printed: Printed) -> None:
-    key = "model.layers.0.mlp.gate_proj.weight"
+@pytest.mark.parametrize("end", [".weight_scale", ".scale_weight", "_scale", "_weight_scale_inv"])
+def test_codes_without_their_scale(kind: str, end: str, tmp_path: Path, printed: Printed) -> None:
+    module = "model.layers.0.mlp.gate_proj"
+    key, scale = f"{module}.weight", f"{module}{end}"
     written(qwen2(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    coded = {**tensors, key: (tensors[key] * 100).to(dtype), f"{key}_scale": torch.tensor([0.01])}
+    coded = {**tensors, key: (tensors[key] * 100).to(dtype), scale: torch.tensor([0.01])}
     save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
     assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))[key] is Verdict.UNREAD
-    assert f"codes were read as values, without {key}_scale" in printed.loud[0]
+    assert f"codes were read as values, without {scale}" in printed.loud[0]
     assert "TIEDQUIET=repair" not in printed.loud[0], "it cannot"
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="codes were read as values"):
         Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    del coded[f"{key}_scale"]  # and codes that are meant as values
+    del coded[scale]  # and codes that are meant as values
     save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
     assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).ok
 

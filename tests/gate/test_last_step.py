@@ -148,6 +148,28 @@ def test_the_shim_leaves_to_it_what_it_does(last: Path, caplog: pytest.LogCaptur
     assert (finding.key, finding.verdict) == (f"{MLP}.down_proj.weight", Verdict.UNPROVEN)
 
 
+def test_a_last_step_that_is_overridden_as_a_whole(
+    last: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not wrapped, so the watch ends with the report, before it; `check` does it again."""
+
+    def step(quantiser: Any, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            if hasattr(module, "up_proj"):
+                module.down_proj.weight.data.add_(1)
+        return model
+
+    monkeypatch.setattr(
+        _Quantizer, "_process_model_after_weight_loading", HfQuantizer._process_model_after_weight_loading
+    )
+    monkeypatch.setattr(_Quantizer, "postprocess_model", step, raising=False)
+    with tiedquiet.enable("strict"):
+        model = LlamaForCausalLM.from_pretrained(last)
+    assert torch.equal(down(model).weight, load_file(last / "model.safetensors")[f"{MLP}.down_proj.weight"] + 1)
+    assert tiedquiet.check(model).ok
+    assert check(capsys, last)[0] == 0
+
+
 class _Merging(LlamaForCausalLM):
     """Writes to what was read in `eval()`, as layers do that merge something there."""
 

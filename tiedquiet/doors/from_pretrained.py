@@ -178,10 +178,16 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     if around is not None:
         load.arguments = around.arguments
         # Of an adapter the report says which of its keys are missing, where the loader calls all of its base model so.
-        if not adapters.is_loading(model) and (not quantised or is_wrapped(_LAST_STEP)):
+        if not adapters.is_loading(model) and (not quantised or _is_last_step_seen(config.hf_quantizer)):
             around.watch(load, model)
     if adapters.is_loading(model):
         adapters.note_rest(model, reading, unread)
+
+
+def _is_last_step_seen(quantiser: Any) -> bool:
+    """Whether the watch ends before a quantiser's last step: one with a function of its own for it is not wrapped."""
+    owner = next((kind for kind in type(quantiser).__mro__ if _LAST_STEP.names[0] in vars(kind)), None)
+    return is_wrapped(_LAST_STEP) and owner is not None and owner.__module__ == _LAST_STEP.module
 
 
 def _lies_in_stored(model: Any, reading: Reading, keys: Collection[str]) -> bool:

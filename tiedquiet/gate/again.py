@@ -106,8 +106,8 @@ def begin(load: Callable[[], object]) -> Again | None:
 def _has_last_step(quantiser: Any) -> bool:
     from transformers.quantizers import HfQuantizer
 
-    step = "_process_model_after_weight_loading"
-    return getattr(type(quantiser), step, None) is not getattr(HfQuantizer, step, None)
+    steps = ("postprocess_model", "_process_model_after_weight_loading")
+    return any(getattr(type(quantiser), step, None) is not getattr(HfQuantizer, step, None) for step in steps)
 
 
 def _changed(model: Any, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

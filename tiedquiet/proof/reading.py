@@ -20,7 +20,7 @@ from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
-_CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
+CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
 
 
 @dataclass
@@ -160,7 +160,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
         return True
     ours = {tensor.dtype for tensor in reading.held.values()}
     return any(
-        may_lose(theirs, own) or narrows(theirs, own) or (theirs in _CODES and theirs != own)
+        may_lose(theirs, own) or narrows(theirs, own) or (theirs in CODES and theirs != own)
         for theirs in checkpoint.dtypes
         for own in ours
     )
@@ -289,12 +289,13 @@ def without_scale(
         name: the file's.
         stored: the type that it has in the file.
         ours: the type that it was read into.
-        unread: names of the file that nothing read.
+        unread: names of the file that nothing read; a scale is of the same module, or has its name (`down_proj_scale`).
     """
-    if stored not in _CODES or ours in _CODES or not ours.is_floating_point:
+    if stored not in CODES or ours in CODES or not ours.is_floating_point:
         return None
-    beside = name.rpartition(".")[0] + "."
-    scale = next((other for other in sorted(unread) if other.startswith(beside)), None)
+    module = name.rpartition(".")[0]
+    beside = (other for other in sorted(unread) if other.startswith((f"{module}.", f"{module}_")))
+    scale = next((other for other in beside if other[len(module)] == "." or "scale" in other[len(module) :]), None)
     if scale is None:
         return None
     why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
