@@ -4,8 +4,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from tiedquiet.gate import classes, components, load, lora, sentences
-from tiedquiet.gate.components import Entry, Part
+from tiedquiet.gate import classes, components, diffusion, from_file, load, lora, sentences
+from tiedquiet.gate.components import Entry
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
@@ -34,14 +34,10 @@ def check(
         CannotCheck: nothing of it can be checked.
     """
     if config is None and os.path.isfile(name) and not name.endswith(".gguf"):
-        from tiedquiet.gate import from_file
-
         raise CannotCheck(from_file.no_config(name))
     if config is not None:
         if not classes.has_diffusers():
             raise CannotCheck("--config needs diffusers, which is not installed")
-        from tiedquiet.gate import from_file
-
         results, is_pipeline = from_file.check(name, config, revision, cls, how, lambda s, e: _component(s, e, how))
         return (_all(name, results) if is_pipeline else results), is_pipeline
     source = Source(name, revision)
@@ -56,7 +52,7 @@ def check(
         part = components.the_part(source, cls, how.trust)
         if kind := components.class_of_diffusers(part):
             file = _lora_of(how)
-            result = _of_diffusers(part, kind, how)
+            result = diffusion.check_model(part, kind, how)
             return [result] if file is None else [result, lora.check_model(part, kind, file, how)], False
         if how.lora:
             raise CannotCheck(_NO_LORA.format(name))
@@ -93,19 +89,13 @@ def _by_variant(source: Source, entries: list[Entry], how: How) -> dict[str, How
     return {entry.name: how if entry.name in having else replace(how, variant="") for entry in entries}
 
 
-def _of_diffusers(part: Part, kind: Any, how: How) -> Result:
-    from tiedquiet.gate import diffusion  # it needs diffusers, which not everybody has
-
-    return diffusion.check_model(part, kind, how)
-
-
 def _component(source: Source, entry: Entry, how: How) -> Result:
     """The result for one component; that it cannot be checked is a result here, and the others are checked."""
     name = entry.cls if isinstance(entry.cls, str) else repr(entry.cls)
     try:
         kind = components.class_of(entry)
         if classes.is_of_diffusers(kind):
-            return _of_diffusers(components.part_of(source, entry, how.trust), kind, how)
+            return diffusion.check_model(components.part_of(source, entry, how.trust), kind, how)
         if classes.is_of_transformers(kind):
             return load.check_model(components.part_of(source, entry, how.trust), how, kind)
         if classes.is_module(kind):

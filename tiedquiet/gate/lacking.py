@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.reading import CODES
 
-_CODES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 _MOST = 64  # tensors of one module, and rules; where a module has more, they belong to no one tensor of codes
 Rule = tuple[str, str, str]  # the last part of a name, or its end; how that ends, and what takes the place of the end
 
@@ -61,7 +61,7 @@ def lacking(headers: Mapping[str, torch.Tensor]) -> str:
 
 def is_codes(header: torch.Tensor) -> bool:
     """Whether a tensor of a file is codes, by its type; of 32 bits, several of them are packed in a matrix."""
-    return header.dtype in _CODES or (header.dtype is torch.int32 and header.dim() > 1)
+    return header.dtype in CODES or (header.dtype is torch.int32 and header.dim() > 1)
 
 
 def _module_of(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import tiedquiet
-from tiedquiet.gate import classes, components
+from tiedquiet.gate import classes, components, report
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, explain
 from tiedquiet.gate.diffusion import silent
@@ -192,19 +192,17 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
     notes = [f"layers scaled by the file's alpha: {scaled:,}"] if scaled else []
     notes += [f"merged by diffusers from several of the file's tensors, and not compared: {merged:,}"] if merged else []
     parts = " and ".join(sorted({layer.component for layer in layers} - {""})) or name
-    return Result(
-        file.path.name,
+    return report.of_file(
+        file.path,
         name,
-        [str(file.path)],
         len(reached),
         len(file.tensors),
+        parts,
         findings=findings,
         missing=[finding.key for finding in findings if finding.verdict is Verdict.MISSING],
         unexpected=left,
         problem=problem if file.tensors else "it has no tensors",
         notes=notes,
-        counted=f"tensors of the file reach {parts}",
-        is_component=False,
     )
 
 

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedquiet.gate.again import Again, Made
+from tiedquiet.gate.lacking import is_codes
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import differing, identical
 from tiedquiet.proof.names import Origin, sources
+from tiedquiet.proof.reading import CODES
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
 Pieces = dict[str, torch.Tensor]
-_CODES = {torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 # What a form is read by; the others are transformers' own.
 _PACKAGES = {name: name for name in ("bitsandbytes", "compressed-tensors", "quanto", "torchao")}
 _PACKAGES |= {"gptq": "gptqmodel", "awq": "gptqmodel"}
@@ -94,9 +95,10 @@ class _Settling:
 
     def _is_codes(self, key: str, name: str) -> bool:
         """By its type; several codes are packed into one number of a parameter or matrix, which no other one is of."""
-        header, tensor = self._headers[name], self._theirs.get(key)
-        is_packed = header.dtype is torch.int32 and (header.dim() > 1 or isinstance(tensor, torch.nn.Parameter))
-        return header.dtype in _CODES or is_packed
+        header = self._headers[name]
+        return is_codes(header) or (
+            header.dtype is torch.int32 and isinstance(self._theirs.get(key), torch.nn.Parameter)
+        )
 
     def _is_made(self, key: str) -> bool:
         return self.sources[key].is_converted or self._again.given is not None or key in self._quantised
@@ -171,7 +173,7 @@ class _Settling:
         if self._again.given is not None or not self._is_stored:
             return None
         scales = [name for name in names if "activation" not in name]
-        if len(scales) != 1 or (dtype := self._headers[scales[0]].dtype) not in _CODES:
+        if len(scales) != 1 or (dtype := self._headers[scales[0]].dtype) not in CODES:
             return None
         return str(dtype).removeprefix("torch.")
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate.printing import coloured, printable, table
@@ -135,6 +136,21 @@ def as_json(status: int, source: str, versions: dict[str, str | None], results: 
         "components": [result.as_json() for result in results],
     }
     return json.dumps(whole, indent=2)
+
+
+def of_file(path: Path, cls: str, reached: int, total: int, where: str, **more: Any) -> Result:
+    """The result for a file that is loaded into a pipeline or a model, and is no component itself.
+
+    Args:
+        path: where it is.
+        cls: the name of the class that loads it.
+        reached: how many of its tensors arrive.
+        total: how many it has.
+        where: the components that they reach, in words.
+        more: what else there is to say.
+    """
+    counted = f"tensors of the file reach {where}"
+    return Result(path.name, cls, [str(path)], reached, total, counted=counted, is_component=False, **more)
 
 
 def as_lines(results: list[Result], is_pipeline: bool, every: bool = False, quiet: bool = False) -> Iterator[str]:

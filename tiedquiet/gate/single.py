@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import tiedquiet
-from tiedquiet.gate import progress
+from tiedquiet.gate import progress, report
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck, damage_of, explain
 from tiedquiet.gate.diffusion import dtype_of, silent
@@ -171,17 +171,8 @@ def of_file(file: File, name: str, reached: Collection[str], parts: list[str]) -
     """How much of a file reaches any of a pipeline's components."""
     left, last = sorted(file.headers.keys() - reached), parts[-1:]
     there = " and ".join(filter(None, (", ".join(parts[:-1]), *last))) or "no component"
-    return Result(
-        file.path.name,
-        name,
-        [str(file.path)],
-        len(reached),
-        len(file.headers),
-        unexpected=left,
-        problem=(over := left_over(name, file.headers, left)) and over + IS_IT,
-        counted=f"tensors of the file reach {there}",
-        is_component=False,
-    )
+    problem = (over := left_over(name, file.headers, left)) and over + IS_IT
+    return report.of_file(file.path, name, len(reached), len(file.headers), there, unexpected=left, problem=problem)
 
 
 def with_leftovers(made: Made, file: File, ignored: Collection[str], is_asked: bool) -> Result:
