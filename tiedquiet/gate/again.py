@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import chain, takewhile
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import tiedquiet
 from tiedquiet.proof.survey import survey
 
 _SEAM = "_load_pretrained_model"  # of every release since 5.0: the model is built, and no value was read
+_LAST_STEPS = ("postprocess_model", "_process_model_after_weight_loading")
 
 
 class Made(NamedTuple):
@@ -106,8 +107,9 @@ def begin(load: Callable[[], object]) -> Again | None:
 def _has_last_step(quantiser: Any) -> bool:
     from transformers.quantizers import HfQuantizer
 
-    steps = ("postprocess_model", "_process_model_after_weight_loading")
-    return any(getattr(type(quantiser), step, None) is not getattr(HfQuantizer, step, None) for step in steps)
+    # By where they are defined: what is wrapped is another object each time that a class is asked for it.
+    own = takewhile(lambda kind: kind is not HfQuantizer, type(quantiser).__mro__)
+    return any(not vars(kind).keys().isdisjoint(_LAST_STEPS) for kind in own)
 
 
 def _changed(model: Any, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
