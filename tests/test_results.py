@@ -200,6 +200,8 @@ def of_speed() -> Figures:
         cells = [ranged(told["seconds"], 2), f"{told['percent_of_ceiling']:.1f} %", f"{told['peak_gib']:.1f}"]
         cells += [f"{told['planned_seconds']:.1f} s, {told['planned_gib']:.1f} GiB"]
         yield "docs/distill.md", f"| {words} | {' | '.join(cells)} |", name
+    yield from of_two_gpus()
+    yield from of_the_whole_run()
     name, rates = results("distill-rates")
     drawn = {(run["rank"], run["name"]): run["arms"]["student, 2 steps"] for run in rates["runs"]}
     for rank in (8, 16, 64):
@@ -223,6 +225,31 @@ def of_speed() -> Figures:
             if "flash3" not in arm:
                 cells = [ranged(told["seconds"], 3), f"{told['percent_of_ceiling']:.1f} %", f"{told['peak_gib']:.1f}"]
                 yield "docs/distill.md", f"| {' | '.join(cells)} |", f"{name}: {arm}"
+
+
+def of_two_gpus() -> Figures:
+    name, scaling = results("distill-matching-scaling-wan2.1-1.3b")
+    for run in scaling["runs"]:
+        label = {"one": "`--lora_rank 64`" if run["arm"] == "lora" else "whole weights"}.get(run["kind"])
+        cells = [label or f"with {run['kind'].upper()}", str(run["processes"]), ranged(run["seconds"], 3)]
+        cells += [f"{run['tokens_per_s']:,.0f}", f"{run['ratio_to_one']:.2f}", f"{run['peak_gib']:.1f}"]
+        if label is None:
+            cells += [f"{100 * run[what]:.1f} %" for what in ("communication", "communication_not_hidden")]
+        yield "docs/distill.md", f"| {' | '.join(cells)} |", name
+
+
+def of_the_whole_run() -> Figures:
+    name, found = results("distill-whole-wan2.1-1.3b-lora-64")
+    for phase, told in found["phases"].items():
+        yield "docs/distill.md", f"| {told['seconds']:.1f} | {told['peak_gib']:.1f} |", f"{name}: {phase}"
+    yield "docs/distill.md", f"| all of it | {found['seconds']:.1f} |", name
+    planned = found["planned"]
+    for part, took in found["took"].items():
+        figures = (planned["seconds"][part], took["seconds"], took["warm"])
+        yield "docs/distill.md", f"| {part} | {' | '.join(f'{figure:.1f} s' for figure in figures)} |", name
+    peak = found["phases"]["training, matching"]["peak_gib"]
+    yield "docs/distill.md", f"| memory while it learns | {planned['gib']:.1f} GiB | {peak:.1f} GiB |", name
+    yield "docs/distill.md", f"| disk | {planned['gb']:.1f} GB | {found['disk_gb']:.1f} GB |", name
 
 
 FIGURES = [
