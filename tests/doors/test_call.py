@@ -191,6 +191,48 @@ def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> Non
     assert verdicts(model) == {}
 
 
+def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> None:
+    """So the walk over the model from before the reading does not serve; the names are the same."""
+    quantizers = pytest.importorskip("transformers.quantizers")
+    from transformers.core_model_loading import ConversionOps
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+        def __init__(self, **_: Any) -> None:
+            self.quant_method = "another module"
+
+    class Another(ConversionOps):  # type: ignore[misc, unused-ignore]
+        def convert(self, input_dict: Any, *_: Any, model: Any, **__: Any) -> Any:
+            before, model.lin = model.lin, torch.nn.Linear(*reversed(model.lin.weight.shape), device="meta")
+            model.lin.bias = before.bias
+            return {name: values[0] if isinstance(values, list) else values for name, values in input_dict.items()}
+
+    class Quantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined, unused-ignore]
+        requires_calibration = False
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return param_name == "lin.weight"
+
+        def get_quantize_ops(self) -> Any:
+            return Another()
+
+        def is_serializable(self, *_: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    quantizers.register_quantization_config("another module")(Config)
+    quantizers.register_quantizer("another module")(Quantizer)
+    file = IDIOMS["good citizen"].save(tmp_path)
+    with tiedquiet.enable("strict"):
+        model = Tiny.from_pretrained(tmp_path, quantization_config=Config())
+    assert torch.equal(model.lin.weight, file["lin.weight"])
+    proof = tiedquiet.check(model)
+    assert (proof.stored, proof.findings) == (len(file), ())
+
+
 class LooksAtAll(MixtralForCausalLM):
     """Looks at every tensor that was read; those of the experts were converted while they were."""
 

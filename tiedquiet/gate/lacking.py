@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tiedquiet.proof.codes import CODES
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.reading import CODES
 
 _MOST = 64  # tensors of one module, and rules; where a module has more, they belong to no one tensor of codes
 Rule = tuple[str, str, str]  # the last part of a name, or its end; how that ends, and what takes the place of the end

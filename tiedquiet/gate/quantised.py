@@ -10,10 +10,10 @@ import torch
 
 from tiedquiet.gate.again import Again, Made
 from tiedquiet.gate.lacking import is_codes
+from tiedquiet.proof.codes import CODES
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import differing, identical
 from tiedquiet.proof.names import Origin, sources
-from tiedquiet.proof.reading import CODES
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict

@@ -23,9 +23,9 @@ from tiedquiet.gate.printing import few
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, left_over
 from tiedquiet.gate.weights import check_header, pickles_are_unsafe
+from tiedquiet.proof.codes import without_scale
 from tiedquiet.proof.files import Checkpoint, unpickled
 from tiedquiet.proof.memory import same
-from tiedquiet.proof.reading import without_scale
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict

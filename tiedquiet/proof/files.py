@@ -145,7 +145,7 @@ def _names_of_types(path: str) -> set[str]:
     """What a safetensors header calls the types of its tensors: only the header is read, and it is not parsed."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-    return {name.decode() for name in re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)}
+    return {name.decode() for name in set(re.findall(rb'"dtype"\s*:\s*"(\w+)"', header))}
 
 
 def _names(path: str) -> list[str]:

@@ -18,7 +18,8 @@ from tiedquiet.proof.missing import Values, judge_missing, judge_two_ends
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.stored import judge_placeholders, judge_stored
-from tiedquiet.proof.survey import Survey, is_moved, survey
+from tiedquiet.proof.survey import Survey, is_moved, survey, ties
+from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding, Proof, Verdict
 
@@ -59,9 +60,9 @@ def judge(
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over, is_strict)
     known = Record(
-        reading.stored,
+        stored := reading.stored,
         missing,
-        len(reading.stored) + len(missing),
+        len(stored) + len(missing),
         reading.free & missing,
         lasting={**reading.found, **lost, **judge_placeholders(reading, missing, watch, model, now)},
         grown=grown,
@@ -72,11 +73,12 @@ def judge(
         reported=reported,
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
-        tensors={name: ref(tensor) for name, tensor in now.state.items() if name in reading.held},
+        tensors={name: ref(tensor) for name, tensor in now.state.items() if name in stored},
         model=ref(model),
     )
-    known.two_ends = {finding.key: finding for finding in judge_two_ends(known, now, reading.values)}
-    known.settled = {finding.key: finding for finding in _judge_now(model, known, now, reading.values)}
+    tied = ties(now, known.missing, stored)
+    known.two_ends = {finding.key: finding for finding in judge_two_ends(known, now, tied, reading.values)}
+    known.settled = {finding.key: finding for finding in _judge_now(model, known, now, tied, reading.values)}
     return known
 
 
@@ -110,7 +112,8 @@ def proof(model: Any, inert: str = "") -> Proof:
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
-    findings = {finding.key: finding for finding in _judge_now(model, known, now)}
+    tied = ties(now, known.missing, known.stored)
+    findings = {finding.key: finding for finding in _judge_now(model, known, now, tied)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
     )
@@ -126,9 +129,11 @@ def _as_loaded(now: Survey) -> Survey:
     return now
 
 
-def _judge_now(model: Any, known: Record, now: Survey, values: Values | None = None) -> list[Finding]:
+def _judge_now(
+    model: Any, known: Record, now: Survey, tied: dict[str, Group], values: Values | None = None
+) -> list[Finding]:
     findings = {**known.two_ends, **known.lasting}
-    for finding in judge_missing(model, known, now, values):
+    for finding in judge_missing(model, known, now, tied, values):
         # A tie of which no end was stored does not explain why nothing was written to this one.
         # And what the files have and nothing read is no tie that came apart.
         known_of_it = findings.get(finding.key)

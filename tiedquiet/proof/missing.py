@@ -9,7 +9,7 @@ import torch
 from tiedquiet.proof.memory import Memory, equals, holds, is_at_limit, is_copy, plain, same
 from tiedquiet.proof.reading import by_object
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import Survey, embeddings, is_denied, ties
+from tiedquiet.proof.survey import Survey, embeddings, is_denied
 from tiedquiet.proof.ties import Group
 from tiedquiet.verdict import Finding, Verdict
 
@@ -17,14 +17,25 @@ Values = Callable[[str], "torch.Tensor | None"]
 _REPAIR = "If it should be one tensor, set TIEDQUIET=repair"
 
 
-def judge_missing(model: Any, known: Record, now: Survey, values: Values | None) -> Iterator[Finding]:
-    """Findings on missing keys: ties, what lies in the memory of a stored one, and what nothing supplies."""
+def judge_missing(
+    model: Any, known: Record, now: Survey, tied: dict[str, Group], values: Values | None
+) -> Iterator[Finding]:
+    """Findings on missing keys: ties, what lies in the memory of a stored one, and what nothing supplies.
+
+    Args:
+        model: the model.
+        known: what is known of its load.
+        now: its tensors.
+        tied: the ties that are asked for, under each name.
+        values: has the checkpoint's values.
+    """
     missing = [key for key in known.missing if key in now.state]
     if not missing:
         return
     stored = {name: now.state[name] for name in known.stored if name in now.state}
     memory: Memory | None = None
-    names_of, tied = by_object(stored), ties(now, known.missing, known.stored)
+    wanted = {id(now.state[key]) for key in missing}
+    names_of = by_object({name: tensor for name, tensor in stored.items() if id(tensor) in wanted})
     for key in missing:
         tensor, group = now.state[key], tied.get(key)
         if tensor.is_meta and key in known.settled:
@@ -115,13 +126,13 @@ def _judge_parted(
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
 
-def judge_two_ends(known: Record, now: Survey, values: Values) -> Iterator[Finding]:
+def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: Values) -> Iterator[Finding]:
     """Findings on ties that are asked for and whose two ends were both stored, with different values.
 
-    transformers parts them, with one warning, and training goes on with two.
+    transformers parts them, with one warning, and training goes on with two. The arguments are those of
+    `judge_missing`.
     """
-    stored = {name for name in known.stored if name in now.state and name not in known.lasting}
-    tied = ties(now, known.missing, known.stored) if stored else {}
+    stored = known.stored & now.state.keys() - known.lasting.keys() if tied else set()
     for key, group in tied.items():
         source = next((name for name in group.chain(key) if name in stored), None)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:

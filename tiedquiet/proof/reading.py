@@ -5,7 +5,7 @@ looked up in the headers of the files, and only if a load is not plainly clean.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from tiedquiet.proof import names
+from tiedquiet.proof.codes import CODES, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import Place, equals, may_lose, narrows, plain
-from tiedquiet.proof.survey import declared, survey
+from tiedquiet.proof.survey import Survey, declared, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
-CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
 
 
 @dataclass
@@ -103,6 +103,7 @@ def read(
     missing: set[str],
     checkpoint: Checkpoint | None = None,
     offloaded: dict[str, Any] | None = None,
+    now: Survey | None = None,
 ) -> Reading:
     """Note what has just been read into a model, and where it is.
 
@@ -111,8 +112,9 @@ def read(
         missing: the keys that the checkpoint did not deliver.
         checkpoint: its files.
         offloaded: transformers' index of what stays on disk.
+        now: the model, if it has been walked already.
     """
-    now = survey(model)
+    now = survey(model) if now is None else now
     missing = now.state.keys() & missing
     stored = now.state.keys() - missing
     if stored and not now.is_plain:
@@ -277,29 +279,6 @@ def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, u
         reading.found[key] = found
     elif narrows(stored, ours):
         reading.narrowed.add(key)
-
-
-def without_scale(
-    key: str, name: str, stored: torch.dtype, ours: torch.dtype, unread: Collection[str]
-) -> Finding | None:
-    """A finding where codes of eight bits were read as numbers, and nothing read the scale beside them.
-
-    Args:
-        key: the model's name.
-        name: the file's.
-        stored: the type that it has in the file.
-        ours: the type that it was read into.
-        unread: names of the file that nothing read; a scale is of the same module, or has its name (`down_proj_scale`).
-    """
-    if stored not in CODES or ours in CODES or not ours.is_floating_point:
-        return None
-    module = name.rpartition(".")[0]
-    beside = (other for other in sorted(unread) if other.startswith((f"{module}.", f"{module}_")))
-    scale = next((other for other in beside if other[len(module)] == "." or "scale" in other[len(module) :]), None)
-    if scale is None:
-        return None
-    why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
-    return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")
 
 
 def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
