@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -103,6 +104,11 @@ def test_an_interrupt_outside_training_says_what_stays(
             RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/3"),
             "the disk: a checkpoint could not be written; what was saved before is kept",
         ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+            "tiedquiet.distill: CUDA out of memory. Tried to allocate 2.00 GiB; what was saved before is kept; --plan "
+            "says what training takes, --lora_rank, --gradient_checkpointing and a smaller --train_batch_size take less",
+        ),
     ],
 )
 def test_whatever_the_world_lacks_is_told_in_one_line(
@@ -130,11 +136,14 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_samples_are_drawn_says_what_is_there(
+def test_what_ends_the_drawing_of_samples_says_what_is_there(
     tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
+
+    def out_of_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError
 
     argv = [*SHORT, *prompts, "--expert", "low", "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
@@ -145,6 +154,13 @@ def test_ctrl_c_while_the_samples_are_drawn_says_what_is_there(
         patched.setattr(evaluate.Judge, "report", interrupted)
         assert main([*argv, "--resume_from_checkpoint", "latest"]) == 130
     assert "interrupted; the student is complete" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate.Judge, "report", out_of_memory)
+        assert main([*argv, "--resume_from_checkpoint", "latest"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "tiedquiet.distill: the GPU's memory does not suffice to draw samples; the student is complete; "
+        "--resume_from_checkpoint latest finishes"
+    )
     written = (tmp_path / "out/student/model_index.json").stat().st_mtime_ns
     assert main([*argv, "--resume_from_checkpoint", "latest"]) == 0
     assert (tmp_path / "out/student/model_index.json").stat().st_mtime_ns == written

@@ -1,4 +1,4 @@
-"""Console output besides the run's own: warnings while a bar is shown, and disk errors."""
+"""Console output besides the run's own: warnings while a bar is shown, and errors of the disk and of memory."""
 
 import contextlib
 import logging
@@ -9,11 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tiedquiet.distill.options import fail
+
+LESS = "--lora_rank, --gradient_checkpointing and a smaller --train_batch_size"
 
 
 @contextlib.contextmanager
@@ -46,6 +49,9 @@ def in_one_line(main: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except OSError as error:  # a full or read-only disk, at any moment
         fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
+    except torch.OutOfMemoryError as error:
+        asked = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        fail(f"{asked}; what was saved before is kept; --plan says what training takes, {LESS} take less")
     except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
         refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
         if not refused:

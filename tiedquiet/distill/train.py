@@ -579,10 +579,17 @@ def distil(
             ended("writing the student")
             metrics = judge.report(experts)
             ended("samples and pictures")
-        except KeyboardInterrupt:
-            done = "the student is complete" if (out / "student").exists() else "training is complete"
-            print(f"tiedquiet.distill: interrupted; {done}; --resume_from_checkpoint latest finishes", file=sys.stderr)
-            return 128 + signal.SIGINT
+        except (KeyboardInterrupt, torch.OutOfMemoryError) as error:  # a clip is decoded whole, in float32
+            is_told, done = (
+                isinstance(error, KeyboardInterrupt),
+                "the student" if (out / "student").exists() else "training",
+            )
+            why = "interrupted" if is_told else "the GPU's memory does not suffice to draw samples"
+            print(
+                f"tiedquiet.distill: {why}; {done} is complete; --resume_from_checkpoint latest finishes",
+                file=sys.stderr,
+            )
+            return 128 + signal.SIGINT if is_told else 2
         metrics |= {"processes": accelerator.num_processes, "distributed": accelerator.distributed_type.value}
         metrics |= {"phases": phases, "planned": planned.told()}
         metrics["seconds"] = round(time.perf_counter() - start, 1)
