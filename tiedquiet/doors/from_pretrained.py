@@ -63,10 +63,10 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
     if around is not None:
         around.end_earlier(bound.get("model"))
     if mode.current() != "off":
-        with suppress(Exception):  # then it is made once all is read
+        with suppress(Exception):  # then it is walked once all is read
             # For these names transformers will ask. The modules have just been made and are still in the processor's
-            # caches: after the files they would have to be fetched from memory.
-            asked = survey(bound["model"])
+            # caches: after the files they would have to be fetched from memory. A quantiser may make others meanwhile.
+            asked = survey(bound["model"]) if bound["load_config"].hf_quantizer is None else None
     result = wrapped(*args, **kwargs)
     failure = None
     # What cannot be watched afterwards is not judged.
@@ -166,7 +166,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any, asked
     checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
     quantised = config.hf_quantizer is not None
     mended: list[Finding] = []
-    now = None if asked is None or quantised else asked.renewed()  # a quantiser may make other modules while it reads
+    now = None if asked is None else asked.renewed()
     reading, unread = _read(model, info, checkpoint, offloaded, config, now)
     if unread:
         origins, prefixes = find_unread(model, reading, unread, config.weight_mapping or ())
