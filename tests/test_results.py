@@ -171,6 +171,15 @@ def of_the_students() -> Figures:
             cells += [ranged(measured[what], 2) for what in ("spread_of_place", "spread_of_size", "speed_of_motion")]
             label = words_of.format(steps) if bold else words_of.format(steps).replace("**", "")
             yield "docs/distill.md", f"| {label} | {' | '.join(cells)} |", name
+    name, found = results("distill-students-1-step-at-length")
+    told = {what: f"{of['median']:.2f}" for what, of in found["arms"]["1 step, at length: student, 1 step"].items()}
+    adherence = f"{100 * found['arms']['1 step, at length: student, 1 step']['adherence']['median']:.1f}"
+    psnr = f"{found['arms']['1 step, at length: student, 1 step']['psnr']['median']:.1f}"
+    cells = [adherence, psnr, *(told[what] for what in ("spread_of_place", "spread_of_size", "speed_of_motion")), "6"]
+    yield "docs/distill.md", f"| segments at length, 1 step | {' | '.join(cells)} |", name
+    for page, words in (("docs/example.md", "one step ({} %"), ("CHANGELOG.md", "draws {} %")):
+        yield page, words.format(adherence), name
+    yield "benchmarks/README.md", f"in one step {adherence} %", name
     first, second, third = sorted(f"{100 * arms['student, 2 steps']['adherence']:.1f}" for arms in two)
     yield "docs/example.md", f"{first}, {second} and {third} %, {mean.removesuffix(' %')} on average", name
 

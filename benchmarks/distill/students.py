@@ -28,6 +28,12 @@ from typing import Any
 from benchmarks.record import arguments, spread, stop, write
 
 ALONE = ["--max_train_steps", "0", "--segment_weight", "0"]
+# 40 times as many samples as by default, of 25 times as many paths, at three times the rate.
+AT_LENGTH = [
+    *("--samples_per_prompt", "1000", "--max_train_steps", "3000", "--train_batch_size", "256"),
+    *("--learning_rate", "3e-3", "--lr_warmup_steps", "200", "--adam_beta2", "0.95"),
+    *("--distribution_matching_steps", "0"),
+]
 STUDENTS = {
     "4 steps": ["--student_steps", "4"],
     "2 steps": ["--student_steps", "2"],
@@ -35,6 +41,7 @@ STUDENTS = {
     "4 steps, DMD2 alone": ["--student_steps", "4", *ALONE],
     "2 steps, DMD2 alone": ["--student_steps", "2", *ALONE],
     "1 step, DMD2 alone": ["--student_steps", "1", "--expert", "high", *ALONE],
+    "1 step, at length": ["--student_steps", "1", "--expert", "high", *AT_LENGTH],
     "velocity": ["--student_steps", "0", "--student_blocks", "6", "--guidance_scale", "3"],
     "half the blocks": ["--student_steps", "4", "--student_blocks", "3"],
 }
@@ -76,9 +83,9 @@ def main() -> None:
     results = {"arms": table, "training": cost, "prompts": prompts, "runs": runs}
     import torch  # noqa: F401 - so that the record names the GPU on which the runs trained
 
-    path = write("distill-students", {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
+    path = write(theme(options.students), {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
     for name, picture in pictures.items():
-        path.with_name(f"{path.stem}_{name.replace(',', '').replace(' ', '-')}.png").write_bytes(picture)
+        path.with_name(f"{path.stem}_{slug(name)}.png").write_bytes(picture)
     print(f"| | {' | '.join(m.replace('_', ' ') for m in MEASURES)} |\n| --- |{' ---: |' * len(MEASURES)}")
     for arm, measures in table.items():
         print(f"| {arm} | {' | '.join(cell(measures[m]) if m in measures else '' for m in MEASURES)} |")
@@ -88,6 +95,16 @@ def main() -> None:
             f"{name}: {data} block passes to make the data, {training} to train, {cell(spent['seconds'])} s of training"
         )
     print(path)
+
+
+def theme(students: Sequence[str]) -> str:
+    """What the results are called: those of one student alone are no control."""
+    return "distill-students" + (f"-{slug(students[0])}" if len(students) == 1 else "")
+
+
+def slug(name: str) -> str:
+    """A student's name as part of a file's."""
+    return name.replace(",", "").replace(" ", "-")
 
 
 def add_passed(parser: argparse.ArgumentParser) -> None:

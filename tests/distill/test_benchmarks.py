@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.distill.shapes import SHAPES
 from benchmarks.distill.steps import Steps, gradient_error
+from benchmarks.distill.students import theme
 from tests.test_benchmarks import run
 
 pytestmark = pytest.mark.slow
@@ -81,6 +82,11 @@ def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None
     assert results["disk_gb"] > 0
     assert "student/pytorch_lora_weights.safetensors" in results["files"]
     assert path.with_suffix(".png").exists()
+
+
+def test_one_student_alone_is_no_control() -> None:
+    assert theme(["2 steps", "velocity"]) == "distill-students"
+    assert theme(["1 step, at length"]) == "distill-students-1-step-at-length"
 
 
 def test_the_control_of_two_students(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_every_flag_on_the_pages_is_one(capsys: pytest.CaptureFixture[str]) -> N
     told, root = capsys.readouterr().out, Path(__file__).parents[2]
     example = (root / "docs/example.md").read_text()
     flags = set(re.findall(r"(?<=--)[a-z_0-9]+", example + (root / "docs/distill.md").read_text()))
-    of_others = {"help", "paths", "jobs"}  # those of benchmarks
+    of_others = {"help", "paths", "jobs", "rounds", "scaling", "seeds", "students"}  # those of benchmarks
     assert flags - of_others <= set(re.findall(r"^  --([a-z_0-9]+)", told, re.MULTILINE))
     (command,) = (block.text for block in blocks(root / "docs/example.md", "") if "--lora_rank" in block.text)
     words = command.replace("\\", "").split()

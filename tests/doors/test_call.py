@@ -192,7 +192,6 @@ def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> Non
 
 
 def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> None:
-    """So the walk over the model from before the reading does not serve; the names are the same."""
     quantizers = pytest.importorskip("transformers.quantizers")
     from transformers.core_model_loading import ConversionOps
     from transformers.utils.quantization_config import QuantizationConfigMixin

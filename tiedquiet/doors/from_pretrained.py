@@ -24,7 +24,7 @@ from tiedquiet.proof.reading import (
     origins_in_files,
     read,
 )
-from tiedquiet.proof.survey import Survey, survey
+from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -59,21 +59,16 @@ def _on_init(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
 
 def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `_load_pretrained_model`: note what was read, and where it lies, before anything is initialised."""
-    around, bound, asked = call.current(), bind(wrapped, args, kwargs), None
+    around = call.current()
     if around is not None:
-        around.end_earlier(bound.get("model"))
-    if mode.current() != "off":
-        with suppress(Exception):  # then it is walked once all is read
-            # For these names transformers will ask. The modules have just been made and are still in the processor's
-            # caches: after the files they would have to be fetched from memory. A quantiser may make others meanwhile.
-            asked = survey(bound["model"]) if bound["load_config"].hf_quantizer is None else None
+        around.end_earlier(bind(wrapped, args, kwargs).get("model"))
     result = wrapped(*args, **kwargs)
     failure = None
     # What cannot be watched afterwards is not judged.
     if mode.current() != "off" and is_wrapped(_FINALIZE):
         try:
             if not _left_empty():
-                _note(wrapped, bound, result, asked)
+                _note(wrapped, bind(wrapped, args, kwargs), result)
         except Exception as error:
             failure = stand_aside(error)
     if failure is not None:
@@ -155,19 +150,15 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
     return carry_out(decide, wrapped, args, kwargs)
 
 
-def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any, asked: Survey | None) -> None:
-    """Note what was read; in `repair`, let transformers read what the files have under other names.
-
-    `asked` is the model as it was before `wrapped` was called.
-    """
+def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> None:
+    """Note what was read; in `repair`, let transformers read what the files have under other names."""
     model, config = bound["model"], bound["load_config"]
     info, offloaded = result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
     base = getattr(model, "base_model_prefix", "")
     checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
     quantised = config.hf_quantizer is not None
     mended: list[Finding] = []
-    now = None if asked is None else asked.renewed()
-    reading, unread = _read(model, info, checkpoint, offloaded, config, now)
+    reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
     if unread:
         origins, prefixes = find_unread(model, reading, unread, config.weight_mapping or ())
         to_disk = "disk" in (config.device_map or {}).values()
@@ -177,7 +168,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any, asked
             came_from = _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
             also = {name: key for key, origin in origins.items() for name in origin.names}
             also = also or {name: key for key, name in (prefixes.names if prefixes else {}).items()}
-            reading, unread = _read(model, info, checkpoint, offloaded, config, None, also)
+            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised, also)
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in came_from}
             find_unread(model, reading, unread, config.weight_mapping or ())
@@ -211,12 +202,12 @@ def _read(
     checkpoint: Checkpoint,
     offloaded: Any,
     config: Any,
-    now: Survey | None,
+    quantised: bool,
     also: dict[str, str] | None = None,
 ) -> tuple[Reading, names.Headers]:
     """What was read, and what nothing read, if the loader left anything open."""
-    missing, quantised = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}, bool(config.hf_quantizer)
-    reading = read(model, missing, checkpoint, offloaded, now)
+    missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
+    reading = read(model, missing, checkpoint, offloaded)
     conversions = list(config.weight_mapping or ())
     reading.names_of = partial(names_in_files, model, checkpoint, conversions)
     if quantised:

@@ -16,7 +16,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.codes import CODES, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import Place, equals, may_lose, narrows, plain
-from tiedquiet.proof.survey import Survey, declared, survey
+from tiedquiet.proof.survey import declared, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
@@ -103,7 +103,6 @@ def read(
     missing: set[str],
     checkpoint: Checkpoint | None = None,
     offloaded: dict[str, Any] | None = None,
-    now: Survey | None = None,
 ) -> Reading:
     """Note what has just been read into a model, and where it is.
 
@@ -112,9 +111,8 @@ def read(
         missing: the keys that the checkpoint did not deliver.
         checkpoint: its files.
         offloaded: transformers' index of what stays on disk.
-        now: the model, if it has been walked already.
     """
-    now = survey(model) if now is None else now
+    now = survey(model)
     missing = now.state.keys() & missing
     stored = now.state.keys() - missing
     if stored and not now.is_plain:

@@ -16,22 +16,12 @@ class Survey(NamedTuple):
         others: its non-persistent buffers.
         models: prefix and module of each model in it, itself included.
         is_plain: whether no module changes what its state dict holds.
-        owners: prefix and attributes of each module that has a place for tensors.
     """
 
     state: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor]
     models: list[tuple[str, Any]]
     is_plain: bool
-    owners: list[tuple[str, dict[str, Any]]]
-
-    def renewed(self) -> "Survey":
-        """The same modules with the tensors that they have now."""
-        state: dict[str, torch.Tensor] = {}
-        others: dict[str, torch.Tensor] = {}
-        for prefix, parts in self.owners:
-            _collect(prefix, parts, state, others)
-        return self._replace(state=state, others=others)
 
 
 def survey(model: torch.nn.Module) -> Survey:
@@ -39,7 +29,6 @@ def survey(model: torch.nn.Module) -> Survey:
     state: dict[str, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}
     models: list[tuple[str, Any]] = []
-    owners: list[tuple[str, dict[str, Any]]] = []
     is_model: dict[type[torch.nn.Module], bool] = {}
     hooks = False
     stack = [("", model)]
@@ -51,9 +40,14 @@ def survey(model: torch.nn.Module) -> Survey:
             for name, child in children.items():
                 if child is not None:
                     push((f"{prefix}{name}.", child))
-        if parts["_parameters"] or parts["_buffers"]:
-            owners.append((prefix, parts))
-            _collect(prefix, parts, state, others)
+        if parameters := parts["_parameters"]:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    state[prefix + name] = parameter
+        if buffers := parts["_buffers"]:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    (others if name in parts["_non_persistent_buffers_set"] else state)[prefix + name] = buffer
         if parts["_state_dict_hooks"]:
             hooks = True
         if kind not in is_model:
@@ -64,20 +58,7 @@ def survey(model: torch.nn.Module) -> Survey:
     custom = any(
         k.state_dict is not bare.state_dict or k._save_to_state_dict is not bare._save_to_state_dict for k in is_model
     )
-    return Survey(state, others, models, not hooks and not custom, owners)
-
-
-def _collect(
-    prefix: str, parts: dict[str, Any], state: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
-) -> None:
-    """Add a module's own tensors."""
-    for name, parameter in parts["_parameters"].items():
-        if parameter is not None:
-            state[prefix + name] = parameter
-    if buffers := parts["_buffers"]:
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                (others if name in parts["_non_persistent_buffers_set"] else state)[prefix + name] = buffer
+    return Survey(state, others, models, not hooks and not custom)
 
 
 def tensor_at(model: torch.nn.Module, name: str) -> torch.Tensor | None:
