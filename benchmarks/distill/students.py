@@ -9,10 +9,11 @@ Every run is `python -m tiedquiet.distill` with the tiny teacher, and but for wh
 student of N steps is measured after its segments and after distribution matching; beside it stands one that learnt by
 distribution matching alone. The student of one step is the high-noise expert's. `velocity` has all its teacher's blocks
 and learns the guided velocity, so that it needs no guidance either; it is sampled at the teacher's number of steps and
-at four. `half the blocks` is the student of four steps with half of them. What a student draws is held against its
-teacher's clips from the same seeds. What it cost to make the data and to train is counted in block passes, forward and
-twice that backward; seconds say something only where runs do not share a machine. All runs share one cache, so all
-seeds learn from the same paths. The pictures of each student's first run lie beside the results.
+at four. `half the blocks` is the student of four steps with half of them, `1 step, at length` has more paths and more
+updates. What a student draws is held against its teacher's clips from the same seeds. What it cost to make the data and
+to train is counted in block passes, forward and twice that backward; seconds say something only where runs do not share
+a machine. All runs share one cache, so all seeds learn from the same paths. The pictures of each student's first run
+lie beside the results.
 """
 
 import argparse
@@ -41,9 +42,9 @@ STUDENTS = {
     "4 steps, DMD2 alone": ["--student_steps", "4", *ALONE],
     "2 steps, DMD2 alone": ["--student_steps", "2", *ALONE],
     "1 step, DMD2 alone": ["--student_steps", "1", "--expert", "high", *ALONE],
-    "1 step, at length": ["--student_steps", "1", "--expert", "high", *AT_LENGTH],
     "velocity": ["--student_steps", "0", "--student_blocks", "6", "--guidance_scale", "3"],
     "half the blocks": ["--student_steps", "4", "--student_blocks", "3"],
+    "1 step, at length": ["--student_steps", "1", "--expert", "high", *AT_LENGTH],
 }
 PASSED = ("prompts_file", "max_train_steps", "distribution_matching_steps", "samples_per_prompt")
 MEASURES = ("adherence", "psnr", "spread_of_place", "spread_of_size", "speed_of_motion", "block_passes")
@@ -140,14 +141,12 @@ def run(student: str, words: Sequence[str], seed: int, cache: str) -> dict[str, 
 
 
 def flags(student: str, passed: dict[str, str]) -> list[str]:
-    """A student's own settings, before those that are passed on: those of its own that would be undone are left out."""
-    own, kept = (
-        STUDENTS[student],
-        {name: value for name, value in passed.items() if f"--{name}" not in STUDENTS[student]},
-    )
-    if "0" in own[:2]:
+    """A student's own settings, before those that are passed on, which undo none that leaves something out."""
+    own = dict(zip(STUDENTS[student][::2], STUDENTS[student][1::2], strict=True))
+    kept = {name: value for name, value in passed.items() if own.get(f"--{name}") != "0"}
+    if own["--student_steps"] == "0":
         kept.pop("distribution_matching_steps", None)
-    return [*own, *(word for name, value in kept.items() for word in (f"--{name}", value))]
+    return [*STUDENTS[student], *(word for name, value in kept.items() for word in (f"--{name}", value))]
 
 
 def passes(args: dict[str, Any]) -> dict[str, int]:

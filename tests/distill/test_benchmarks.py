@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.distill.shapes import SHAPES
 from benchmarks.distill.steps import Steps, gradient_error
-from benchmarks.distill.students import theme
+from benchmarks.distill.students import flags, theme
 from tests.test_benchmarks import run
 
 pytestmark = pytest.mark.slow
@@ -87,6 +87,14 @@ def test_the_whole_example_on_a_pipeline_of_another_size(tmp_path: Path) -> None
 def test_one_student_alone_is_no_control() -> None:
     assert theme(["2 steps", "velocity"]) == "distill-students"
     assert theme(["1 step, at length"]) == "distill-students-1-step-at-length"
+
+
+def test_a_short_trial_is_short_whatever_the_student() -> None:
+    passed = {"max_train_steps": "2", "distribution_matching_steps": "1", "samples_per_prompt": "1"}
+    shortened = ["--max_train_steps", "2", "--samples_per_prompt", "1"]
+    assert flags("1 step, at length", passed)[-4:] == shortened
+    assert flags("velocity", passed)[-4:] == shortened
+    assert flags("2 steps, DMD2 alone", passed)[-4:] == ["--distribution_matching_steps", "1", *shortened[2:]]
 
 
 def test_the_control_of_two_students(tmp_path: Path) -> None:

@@ -16,8 +16,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tiedquiet.distill.options import fail
 
-LESS = "--lora_rank, --gradient_checkpointing and a smaller --train_batch_size"
-
 
 @contextlib.contextmanager
 def words_above_the_bar() -> Iterator[None]:
@@ -51,7 +49,10 @@ def in_one_line(main: Callable[[], int]) -> int:
         fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
     except torch.OutOfMemoryError as error:
         asked = ". ".join(" ".join(str(error).split()).split(". ")[:2])
-        fail(f"{asked}; what was saved before is kept; --plan says what training takes, {LESS} take less")
+        fail(
+            f"{asked}; what was saved before is kept; --plan says what training takes, "
+            "--lora_rank, --gradient_checkpointing and a smaller --train_batch_size take less"
+        )
     except (SafetensorError, RuntimeError) as error:  # that is what the disk's errors become in their writers
         refused = re.search(r"I/O error: (.+?) \(os error|inline_container|PytorchStreamWriter", str(error))
         if not refused:

@@ -112,7 +112,7 @@ def proof(model: Any, inert: str = "") -> Proof:
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
-    tied = ties(now, known.missing, known.stored)
+    tied = ties(now, known.missing, known.stored) if known.missing else {}
     findings = {finding.key: finding for finding in _judge_now(model, known, now, tied)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings

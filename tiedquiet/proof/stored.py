@@ -29,7 +29,8 @@ def judge_stored(
 ) -> tuple[dict[str, Finding], set[str], set[str]]:
     """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
     found, grown, altered = {}, set(), set()
-    for (name, tensor), read in zip(reading.held.items(), reading.read_to.values(), strict=True):
+    for name, tensor in reading.held.items():
+        read = reading.read_to[name]
         current, write = now.state.get(name), writes.get(name)
         if current is tensor and write is None and lies_at(current, read):
             if current.is_meta and name not in reading.offloaded:
