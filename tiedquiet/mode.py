@@ -41,7 +41,9 @@ _around: list[Setting] = []  # that of every context that is inside a `with`
 def setting() -> Setting:
     """The setting that counts here."""
     own = _of_context.get()
-    return own or max((_of_process[-1], *_around), key=lambda one: _STRICTNESS.index(one.mode))
+    if own is not None or not _around:
+        return own or _of_process[-1]
+    return max((_of_process[-1], *_around), key=lambda one: _STRICTNESS.index(one.mode))
 
 
 def current() -> Mode:

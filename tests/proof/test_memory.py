@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import Memory, holds, is_at_limit, plain, same
+from tiedquiet.proof.memory import Memory, all_lie_at, holds, is_at_limit, lies_at, plain, same
 
 ROWS = torch.arange(12.0).view(4, 3)
 
@@ -22,6 +22,10 @@ def test_the_plain_tensors_behind_a_tensor() -> None:
     assert plain(ROWS) == [ROWS]
     for nothing in (ROWS.to_sparse(), ROWS.to("meta"), torch.empty(0)):
         assert plain(nothing) == []
+
+
+class Named(torch.Tensor):
+    """A type of somebody's own, with the memory of a plain tensor."""
 
 
 class Opaque(torch.Tensor):
@@ -86,6 +90,52 @@ def test_views_with_other_dimensions_or_of_another_view() -> None:
     assert Memory({"turned": turned}).holding(turned[:, 1:]) == ["turned"]
     assert Memory({"one": whole[:1, :1].expand(4, 3)}).holding(whole[:1, :1]) == []
     assert [name for name, _ in Memory({"even": whole[:, ::2]}).meeting(whole[:, 1:2])] == ["even"], "addresses meet"
+
+
+def halved(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.half().float()
+
+
+def reread_as_whole_numbers(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.view(torch.int32)
+
+
+def turned(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def moved_by_one(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.reshape(-1).roll(1).view(3, 3)
+
+
+@pytest.mark.parametrize("change", [halved, reread_as_whole_numbers, turned, moved_by_one])
+@pytest.mark.parametrize("among", [0, 7])
+def test_all_at_once_or_one_by_one_a_tensor_that_was_changed_lies_elsewhere(change: Any, among: int) -> None:
+    tensors = [torch.nn.Parameter(torch.arange(9.0).view(3, 3), requires_grad=False) for _ in range(8)]
+    read = [tensor.detach() for tensor in tensors]
+    assert all_lie_at(tensors, read)
+    change(tensors[among])
+    assert not all_lie_at(tensors, read)
+    assert [lies_at(*pair) for pair in zip(tensors, read, strict=True)] == [n != among for n in range(8)]
+
+
+def test_conjugated_in_its_place_it_has_other_values() -> None:
+    tensor = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 4j]), requires_grad=False)
+    read = tensor.detach()
+    assert lies_at(tensor, read)
+    tensor.data = tensor.data.conj()
+    assert tensor.data_ptr() == read.data_ptr()
+    assert not lies_at(tensor, read)
+    assert not all_lie_at([tensor], [read])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, ROWS.to("meta"), ROWS.to_sparse(), ROWS.to(torch.complex64), torch.Tensor._make_subclass(Named, ROWS)],
+    ids=["gone", "on meta", "sparse", "complex", "of another type"],
+)
+def test_what_must_be_asked_by_itself_is_not_answered_for_all(odd: Any) -> None:
+    assert not all_lie_at([ROWS, odd], [ROWS.detach(), odd])
 
 
 def test_tensors_that_lie_in_one_another_are_all_found() -> None:

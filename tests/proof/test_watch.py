@@ -15,7 +15,7 @@ import tiedquiet
 from tests.checkpoints import Printed
 from tests.idioms import IDIOMS, Idiom, IdiomConfig, Part, Tiny, dirty_memory, same
 from tiedquiet import Verdict
-from tiedquiet.proof.placeholders import version_of
+from tiedquiet.proof.placeholders import version_of, versions_of
 from tiedquiet.proof.watch import Watch
 
 
@@ -247,6 +247,8 @@ def test_writes_are_counted_through_every_view_and_where_torch_counts() -> None:
     with torch.inference_mode():
         uncounted = torch.ones(4).add_(1)
     assert version_of(uncounted) == 0
+    several = [tensor, uncounted, (tensor, tensor)]
+    assert versions_of(several) == [version_of(place) for place in several] == [1, 0, 2]
 
 
 def test_on_meta_nothing_can_be_lost() -> None:

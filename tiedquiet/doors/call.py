@@ -114,10 +114,9 @@ def end(load: Load, model: Any) -> LoadError | None:
     try:
         outcome = conclude(load, model, load.where, load.reported)
     except Exception as error:
-        rows = f"; not proven, although left out of the report: {words.few(load.dropped)}" if load.dropped else ""
-        return stand_aside(error, rows)
-    finally:
         with suppress(Exception):
             load.close(model)
+        rows = f"; not proven, although left out of the report: {words.few(load.dropped)}" if load.dropped else ""
+        return stand_aside(error, rows)
     say(outcome)
     return outcome.failure

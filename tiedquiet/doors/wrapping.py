@@ -15,7 +15,7 @@ from tiedquiet import mode, words
 from tiedquiet.verdict import LoadError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seam:
     """A function of a library that is wrapped.
 

@@ -111,7 +111,7 @@ class Checkpoint:
 
 def closed_because(files: Sequence[str]) -> str:
     """Why files must not be opened, as a clause: one of them is a pickle that this torch does not read safely."""
-    pickle = next((path for path in files if Path(path).suffix not in (".safetensors", ".gguf")), None)
+    pickle = next((path for path in files if not path.endswith((".safetensors", ".gguf"))), None)
     return f"{Path(pickle).name} is a pickle, and {reason}" if pickle and (reason := pickles.unsafe()) else ""
 
 
@@ -163,11 +163,11 @@ def _headers(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    if Path(path).suffix == ".safetensors":
+    if path.endswith(".safetensors"):
         file: Any = safe_open(path, "pt")  # mapped until the last reference to it goes
         yield from ((key, partial(file.get_tensor, key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
         return
-    if Path(path).suffix == ".gguf":
+    if path.endswith(".gguf"):
         raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
     if reason := closed_because([path]):
         raise ValueError(reason)

@@ -13,17 +13,15 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof import record
-from tiedquiet.proof.memory import is_at_limit
+from tiedquiet.proof.memory import ORDINARY, is_at_limit
 from tiedquiet.proof.missing import Values, judge_missing, judge_two_ends
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.stored import judge_placeholders, judge_stored
-from tiedquiet.proof.survey import Survey, is_moved, survey, ties
+from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding, Proof, Verdict
-
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def judge(
@@ -58,6 +56,7 @@ def judge(
     now = survey(model)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
+    here = only(now.state, reading.held.keys())
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over, is_strict)
     known = Record(
         stored := reading.stored,
@@ -73,7 +72,7 @@ def judge(
         reported=reported,
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
-        tensors={name: ref(tensor) for name, tensor in now.state.items() if name in stored},
+        tensors=dict(zip(here, map(ref, here.values()), strict=True)),
         model=ref(model),
     )
     tied = ties(now, known.missing, stored)
@@ -150,7 +149,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
         return  # a copy has tensors of its own
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
-        if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in _ORDINARY):
+        if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
         if tensor is None:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")

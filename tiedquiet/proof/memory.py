@@ -3,14 +3,19 @@
 import ctypes
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import permutations
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 
 _CHUNK = 1 << 22  # elements that are cast and compared at once
 _MOST_DIMENSIONS = 5  # of what may be held in another order of its dimensions
+
+# Types whose memory is their own: each holds its values, and none has an inner tensor for them.
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_TYPE = attrgetter("dtype")
 
 # Where a tensor was read to: an alias of its memory, or one of each plain tensor that another type consists of.
 Place = torch.Tensor | tuple[torch.Tensor, ...]
@@ -279,11 +284,44 @@ def holds(tensor: Place, values: Place) -> bool | None:
     return any(now.shape == other.shape and same(now, other) for other in turned)
 
 
+def types_of(tensors: Iterable[Any]) -> list[torch.dtype]:
+    """The type of each, asked without a step of Python for each."""
+    return list(map(_TYPE, tensors))
+
+
+def are_ordinary(values: Iterable[object]) -> bool:
+    """Whether each is a tensor of torch's own two types."""
+    return set(map(type, values)).issubset(ORDINARY)
+
+
+def all_lie_at(tensors: Collection[Any], read: Collection[Any]) -> bool:
+    """Whether each lies where it was read to, asked of all at once.
+
+    Args:
+        tensors: tensors, or None where there is none.
+        read: their places, in the same order.
+
+    Returns:
+        False also where that has to be asked of each by itself.
+    """
+    if not (are_ordinary(tensors) and are_ordinary(read)):
+        return False
+    types = types_of(tensors)
+    if types != types_of(read) or any(dtype.is_complex for dtype in set(types)):
+        return False
+    try:
+        return all(map(torch.Tensor.is_set_to, tensors, read))
+    except RuntimeError:  # what is on meta lies nowhere, and what is sparse does not tell
+        return False
+
+
 def lies_at(tensor: torch.Tensor, read: Place) -> bool:
     """Whether it is the same view of the same memory: a square matrix that was transposed has the address, too."""
     if isinstance(read, tuple):
         pieces = plain(tensor)
         return len(pieces) == len(read) and all(map(lies_at, pieces, read))
+    if tensor.is_conj() is not read.is_conj():
+        return False
     if type(tensor) is torch.nn.Parameter and not tensor.is_meta and not read.is_meta:
         return tensor.is_set_to(read) and tensor.dtype is read.dtype  # the same in one call
     return tensor is read or (

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from tiedquiet.proof.memory import Memory, equals, holds, is_at_limit, is_copy, plain, same
 from tiedquiet.proof.reading import by_object
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import Survey, embeddings, is_denied
+from tiedquiet.proof.survey import Survey, embeddings, is_denied, only
 from tiedquiet.proof.ties import Group
 from tiedquiet.verdict import Finding, Verdict
 
@@ -32,10 +33,10 @@ def judge_missing(
     missing = [key for key in known.missing if key in now.state]
     if not missing:
         return
-    stored = {name: now.state[name] for name in known.stored if name in now.state}
+    stored = only(now.state, known.stored)
     memory: Memory | None = None
     wanted = {id(now.state[key]) for key in missing}
-    names_of = by_object({name: tensor for name, tensor in stored.items() if id(tensor) in wanted})
+    names_of = by_object(dict(compress(stored.items(), map(wanted.__contains__, map(id, stored.values())))))
     for key in missing:
         tensor, group = now.state[key], tied.get(key)
         if tensor.is_meta and key in known.settled:

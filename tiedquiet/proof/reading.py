@@ -5,7 +5,7 @@ looked up in the headers of the files, and only if a load is not plainly clean.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,12 +15,11 @@ import torch
 from tiedquiet.proof import names
 from tiedquiet.proof.codes import CODES, without_scale
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import Place, equals, may_lose, narrows, plain
-from tiedquiet.proof.survey import declared, survey
+from tiedquiet.proof.memory import ORDINARY, Place, are_ordinary, equals, may_lose, narrows, plain, types_of
+from tiedquiet.proof.survey import declared, only, survey
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass
@@ -114,18 +113,19 @@ def read(
     """
     now = survey(model)
     missing = now.state.keys() & missing
-    stored = now.state.keys() - missing
-    if stored and not now.is_plain:
-        stored &= model.state_dict(keep_vars=True).keys()  # what is kept out of it was asked of no checkpoint
-    held = {name: now.state[name] for name in stored}
+    held = only(now.state, now.state.keys() - missing)
+    if held and not now.is_plain:  # what is kept out of its state dict was asked of no checkpoint
+        held = only(held, model.state_dict(keep_vars=True).keys())
     reading = Reading(
         checkpoint or Checkpoint({}),
         held,
-        {name: _alias(tensor) for name, tensor in held.items()},
+        dict(zip(held, _aliases(held.values()), strict=True)),
         missing,
-        len(stored) + len(missing),
+        len(held) + len(missing),
         free={name for name in missing if _is_free(model, name)},
-        tied={key for key, group in declared(now).items() if key in missing and not stored.isdisjoint(group.members)},
+        tied={
+            key for key, group in declared(now).items() if key in missing and not held.keys().isdisjoint(group.members)
+        },
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
     )
@@ -158,7 +158,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     checkpoint = reading.checkpoint
     if len(checkpoint.files) > 1 and checkpoint.is_mapped:
         return True
-    ours = {tensor.dtype for tensor in reading.held.values()}
+    ours = set(types_of(reading.held.values()))
     return any(
         may_lose(theirs, own) or narrows(theirs, own) or (theirs in CODES and theirs != own)
         for theirs in checkpoint.dtypes
@@ -319,8 +319,13 @@ def is_ignored(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
 
 
-def _alias(tensor: torch.Tensor) -> Place:
-    """What shares a tensor's memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
-    if type(tensor) in _ORDINARY:
-        return tensor.detach()
-    return tuple(piece.as_subclass(torch.Tensor).detach() for piece in plain(tensor))
+def _aliases(tensors: Collection[torch.Tensor]) -> list[Place]:
+    """What shares each tensor's memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
+    if are_ordinary(tensors):
+        return list(map(torch.Tensor.detach, tensors))
+    return [
+        tensor.detach()
+        if type(tensor) in ORDINARY
+        else tuple(piece.as_subclass(torch.Tensor).detach() for piece in plain(tensor))
+        for tensor in tensors
+    ]

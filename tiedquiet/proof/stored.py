@@ -1,15 +1,18 @@
 """The verdict on what was read: whether it is still there; and on memory that was allocated but never written."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-from tiedquiet.proof.memory import Place, equals, holds, is_at_limit, lies_at, plain, same
+from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, is_at_limit, lies_at, plain, same
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.survey import Survey, is_moved, survey
 from tiedquiet.proof.watch import Watch, Write
 from tiedquiet.verdict import BUFFER, Finding, Verdict
+
+_IS_META = attrgetter("is_meta")
 
 
 def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
@@ -28,7 +31,13 @@ def judge_stored(
     model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey, is_over: bool, is_strict: bool
 ) -> tuple[dict[str, Finding], set[str], set[str]]:
     """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
-    found, grown, altered = {}, set(), set()
+    found: dict[str, Finding] = {}
+    grown: set[str] = set()
+    altered: set[str] = set()
+    # The answer of nearly every load, in half the time that it takes to ask of each by itself.
+    is_untouched = not writes and not (is_strict and reading.narrowed)
+    if is_untouched and all_lie_at([now.state.get(name) for name in reading.held], reading.read_to.values()):
+        return found, grown, altered
     for name, tensor in reading.held.items():
         read = reading.read_to[name]
         current, write = now.state.get(name), writes.get(name)
@@ -92,7 +101,7 @@ def judge_placeholders(
     reading: Reading, missing: set[str], watch: Watch, model: Any, now: Survey
 ) -> dict[str, Finding]:
     """Findings on memory that was allocated while the model was loaded, and has no values."""
-    on_disk = any(tensor.is_meta for tensor in reading.held.values())
+    on_disk = any(map(_IS_META, reading.held.values()))
     tensors = {**{key: now.state[key] for key in missing if key in now.state}, **now.others}
     return {
         name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)

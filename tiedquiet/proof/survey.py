@@ -1,5 +1,6 @@
 """What a model says about itself: its tensors in one walk, and its embeddings."""
 
+from collections.abc import Set
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,15 +32,16 @@ def survey(model: torch.nn.Module) -> Survey:
     models: list[tuple[str, Any]] = []
     is_model: dict[type[torch.nn.Module], bool] = {}
     hooks = False
-    stack = [("", model)]
-    pop, push = stack.pop, stack.append
-    while stack:
-        prefix, module = pop()
+    prefixes, modules = [""], [model]
+    next_prefix, next_module = prefixes.pop, modules.pop
+    while modules:
+        prefix, module = next_prefix(), next_module()
         parts, kind = module.__dict__, type(module)
         if children := parts["_modules"]:
             for name, child in children.items():
                 if child is not None:
-                    push((f"{prefix}{name}.", child))
+                    prefixes.append(f"{prefix}{name}.")
+                    modules.append(child)
         if parameters := parts["_parameters"]:
             for name, parameter in parameters.items():
                 if parameter is not None:
@@ -59,6 +61,14 @@ def survey(model: torch.nn.Module) -> Survey:
         k.state_dict is not bare.state_dict or k._save_to_state_dict is not bare._save_to_state_dict for k in is_model
     )
     return Survey(state, others, models, not hooks and not custom)
+
+
+def only(tensors: dict[str, torch.Tensor], names: Set[str]) -> dict[str, torch.Tensor]:
+    """Those of these names, in the order of `tensors`; fast where that is nearly all of them."""
+    found = dict(tensors)
+    for name in tensors.keys() - names:
+        del found[name]
+    return found
 
 
 def tensor_at(model: torch.nn.Module, name: str) -> torch.Tensor | None:

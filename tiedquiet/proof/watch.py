@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map
 
 from tiedquiet.proof.memory import Memory, Place, plain
-from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of
+from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of, versions_of
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
@@ -121,7 +121,7 @@ class Watch(TorchDispatchMode):
         self._kept = 0
         # What torch had counted of writes to them, and which storages were changed under the watch: of these, the count
         # no longer says anything about other threads.
-        self._versions = {name: version_of(tensor) for name, tensor in stored.items()}
+        self._versions = dict(zip(stored, versions_of(stored.values()), strict=True))
         self._changed: set[int] = set()
         self._elsewhere: set[str] = set()
         self.placeholders = Placeholders(self._changed)
@@ -191,6 +191,8 @@ class Watch(TorchDispatchMode):
 
     def written_elsewhere(self) -> list[str]:
         """The stored tensors of which torch counted writes that were not made under the watch."""
+        if not self._elsewhere and versions_of(self._stored.values()) == list(self._versions.values()):
+            return []
         return [name for name in self._versions if name in self._elsewhere or self._is_changed_elsewhere(name)]
 
     def _is_changed_elsewhere(self, name: str) -> bool:
@@ -206,7 +208,7 @@ class Watch(TorchDispatchMode):
 
     def go_on(self) -> None:
         """Look again, after the load was judged and perhaps repaired in between."""
-        self._versions = {name: version_of(tensor) for name, tensor in self._stored.items()}
+        self._versions = dict(zip(self._stored, versions_of(self._stored.values()), strict=True))
         self.open = self.error is None
 
     def _look_at_stored(
