@@ -107,7 +107,7 @@ def test_the_fuzzer() -> None:
 
 
 def test_a_load_onto_a_gpu() -> None:
-    (name,) = {link for link in LINK.findall(PAGES["cost"]) if link.startswith("gpu-load-xxl")}
+    (name,) = {link for link in LINK.findall(PAGES["cost"]) if link.startswith("gpu-load-xxl_")}
     rounds = [each["arms"] for each in result(name)["rounds"] if not each["cold"]]
     for row in table("cost", "| seconds, median (range)"):
         measured = [each[row[""]] for each in rounds]

@@ -86,7 +86,7 @@ def main() -> None:
 
     path = write(theme(options.students), {**vars(options), "out": None, "flags": STUDENTS}, results, options.out)
     for name, picture in pictures.items():
-        path.with_name(f"{path.stem}_{slug(name)}.png").write_bytes(picture)
+        pictured(path, name, options.students).write_bytes(picture)
     print(f"| | {' | '.join(m.replace('_', ' ') for m in MEASURES)} |\n| --- |{' ---: |' * len(MEASURES)}")
     for arm, measures in table.items():
         print(f"| {arm} | {' | '.join(cell(measures[m]) if m in measures else '' for m in MEASURES)} |")
@@ -101,6 +101,11 @@ def main() -> None:
 def theme(students: Sequence[str]) -> str:
     """What the results are called: those of one student alone are no control."""
     return "distill-students" + (f"-{slug(students[0])}" if len(students) == 1 else "")
+
+
+def pictured(path: Path, student: str, students: Sequence[str]) -> Path:
+    """Where a student's picture lies, beside the results; those of one alone have its name already."""
+    return path.with_name(f"{path.stem}_{slug(student)}.png") if len(students) > 1 else path.with_suffix(".png")
 
 
 def slug(name: str) -> str:

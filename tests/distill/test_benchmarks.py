@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.distill.shapes import SHAPES
 from benchmarks.distill.steps import Steps, gradient_error
-from benchmarks.distill.students import flags, theme
+from benchmarks.distill.students import flags, pictured, theme
 from tests.test_benchmarks import run
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,8 @@ def test_the_control_of_two_students(tmp_path: Path) -> None:
     assert made == {"2 steps": 288, "2 steps, DMD2 alone": 0, "velocity": 288}
     for student in ("2-steps", "2-steps-DMD2-alone", "velocity"):
         assert path.with_name(f"{path.stem}_{student}.png").read_bytes().startswith(b"\x89PNG")
+    alone = path.with_name(f"{theme(['1 step'])}_card_2026-01-01.json")
+    assert pictured(alone, "1 step", ["1 step"]).name == "distill-students-1-step_card_2026-01-01.png"
 
 
 def test_the_rates_of_adapters(tmp_path: Path) -> None:
