@@ -93,6 +93,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     "what lies where it was read is the same view": (
         Seam(f"{_PROOF}.stored", "lies_at", lambda original: lambda a, b: a.data_ptr() == b.data_ptr()),
     ),
+    "asked of all at once, all lie where they were read": (Seam(f"{_PROOF}.stored", "all_lie_at", _always(True)),),
     "every replacement holds the values": (Seam(f"{_PROOF}.stored", "holds", _always(True)),),
     "nothing is looked for among what was not read": (
         Seam("tiedquiet.doors.from_pretrained", "find_unread", _nowhere),

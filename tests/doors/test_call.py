@@ -158,47 +158,37 @@ def test_an_adapter_of_a_broken_base_stops_strict(tmp_path: Path, printed: Print
     assert verdicts(whole)["transformer.wpe.weight"] is Verdict.OVERWRITTEN
 
 
-@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
-def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> None:
-    """It is transformers' own way to register one; up to 5.2.0 there are no such functions."""
+def quantiser(kind: str, **methods: Any) -> Any:
+    """The config of a quantiser with these methods, registered in transformers' own way."""
     quantizers = pytest.importorskip("transformers.quantizers")
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
         def __init__(self, **_: Any) -> None:
-            self.quant_method = f"halved in {mode}"
+            self.quant_method = kind
 
-    class Quantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined, unused-ignore]
-        requires_calibration = False
+    needed = {"requires_calibration": False, "is_serializable": lambda *_: False, "is_trainable": False}
+    quantizers.register_quantization_config(kind)(Config)
+    quantizers.register_quantizer(kind)(type("Quantizer", (quantizers.HfQuantizer,), {**needed, **methods}))
+    return Config()
 
-        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            model.lin.weight.data.mul_(0.5)
-            return model
 
-        def is_serializable(self, *_: Any) -> bool:
-            return False
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> None:
+    def halve(self: Any, model: Any, **_: Any) -> Any:
+        model.lin.weight.data.mul_(0.5)
+        return model
 
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-    quantizers.register_quantization_config(f"halved in {mode}")(Config)
-    quantizers.register_quantizer(f"halved in {mode}")(Quantizer)
+    config = quantiser(f"halved in {mode}", _process_model_after_weight_loading=halve)
     file = IDIOMS["good citizen"].save(tmp_path)
     with tiedquiet.enable(mode):
-        model = Tiny.from_pretrained(tmp_path, quantization_config=Config())
+        model = Tiny.from_pretrained(tmp_path, quantization_config=config)
     assert torch.equal(model.lin.weight, file["lin.weight"] * 0.5)
     assert verdicts(model) == {}
 
 
 def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> None:
-    quantizers = pytest.importorskip("transformers.quantizers")
     from transformers.core_model_loading import ConversionOps
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-        def __init__(self, **_: Any) -> None:
-            self.quant_method = "another module"
 
     class Another(ConversionOps):  # type: ignore[misc, unused-ignore]
         def convert(self, input_dict: Any, *_: Any, model: Any, **__: Any) -> Any:
@@ -206,27 +196,14 @@ def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> N
             model.lin.bias = before.bias
             return {name: values[0] if isinstance(values, list) else values for name, values in input_dict.items()}
 
-    class Quantizer(quantizers.HfQuantizer):  # type: ignore[misc, name-defined, unused-ignore]
-        requires_calibration = False
-
-        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return param_name == "lin.weight"
-
-        def get_quantize_ops(self) -> Any:
-            return Another()
-
-        def is_serializable(self, *_: Any) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-    quantizers.register_quantization_config("another module")(Config)
-    quantizers.register_quantizer("another module")(Quantizer)
+    config = quantiser(
+        "another module",
+        param_needs_quantization=lambda self, model, param_name, **_: param_name == "lin.weight",
+        get_quantize_ops=lambda self: Another(),
+    )
     file = IDIOMS["good citizen"].save(tmp_path)
     with tiedquiet.enable("strict"):
-        model = Tiny.from_pretrained(tmp_path, quantization_config=Config())
+        model = Tiny.from_pretrained(tmp_path, quantization_config=config)
     assert torch.equal(model.lin.weight, file["lin.weight"])
     proof = tiedquiet.check(model)
     assert (proof.stored, proof.findings) == (len(file), ())
