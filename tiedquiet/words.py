@@ -84,6 +84,11 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         )
     if verdict is Verdict.AMBIGUOUS and not findings[0].key:
         return f"ambiguous, {why}. {cure}"
+    if verdict is Verdict.AMBIGUOUS and findings[0].source is None:
+        return (
+            f"ambiguous, two files of the checkpoint have different values: {_keys(findings, fold)}: {why}. "
+            "Find out which file is right, and delete these keys from the other"
+        )
     if verdict is Verdict.AMBIGUOUS:
         return (
             "ambiguous, the checkpoint stores two different tensors where the model has one: "

@@ -65,14 +65,19 @@ def test_an_index_that_promises_what_no_shard_has(runs: Any, tmp_path: Path, pri
     assert not proof.ok
 
 
-def test_one_name_in_two_shards(runs: Any, tmp_path: Path) -> None:
+def test_one_name_in_two_shards(runs: Any, tmp_path: Path, printed: Printed) -> None:
     folder = runs(llama)
     checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")
     first, second = sorted(checkpoint.glob("*.safetensors"))
     key, other = next(iter(load_file(first))), load_file(second)
     save_file({**other, key: load_file(first)[key] + 1}, second, {"format": "pt"})
+    printed.records.clear()
     proof = tiedquiet.check(resumed(llama, folder, checkpoint))
     assert {f.key: f.verdict for f in proof.findings}[key] is Verdict.AMBIGUOUS
+    assert (
+        f"different values: {key}: {second.name}, which was read last, has other values than {first.name}"
+        in (printed.loud[-1])
+    )
     assert not proof.ok
 
 

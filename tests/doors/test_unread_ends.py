@@ -41,7 +41,13 @@ def test_one_name_in_two_shards(tmp_path: Path) -> None:
     norm = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     in_two_shards(tmp_path, {"model.norm.weight": norm + 1})
     assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path))["model.norm.weight"] is Verdict.AMBIGUOUS
-    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
+    second = (
+        "model-00002-of-00002.safetensors, which was read last, has other values than model-00001-of-00002.safetensors"
+    )
+    told = (
+        f"two files of the checkpoint have different values: model.norm.weight: {second}. Find out which file is right"
+    )
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=f"ambiguous, {told}"):
         Qwen2ForCausalLM.from_pretrained(tmp_path)
 
 

@@ -21,7 +21,7 @@ from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import plain, same
-from tiedquiet.proof.reading import Reading, find_unread, note_unread, read
+from tiedquiet.proof.reading import Reading, find_unread, in_two_files, note_unread, read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
@@ -139,8 +139,7 @@ def _read(model: Any, folder: str, missing: set[str], unexpected: set[str]) -> t
     reading = read(model, missing.union(*(made for _, made in found)), checkpoint)
     for name, first, second in checkpoint.twice():
         if name in reading.held:
-            why = f"{first} and {second} have different values for it, and the one read last won"
-            reading.found[name] = Finding(name, Verdict.AMBIGUOUS, name, why, True)
+            reading.found[name] = in_two_files(name, first, second)
     held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}
     used: set[str] = set()

@@ -186,8 +186,7 @@ def ask_headers(
     came_from = {**names.targets(model, headers, state, conversions), **(also or {})}
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
-            why = f"{first} has other values for it than {second}, which was read last"
-            reading.found[key] = Finding(key, Verdict.AMBIGUOUS, name, why, True)
+            reading.found[key] = in_two_files(key, first, second)
     unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
     if not is_quantised:
         origin: dict[str, list[str]] = {}
@@ -197,6 +196,11 @@ def ask_headers(
             if key in reading.held and len(own) == 1:
                 _judge_type(reading, key, own[0], headers, unread)
     return unread
+
+
+def in_two_files(key: str, first: str, second: str) -> Finding:
+    """The finding on a key of which two files have different values; the second was read last."""
+    return Finding(key, Verdict.AMBIGUOUS, None, f"{second}, which was read last, has other values than {first}", True)
 
 
 def find_unread(
