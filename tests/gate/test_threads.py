@@ -45,6 +45,15 @@ def test_the_threads_share_one_tensor_and_end(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_one_element_that_differs_is_found_in_whichever_part_it_lies(place: int) -> None:
+    large = torch.arange(300)
+    other = large.clone()
+    other[place] += 1
+    assert outcomes([(large, large.clone()), (large, other)]) == [True, False]
+
+
+@pytest.mark.usefixtures("four")
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_it_is_what_one_thread_would_say(data: st.DataObject) -> None:

@@ -50,6 +50,13 @@ def test_a_chain_is_one_group_and_keeps_each_declared_source() -> None:
     assert group.sources == keys
 
 
+def test_a_ring_is_one_group_and_is_walked_once() -> None:
+    ring = {"lm_head.weight": "shared.weight", "shared.weight": "lm_head.weight"}
+    (group,) = distinct(groups([Declaration("", ring)], NAMES))
+    assert sorted(group.members) == ["lm_head.weight", "shared.weight"]
+    assert list(group.chain("lm_head.weight")) == ["shared.weight"]
+
+
 def test_the_last_line_about_a_target_counts() -> None:
     keys = {r"box.(?![0])\d+": "box.0", "box": "decoder.box"}
     expected = [[f"box.{i}.layers.0.{kind}", f"decoder.box.{i}.layers.0.{kind}"] for i in (0, 1) for kind in KINDS]
