@@ -74,10 +74,8 @@ def test_one_name_in_two_shards(runs: Any, tmp_path: Path, printed: Printed) -> 
     printed.records.clear()
     proof = tiedquiet.check(resumed(llama, folder, checkpoint))
     assert {f.key: f.verdict for f in proof.findings}[key] is Verdict.AMBIGUOUS
-    assert (
-        f"different values: {key}: {second.name}, which was read last, has other values than {first.name}"
-        in (printed.loud[-1])
-    )
+    told = f"different values: {key}: {second.name}, which was read last, has other values than {first.name}"
+    assert told in printed.loud[-1]
     assert not proof.ok
 
 

@@ -56,7 +56,6 @@ def judge(
     now = survey(model)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
-    here = only(now.state, reading.held.keys())
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over, is_strict)
     known = Record(
         stored := reading.stored,
@@ -72,7 +71,7 @@ def judge(
         reported=reported,
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
-        tensors=dict(zip(here, map(ref, here.values()), strict=True)),
+        tensors={name: ref(tensor) for name, tensor in only(now.state, stored).items()},
         model=ref(model),
     )
     tied = ties(now, known.missing, stored)

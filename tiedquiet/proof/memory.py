@@ -205,7 +205,7 @@ def bytes_of(tensor: torch.Tensor, values: torch.Tensor) -> Bytes | None:
 def _is_bare(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values are the bytes at its address, one after the other, in this process's memory."""
     return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        type(tensor) in ORDINARY
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()

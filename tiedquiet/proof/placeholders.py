@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tiedquiet.proof.memory import Place, plain
+from tiedquiet.proof.memory import ORDINARY, Place, plain
 
 _VERSION = attrgetter("_version")
 _MARKS = 64
@@ -186,7 +186,7 @@ def _address(piece: torch.Tensor) -> int:
 
 def addresses_of(tensor: Place) -> list[int]:
     """Of all memory that a tensor lies in, also where it is a view of no elements: writing to it counts, too."""
-    if not isinstance(tensor, tuple) and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+    if not isinstance(tensor, tuple) and type(tensor) in ORDINARY:
         is_empty = tensor.layout is torch.strided and not tensor.numel() and not tensor.is_meta
         return [_address(piece) for piece in ([tensor] if is_empty else plain(tensor))]
     return [_address(piece) for piece in plain(tensor)]
