@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import Memory, all_lie_at, holds, is_at_limit, lies_at, plain, same
+from tiedquiet.proof.memory import Memory, all_lie_at, differing, holds, is_at_limit, lies_at, plain, same
 
 ROWS = torch.arange(12.0).view(4, 3)
 
@@ -127,6 +127,12 @@ def test_conjugated_in_its_place_it_has_other_values() -> None:
     assert tensor.data_ptr() == read.data_ptr()
     assert not lies_at(tensor, read)
     assert not all_lie_at([tensor], [read])
+    assert not same(tensor, read)
+    assert same(tensor, read.clone().conj_physical())
+    assert differing(tensor, read) == 2
+    imaginary = read.conj().imag  # negated as it is read
+    assert same(imaginary, torch.tensor([-2.0, 4.0]))
+    assert not same(imaginary, torch.tensor([2.0, -4.0]))
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,14 @@ def differing(tensor: torch.Tensor, values: torch.Tensor) -> int:
     if same(tensor, values):
         return 0
     ours, theirs = (
-        part.detach().to("cpu", tensor.dtype).reshape(-1).contiguous().view(torch.uint8).reshape(tensor.numel(), -1)
+        part.detach()
+        .to("cpu", tensor.dtype)
+        .resolve_conj()
+        .resolve_neg()
+        .reshape(-1)
+        .contiguous()
+        .view(torch.uint8)
+        .reshape(tensor.numel(), -1)
         for part in (tensor, values)
     )
     return int((ours != theirs).any(1).sum())
@@ -217,8 +224,10 @@ def _is_bare(tensor: torch.Tensor) -> bool:
 
 def _same_bits(*pair: torch.Tensor) -> bool:
     """Whether two tensors of one type and size are equal to the last bit; of what is contiguous, nothing is copied."""
-    # Not reshape, which leaves one element its stride, whatever that is.
-    one, other = (tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)) for tensor in pair)
+    # Not reshape, which leaves one element its stride, whatever that is. A view that is conjugated or negated as it is
+    # read has no bytes of its own.
+    plainly = (tensor.detach().resolve_conj().resolve_neg().contiguous() for tensor in pair)
+    one, other = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in plainly)
     both = bytes_of(one, other)
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if both is None else both.equal()
 
