@@ -108,10 +108,18 @@ def moved_by_one(tensor: torch.Tensor) -> None:
     tensor.data = tensor.data.reshape(-1).roll(1).view(3, 3)
 
 
-@pytest.mark.parametrize("change", [halved, reread_as_whole_numbers, turned, moved_by_one])
+def negated(tensor: torch.Tensor) -> None:
+    tensor.data = torch._neg_view(tensor.data)
+
+
+@pytest.mark.parametrize("change", [halved, reread_as_whole_numbers, turned, moved_by_one, negated])
 @pytest.mark.parametrize("among", [0, 7])
-def test_all_at_once_or_one_by_one_a_tensor_that_was_changed_lies_elsewhere(change: Any, among: int) -> None:
-    tensors = [torch.nn.Parameter(torch.arange(9.0).view(3, 3), requires_grad=False) for _ in range(8)]
+@pytest.mark.parametrize("as_parameter", [True, False])
+def test_all_at_once_or_one_by_one_a_tensor_that_was_changed_lies_elsewhere(
+    change: Any, among: int, as_parameter: bool
+) -> None:
+    plainly = [torch.arange(9.0).view(3, 3) for _ in range(8)]
+    tensors = [torch.nn.Parameter(tensor, requires_grad=False) if as_parameter else tensor for tensor in plainly]
     read = [tensor.detach() for tensor in tensors]
     assert all_lie_at(tensors, read)
     change(tensors[among])

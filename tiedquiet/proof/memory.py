@@ -329,7 +329,7 @@ def lies_at(tensor: torch.Tensor, read: Place) -> bool:
     if isinstance(read, tuple):
         pieces = plain(tensor)
         return len(pieces) == len(read) and all(map(lies_at, pieces, read))
-    if tensor.is_conj() is not read.is_conj():
+    if tensor.is_conj() is not read.is_conj() or tensor.is_neg() is not read.is_neg():
         return False
     if type(tensor) is torch.nn.Parameter and not tensor.is_meta and not read.is_meta:
         return tensor.is_set_to(read) and tensor.dtype is read.dtype  # the same in one call

@@ -9,7 +9,7 @@ from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import equals, lies_at, plain, same
 from tiedquiet.proof.missing import rival_of
 from tiedquiet.proof.stored import before_writing
-from tiedquiet.proof.survey import Survey, survey, ties
+from tiedquiet.proof.survey import Survey, only, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
@@ -104,7 +104,7 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey, in_place: bool) 
             ours.data.copy_(values)
         return
     group = ties(now, known.missing, known.stored)[key]
-    stored = {name: now.state[name] for name in known.stored}
+    stored = only(now.state, known.stored)
     if source_key not in group.chain(key) and rival_of(source_key, group, stored):
         return
     if in_place:
