@@ -129,9 +129,7 @@ def name_of(model: object, where: object) -> str:
 
 def few(names: Iterable[str], fold: Fold = list) -> str:
     """The first few names, folded, and how many more there are."""
-    items = list(fold(sorted(set(names))))
-    more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
-    return ", ".join(items[:_AT_MOST]) + more
+    return _first(list(fold(sorted(set(names)))))
 
 
 def say(level: int, message: str) -> None:
@@ -165,8 +163,35 @@ def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
     return list(causes.items())
 
 
+def _first(items: list[str]) -> str:
+    more = f" and {len(items) - _AT_MOST} more" if len(items) > _AT_MOST else ""
+    return ", ".join(items[:_AT_MOST]) + more
+
+
 def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
-    return few([f"{f.key} {verb} {f.source}" for f in findings], fold)
+    """Each key with its source; of many that differ in the same prefix, the first, and how many are like it."""
+    pairs = {f"{f.key} {verb} {f.source}": _prefixes(f.key, str(f.source)) for f in findings}
+    if len(items := list(fold(sorted(pairs)))) <= _AT_MOST:
+        return ", ".join(items)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for pair in sorted(pairs):
+        alike.setdefault(pairs[pair], []).append(pair)
+    several = sorted((-len(some), some[0], *prefixes) for prefixes, some in alike.items() if len(some) > 1)
+    alone = fold([some[0] for some in alike.values() if len(some) == 1])
+    return _first([*(_likewise(-count, *first) for count, *first in several), *alone])
+
+
+def _likewise(count: int, first: str, ours: str, theirs: str) -> str:
+    prefix = ours or theirs
+    return f"{first} and {count - 1} more{f' of {prefix}.*' if prefix else ''} likewise"
+
+
+def _prefixes(key: str, source: str) -> tuple[str, str]:
+    """What is left of two names without the parts at their ends that are the same."""
+    ours, theirs = key.split("."), source.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop(), theirs.pop()
+    return ".".join(ours), ".".join(theirs)
 
 
 def _keys(findings: list[Finding], fold: Fold) -> str:

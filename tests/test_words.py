@@ -1,0 +1,69 @@
+"""The messages: what many keys of one line come to."""
+
+from collections.abc import Iterator
+
+import pytest
+import transformers.utils.loading_report  # noqa: F401 (what folds the numbers)
+
+from tiedquiet.doors.outcome import fold
+from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.words import explanations
+
+PARTS = ["k.bias", "k.weight", "norm.weight", "q.bias", "q.weight", "v.bias", "v.weight"]
+
+
+def unread(*pairs: tuple[str, str]) -> str:
+    findings = [
+        Finding(key, Verdict.UNREAD, source, "because nothing renamed them", True, "Cure") for key, source in pairs
+    ]
+    (line,) = explanations(findings, fold, len(findings))
+    return line
+
+
+def renamed(ours: str, theirs: str, parts: list[str] = PARTS) -> Iterator[tuple[str, str]]:
+    return ((ours + part, theirs + part) for part in parts)
+
+
+def test_of_many_keys_under_another_prefix_one_is_named_and_the_rest_counted() -> None:
+    line = unread(
+        ("head.weight", "language.head.weight"),
+        *renamed("model.language.", "language.model."),
+        *renamed("model.vision.", "vision.", PARTS[:3]),
+    )
+    assert line == (
+        "unread, 11 of 11 tensors were NOT read, although the checkpoint has them: "
+        "model.language.k.bias is language.model.k.bias and 6 more of model.language.* likewise, "
+        "model.vision.k.bias is vision.k.bias and 2 more of model.* likewise, "
+        "head.weight is language.head.weight there, because nothing renamed them. Cure"
+    )
+
+
+def test_a_prefix_that_the_model_lacks_is_told_by_the_file_s() -> None:
+    line = unread(*renamed("", "module."), *renamed("layer.", "module.layer."))
+    assert "k.bias is module.k.bias and 13 more of module.* likewise there" in line
+
+
+def test_the_same_names_in_another_form_have_no_prefix_to_name() -> None:
+    line = unread(*((f"{name}.weight", f"{name}.weight") for name in "abcdefghi"))
+    assert "a.weight is a.weight and 8 more likewise there" in line
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_a_few_keys_are_all_named(count: int) -> None:
+    pairs = list(renamed("model.", "", [*PARTS, "o.bias", "o.weight"]))[:count]
+    line = unread(*pairs)
+    assert [f"{key} is {name}" in line for key, name in pairs] == [True] + [count == 8] * (count - 1)
+
+
+def test_of_many_keys_that_have_nothing_in_common_the_first_are_named() -> None:
+    line = unread(*((f"layer.{name}", f"block.{name}_proj") for name in "abcdefghij"))
+    assert "layer.h is block.h_proj and 2 more there" in line
+    assert "layer.i" not in line
+
+
+def test_numbered_keys_are_folded_before_they_are_counted() -> None:
+    line = unread(*((f"layers.{n}.experts.{k}", f"layers.{n}.moe.{k}_proj") for n in range(9) for k in ("down", "up")))
+    assert (
+        "layers.{0, 1, 2, 3, 4, 5, 6, 7, 8}.experts.down is layers.{0, 1, 2, 3, 4, 5, 6, 7, 8}.moe.down_proj," in line
+    )
+    assert "more" not in line
