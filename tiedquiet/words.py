@@ -101,8 +101,8 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
             "discards what __init__ computed. Set TIEDQUIET=repair, or compute them in _init_weights too"
         )
     return (
-        f"unwritten, uninitialised memory: {_keys(findings, fold)}, missing from the checkpoint, and no "
-        "initialiser wrote to it. Load a checkpoint that has it, or initialise it after loading"
+        f"unwritten, uninitialised memory: {_keys(findings, fold)}; nothing was read into it, and no initialiser wrote "
+        "to it. Load a checkpoint that has it, or initialise it after loading"
     )
 
 

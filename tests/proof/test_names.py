@@ -17,8 +17,10 @@ def headers(shapes: Shapes) -> dict[str, torch.Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def fitting(unread: Shapes, missing: Shapes, needed: set[str] | None = None) -> Prefixes | None:
-    return by_prefix(headers(unread), headers(missing), missing.keys() if needed is None else needed)
+def fitting(
+    unread: Shapes, missing: Shapes, needed: set[str] | None = None, own: tuple[str, ...] = ()
+) -> Prefixes | None:
+    return by_prefix(headers(unread), headers(missing), missing.keys() if needed is None else needed, own)
 
 
 TRUNK = {"layers.0.q.weight": (4, 4), "layers.0.k.weight": (4, 4), "layers.1.q.weight": (4, 4), "norm.weight": (4,)}
@@ -26,6 +28,25 @@ TRUNK = {"layers.0.q.weight": (4, 4), "layers.0.k.weight": (4, 4), "layers.1.q.w
 
 def under(prefix: str, shapes: Shapes = TRUNK) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+LAYER = {"q.weight": (4, 4), "k.weight": (4, 3), "norm.weight": (4,)}
+
+
+def test_one_layer_is_no_other_name_of_another() -> None:
+    assert fitting(under("model.layers.2.", LAYER), under("model.layers.0.", LAYER)) is None
+    assert fitting(under("h.2.", LAYER), under("model.layers.0.", LAYER)) is None
+    assert fitting(under("h.2.", LAYER), under("model.layers.2.", LAYER)) is not None
+    assert fitting(under("0.auto_model.", LAYER), under("", LAYER)) is not None  # of sentence-transformers
+
+
+def test_what_the_model_has_itself_is_no_other_name_of_something_else() -> None:
+    files, wanted = under("encoder.layer.5.", LAYER), under("decoder.layer.5.", LAYER)
+    assert fitting(files, wanted) is not None
+    assert fitting(files, wanted, own=("encoder.layer.0.q.weight", *wanted)) is None
+    # A language model's weights in a model that sees as well: both begin with `model.`, and it has no `model.layers.`.
+    files, wanted = under("model.layers.", LAYER), under("model.language_model.layers.", LAYER)
+    assert fitting(files, wanted, own=("model.vision_tower.layers.q.weight", *wanted)) is not None
 
 
 @pytest.mark.parametrize(

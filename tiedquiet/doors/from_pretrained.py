@@ -209,7 +209,7 @@ def _read(
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
     reading = read(model, missing, checkpoint, offloaded)
     conversions = list(config.weight_mapping or ())
-    reading.names_of = partial(names_in_files, model, checkpoint, conversions)
+    reading.names_of = partial(names_in_files, model, checkpoint, conversions, {})
     if quantised:
         reading.made_of = dict
     elif names.has_converter(conversions):

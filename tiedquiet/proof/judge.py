@@ -57,12 +57,14 @@ def judge(
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over, is_strict)
+    unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+    unwritten = judge_placeholders(reading, missing, watch, model, now)
     known = Record(
         stored := reading.stored,
         missing,
         len(stored) + len(missing),
         reading.free & missing,
-        lasting={**reading.found, **lost, **judge_placeholders(reading, missing, watch, model, now)},
+        lasting={**reading.found, **lost, **unwritten, **unread},
         grown=grown,
         altered=altered,
         narrowed=set(reading.narrowed),

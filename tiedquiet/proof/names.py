@@ -180,16 +180,18 @@ def _machinery(conversions: list[Any]) -> tuple[Any, list[Any], list[Any], Any]:
     return theirs.rename_source_key, renamings, converters, theirs.dot_natural_key
 
 
-def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Prefixes | None:
+def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:
     """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
 
     It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
     not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
+    It replaces no number by another, and nothing under which the model has such tensors itself: layer 2 is not layer 0.
 
     Args:
         unread: tensors of the files that nothing read.
         missing: tensors of the model that the files did not deliver, by name.
         needed: those of them that nothing else supplies.
+        own: the names of all of the model's tensors.
     """
     found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
     for old, new in _candidates(unread, missing, needed):
@@ -200,6 +202,8 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str]) -> Pre
         }
         modules = {name.rpartition(".")[0] for name in names}
         is_whole = len(names) == len(unread)
+        if _is_elsewhere(old, new, names.values(), own):
+            continue
         if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
             len(modules) > 1 or not (old and new)
         ):
@@ -235,6 +239,19 @@ def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
     for end in ends:
         if key == end or key.endswith("." + end):
             yield name[: len(name) - len(end)], key[: len(key) - len(end)]
+
+
+def _is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str]) -> bool:
+    """Whether two prefixes are two places of a model, and not two names of one."""
+    theirs, ours = old.split(".")[:-1], new.split(".")[:-1]
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs.pop(), ours.pop()
+    numbers = [[part for part in parts if part.isdecimal()] for parts in (theirs, ours)]
+    if all(numbers) and numbers[0] != numbers[1]:
+        return True
+    depth = len(theirs) + 1
+    places = {tuple(name.split(".")[:depth]) for name in names} if theirs else set()
+    return bool(places) and any(tuple(key.split(".")[:depth]) in places for key in own)
 
 
 def likely(key: str, shape: torch.Size, unread: Headers) -> str | None:

@@ -39,7 +39,7 @@ class Reading:
         likely: for missing keys, an unread tensor of the files that fits their shape.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
-        names_of: names that the files have for those that were renamed.
+        names_of: the names that the files have for one of the model's; none where that is not known.
         made_of: what the loader made each tensor of, where it converted any; None where it converted none.
     """
 
@@ -85,12 +85,9 @@ class Reading:
         if (made := self._made) is not None:
             origin = made.get(name)
             return None if origin is None or origin.is_converted else origin.names[0]
-        if name in self.checkpoint.tensors:
-            return name  # as a rule
-        if (key := next(self.checkpoint.names_of(name), None)) is not None:
-            return key
-        own = self.names_of(name)
-        return own[0] if len(own) == 1 else None
+        if own := self.names_of(name):  # not the same one, if the loader gave that to another tensor
+            return own[0] if len(own) == 1 else None
+        return next(self.checkpoint.names_of(name), None)
 
     @cached_property
     def _made(self) -> Mapping[str, names.Origin] | None:
@@ -136,10 +133,22 @@ def read(
     return reading
 
 
-def names_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any], key: str) -> tuple[str, ...]:
-    """The names that the files have for what was read into a key, if the loader renamed it."""
-    targets = names.targets(model, checkpoint.headers, survey(model).state, conversions)
-    return tuple(name for name, target in targets.items() if target == key)
+def names_in_files(
+    model: Any, checkpoint: Checkpoint, conversions: list[Any], known: dict[str, tuple[str, ...]], key: str
+) -> tuple[str, ...]:
+    """The names that the files have for what was read into a key.
+
+    Args:
+        model: the model.
+        checkpoint: its files.
+        conversions: what the loader renamed and converted.
+        known: those of all keys, from the first call on.
+        key: one of the model's names.
+    """
+    if not known:
+        for name, target in names.targets(model, checkpoint.headers, survey(model).state, conversions).items():
+            known[target] = *known.get(target, ()), name
+    return known.get(key, ())
 
 
 def origins_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any]) -> dict[str, names.Origin]:
@@ -225,7 +234,7 @@ def find_unread(
         return {}, None
     tied = declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
-    prefixes = _prefixes(model, unread, missing, needed, conversions)
+    prefixes = _prefixes(model, unread, missing, needed, now.state, conversions)
     native = names.native_class(model)
     made = names.origins(model, unread, now.state, names.conversions_of_native(model)) if native else {}
     origins = {key: origin for key, origin in made.items() if key in missing}
@@ -250,13 +259,18 @@ def find_unread(
 
 
 def _prefixes(
-    model: Any, unread: names.Headers, missing: names.Headers, needed: set[str], conversions: Sequence[Any]
+    model: Any,
+    unread: names.Headers,
+    missing: names.Headers,
+    needed: set[str],
+    own: Collection[str],
+    conversions: Sequence[Any],
 ) -> names.Prefixes | None:
     """The prefix that fits: of the names that the files have, or of what transformers made of these."""
-    if (prefixes := names.by_prefix(unread, missing, needed)) is not None or not conversions:
+    if (prefixes := names.by_prefix(unread, missing, needed, own)) is not None or not conversions:
         return prefixes
     in_files = {new: old for old, new in names.renamed(model, unread, list(conversions)).items()}
-    prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed)
+    prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed, own)
     if prefixes is None:
         return None
     of_files = {key: in_files[name] for key, name in prefixes.names.items()}

@@ -1,0 +1,88 @@
+"""Names of the files that lead somewhere else: to another layer, to memory that nothing wrote, to each other's places."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import initialization as init
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.doors.renamed import qwen2, verdicts, written, wrong
+from tests.idioms import Idiom, Part, Tiny
+from tiedquiet import LoadError, Verdict
+
+
+def test_a_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> None:
+    def one_up(key: str) -> str:
+        return re.sub(r"layers\.(\d)", lambda number: f"layers.{int(number[1]) + 1}", key)
+
+    truth = written(qwen2(), tmp_path, one_up)
+    with tiedquiet.enable("repair"):
+        model = type(qwen2()).from_pretrained(tmp_path)
+    found = verdicts(model)
+    assert {key for key, verdict in found.items() if verdict is Verdict.MISSING} == {
+        k for k in truth if "layers.0." in k
+    }
+    assert torch.equal(
+        model.state_dict()["model.layers.1.mlp.up_proj.weight"], truth["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert not tiedquiet.check(model).ok
+    assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
+
+
+class InitialisesNothing(Tiny):
+    """What the files do not deliver stays memory that nobody wrote."""
+
+    def _init_weights(self, module: Any) -> None:
+        if isinstance(module, Part):
+            init.copy_(module.mask, torch.zeros_like(module.mask))
+
+
+def test_what_the_files_have_is_unread_also_where_nothing_wrote_it(tmp_path: Path, printed: Printed) -> None:
+    stored = Idiom(InitialisesNothing).save(tmp_path)
+    save_file(
+        {f"module.{key}": value for key, value in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    assert verdicts(InitialisesNothing.from_pretrained(tmp_path)) == dict.fromkeys(stored, Verdict.UNREAD)
+    assert all("module." in line for line in printed.loud)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, ") as raised:
+        InitialisesNothing.from_pretrained(tmp_path)
+    assert "unwritten" not in str(raised.value)
+    with tiedquiet.enable("repair"):
+        model = InitialisesNothing.from_pretrained(tmp_path)
+    assert not wrong(model, stored)
+    assert tiedquiet.check(model).ok
+
+
+class LooksAtItsWeights(Tiny):
+    """Two equal layers, and code that reaches for each weight without writing to it."""
+
+    def add(self, config: Any) -> None:
+        self.one = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        self.two = torch.nn.Linear(config.hidden_size, config.hidden_size)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        self.norms = [float(weight.data.norm()) for weight in self.parameters() if not weight.is_meta]
+
+
+SWAPPED = {r"^one\.": "three.", r"^two\.": "one.", r"^three\.": "two."}
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_two_layers_that_a_key_mapping_swaps_hold_each_other_s_values(
+    mode: Any, tmp_path: Path, printed: Printed
+) -> None:
+    Idiom(LooksAtItsWeights).save(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    with tiedquiet.enable(mode):
+        model = LooksAtItsWeights.from_pretrained(tmp_path, key_mapping=SWAPPED)
+    assert model.norms
+    assert torch.equal(model.one.weight, stored["two.weight"])
+    assert torch.equal(model.two.weight, stored["one.weight"])
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
