@@ -1,5 +1,6 @@
 """The watch covers the whole call of `from_pretrained`; what comes after it, or belongs to a quantiser, it leaves alone."""
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wrapt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import GPT2LMHeadModel, MixtralForCausalLM
@@ -77,6 +79,75 @@ def test_a_load_inside_a_load_is_judged_when_it_returns(tmp_path: Path) -> None:
     model = LoadsAnother.from_pretrained(saved(tmp_path))
     assert verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN}
     assert tiedquiet.check(model.other).ok, "what is done to it afterwards is its owner's business"
+
+
+class Zeroes:
+    """A mixin that is no model itself."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model.lin.weight.data.zero_()
+        return model
+
+
+class WithMixin(Zeroes, Tiny):
+    pass
+
+
+class Picks(Tiny):
+    """A factory: what it loads is of a class below."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not Picks:
+            return super().from_pretrained(*args, **kwargs)
+        model = Picked.from_pretrained(*args, **kwargs)
+        model.lin.weight.data.zero_()
+        return model
+
+
+class Picked(Picks):
+    pass
+
+
+class Static(Tiny):
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        model = Tiny.from_pretrained(*args, **kwargs)
+        model.lin.weight.data.zero_()
+        return model
+
+
+@pytest.mark.parametrize("kind", [WithMixin, Picks, Static])
+def test_a_from_pretrained_of_a_mixin_or_a_factory_is_watched_until_it_returns(kind: Any, tmp_path: Path) -> None:
+    assert verdicts(kind.from_pretrained(saved(tmp_path))) == {"lin.weight": Verdict.OVERWRITTEN}
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"lin\.weight by \w+\.from_pretrained"):
+        kind.from_pretrained(tmp_path)
+
+
+def test_a_mixin_has_its_own_function_again_when_switched_off() -> None:
+    assert isinstance(vars(Zeroes)["from_pretrained"], wrapt.FunctionWrapper)
+    tiedquiet.disable()
+    try:
+        assert type(vars(Zeroes)["from_pretrained"]) is classmethod
+    finally:
+        tiedquiet.enable("on")
+    assert isinstance(vars(Zeroes)["from_pretrained"], wrapt.FunctionWrapper)
+
+
+class ReturnsACopy(Tiny):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return copy.deepcopy(super().from_pretrained(*args, **kwargs))
+
+
+@pytest.mark.parametrize("how", [{}, {"output_loading_info": True}])
+def test_a_copy_that_is_returned_has_the_record(how: Any, tmp_path: Path) -> None:
+    loaded = ReturnsACopy.from_pretrained(saved(tmp_path), **how)
+    model = loaded[0] if how else loaded
+    assert tiedquiet.check(model).ok
+    assert [name for name in vars(model) if "tiedquiet" in name] == ["_tiedquiet_record"]
 
 
 class Retries(Tiny):

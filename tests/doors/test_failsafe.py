@@ -87,7 +87,7 @@ HOOKS = {
     "current",
     "end",
     "_on_subclass",
-    "wrap_override",
+    "wrap_overrides",
     "_on_init",
     "_on_read",
     "_on_finalize",

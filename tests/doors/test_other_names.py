@@ -86,3 +86,15 @@ def test_two_layers_that_a_key_mapping_swaps_hold_each_other_s_values(
     assert torch.equal(model.two.weight, stored["one.weight"])
     assert tiedquiet.check(model).ok
     assert not printed.loud
+
+
+class NamesItsOwnState(Tiny):
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return super().state_dict()
+
+
+def test_a_state_dict_that_takes_no_arguments(tmp_path: Path, printed: Printed) -> None:
+    Idiom(Tiny).save(tmp_path)
+    with tiedquiet.enable("strict"):
+        assert tiedquiet.check(NamesItsOwnState.from_pretrained(tmp_path)).ok
+    assert not printed.loud

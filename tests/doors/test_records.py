@@ -323,3 +323,26 @@ def test_nan_is_equal_to_itself(tmp_path: Path) -> None:
     save(model, tmp_path, keys, lm_head__weight=embedding.clone(), decoder__embed_tokens__weight=embedding)
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert set(verdicts(loaded).values()) == {Verdict.TIED}
+
+
+class Composite(PreTrainedModel):
+    """A model that somebody else loads, and layers of its own that nobody does."""
+
+    config_class = type(gpt2())
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(gpt2())
+        self.inner = inner
+        self.head, self.tied = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+        self.tied.weight = inner.transformer.wte.weight
+
+
+def test_layers_around_a_loaded_model_are_missing(tmp_path: Path) -> None:
+    cls, _ = cases.CASES["DeclaresNothing"](tmp_path)
+    proof = tiedquiet.check(Composite(cls.from_pretrained(tmp_path)))
+    assert not proof.ok
+    assert {f.key: f.verdict for f in proof.findings} == {
+        "head.weight": Verdict.MISSING,
+        "inner.lm_head.weight": Verdict.TIED,
+    }
+    assert (proof.stored, proof.total) == (16, 18)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedquiet.proof.names import Prefixes, by_prefix, conversions_of, likely, native_class
+from tiedquiet.proof.names import Prefixes, by_prefix, by_shape, conversions_of, likely, native_class
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -104,7 +104,7 @@ def test_any_number_of_strange_tensors_takes_no_time() -> None:
     unread = {f"x.{n}.w": (2,) for n in range(20_000)}
     missing = {f"y.{n}.v": (2,) for n in range(5_000)}
     assert fitting(unread, missing) is None
-    assert likely("y.0.w", torch.Size((2,)), headers(unread)) is None
+    assert likely("y.0.w", list(unread)) is None
     assert fitting(under("a.", unread), unread) is not None
 
 
@@ -135,10 +135,12 @@ def test_whatever_is_claimed_is_one_to_one_and_fits(unread: Shapes, missing: Sha
 
 
 def test_a_likely_one_has_the_shape_and_the_longest_common_end() -> None:
-    unread = headers({"vision.head.weight": (4, 2), "text.out.weight": (4, 2), "text.head.weight": (3, 2)})
-    assert likely("lm.head.weight", torch.Size((4, 2)), unread) == "vision.head.weight"
-    assert likely("lm.head.bias", torch.Size((4, 2)), unread) is None
-    assert likely("lm.head.weight", torch.Size((9,)), unread) is None
+    unread = {"vision.head.weight": (4, 2), "text.out.weight": (4, 2), "text.head.weight": (3, 2)}
+    alike = by_shape(headers(unread))
+    assert alike == {(4, 2): ["vision.head.weight", "text.out.weight"], (3, 2): ["text.head.weight"]}
+    assert likely("lm.head.weight", alike[torch.Size((4, 2))]) == "vision.head.weight"
+    assert likely("lm.head.bias", alike[torch.Size((4, 2))]) is None
+    assert likely("lm.head.weight", ()) is None
 
 
 def test_of_what_is_no_model_of_transformers_nothing_is_converted() -> None:

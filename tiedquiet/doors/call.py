@@ -9,11 +9,13 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 from tiedquiet import words
 from tiedquiet.doors.outcome import conclude, say
 from tiedquiet.doors.wrapping import stand_aside
+from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
 from tiedquiet.verdict import LoadError
 
@@ -34,6 +36,13 @@ class Call:
         self._open: list[tuple[Load, Any]] = []
         self._modes = _modes()
 
+    def includes(self, kind: type) -> bool:
+        """Whether a call for this class is a part of it: for the class itself, or one below it, which a factory picks.
+
+        A composite loads models of other classes, each by a call of its own. A static method has no class.
+        """
+        return not isinstance(self.kind, type) or issubclass(kind, self.kind)
+
     def run(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call; judge what was loaded in it once it has returned.
 
@@ -47,9 +56,18 @@ class Call:
             _CURRENT.reset(token)
         self._leave_watch(self._modes)
         failures = [failure for load, model in self._open if (failure := end(load, model)) is not None]
+        self._see_to_copy(result[0] if isinstance(result, tuple) and result else result)
         if failures:
             raise failures[0]
         return result
+
+    def _see_to_copy(self, model: Any) -> None:
+        """Leave the record on what the call returns as well, where that is a copy which was made during the load."""
+        load = Load.of(model) if isinstance(model, torch.nn.Module) else None
+        for own, original in self._open:
+            if own is load is not None and (known := record.of(original)) is not None:
+                load.close(model)
+                record.leave(model, known)
 
     def attempt(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call in it, after which another may follow: if it fails, what it read is neither judged nor kept."""

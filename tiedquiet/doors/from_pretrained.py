@@ -11,7 +11,7 @@ from typing import Any
 from tiedquiet import mode
 from tiedquiet.doors import adapters, call
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
-from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_override
+from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_overrides
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
@@ -33,7 +33,7 @@ def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
     around = call.current()
     if mode.current() == "off" or not is_wrapped(_FINALIZE):
         return wrapped(*args, **kwargs)
-    if around is not None and around.kind is kind:  # transformers' own, called by that of the class
+    if around is not None and around.includes(kind):  # transformers' own, called by that of the class
         return around.attempt(wrapped, args, kwargs)
     return call.Call(kind).run(wrapped, args, kwargs)
 
@@ -42,7 +42,8 @@ def _on_subclass(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], 
     """Around `__init_subclass__`: a class that has a `from_pretrained` of its own is guarded around that one."""
     result = wrapped(*args, **kwargs)
     with suppress(Exception):
-        wrap_override(kind, "from_pretrained", _on_load)
+        owner = sys.modules["transformers.modeling_utils"].PreTrainedModel
+        wrap_overrides(kind, owner, "from_pretrained", _on_load)
     return result
 
 

@@ -95,13 +95,21 @@ def wrap(module: ModuleType) -> None:
         raise LoadError(f"not guarded, although the mode is strict: {problem}")
 
 
-def wrap_override(owner: type, name: str, hook: Callable[..., Any]) -> None:
-    """Wrap a class's own override of a function that is wrapped; nothing if it has none."""
-    original = vars(owner).get(name)
-    if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-        wrapper = wrapt.FunctionWrapper(original, hook)
-        setattr(owner, name, wrapper)
-        _overrides.append((ref(owner, _forget), name, original, wrapper))
+def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any]) -> None:
+    """Wrap what a subclass calls before its base's function, which is wrapped: its own override, and a mixin's.
+
+    Args:
+        kind: the subclass.
+        owner: the base.
+        name: the function.
+        hook: what is called in its place.
+    """
+    for own in kind.__mro__[: kind.__mro__.index(owner)]:
+        original = vars(own).get(name)
+        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
+            wrapper = wrapt.FunctionWrapper(original, hook)
+            setattr(own, name, wrapper)
+            _overrides.append((ref(own, _forget), name, original, wrapper))
 
 
 def _forget(dead: "ref[type]") -> None:
@@ -169,7 +177,7 @@ def _wrap(seam: Seam) -> bool:
     _wrappings[seam] = _Wrapping(owner, name, original, wrapper)
     if seam.has_overrides:
         for kind in _subclasses(owner):
-            wrap_override(kind, name, seam.hook)
+            wrap_overrides(kind, owner, name, seam.hook)
     _parameters[name] = [p for p in inspect.signature(getattr(owner, name)).parameters if p != "self"]
     if not seam.owner:
         _swap_copies(name, original, wrapper)

@@ -95,7 +95,8 @@ def proof(model: Any, inert: str = "") -> Proof:
         inside = any(name.startswith(outer) for outer, _ in found)
         if known is not None and not inside:
             found.append((f"{name}." if name else "", proof_of(module, known)))
-    if len(found) == 1:
+    beside = list(_beside(model, [prefix for prefix, _ in found])) if found else []
+    if len(found) == 1 and not beside:
         return found[0][1]
     findings = [
         replace(finding, key=prefix + finding.key, source=finding.source and prefix + finding.source)
@@ -106,7 +107,19 @@ def proof(model: Any, inert: str = "") -> Proof:
         why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"
         findings = [Finding("", Verdict.UNPROVEN, None, why)]
     stored, total = (sum(getattr(part, what) for _, part in found) for what in ("stored", "total"))
-    return Proof(type(model).__name__, stored, tuple(findings), total)
+    return Proof(type(model).__name__, stored, (*findings, *beside), total + len(beside))
+
+
+def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
+    """Findings on tensors of a model of transformers that no load was of, where all loads were of models inside it."""
+    if not hasattr(type(model), "_tied_weights_keys"):
+        return  # what somebody else puts around models is his own
+    state = survey(model).state
+    inside = {name: tensor for name, tensor in state.items() if name.startswith(tuple(prefixes))}
+    loaded = set(map(id, inside.values()))
+    for name in sorted(state.keys() - inside.keys()):
+        if id(state[name]) not in loaded:
+            yield Finding(name, Verdict.MISSING, None, "no checkpoint was loaded for it")
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:

@@ -5,7 +5,7 @@ Nothing here reads a value: tensors are headers on meta.
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -254,8 +254,21 @@ def _is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[st
     return bool(places) and any(tuple(key.split(".")[:depth]) in places for key in own)
 
 
-def likely(key: str, shape: torch.Size, unread: Headers) -> str | None:
-    """The unread tensor of the files that a missing key most likely is: the same shape, the longest common end."""
+def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:
+    """The names of all tensors of each shape."""
+    found: dict[torch.Size, list[str]] = {}
+    for name, header in unread.items():
+        found.setdefault(header.shape, []).append(name)
+    return found
+
+
+def likely(key: str, alike: Sequence[str]) -> str | None:
+    """The unread tensor of the files that a missing key most likely is: the one with the longest common end.
+
+    Args:
+        key: the missing key.
+        alike: those of its shape.
+    """
     parts = key.split(".")[::-1]
 
     def common(name: str) -> tuple[int, int]:
@@ -263,7 +276,6 @@ def likely(key: str, shape: torch.Size, unread: Headers) -> str | None:
         end = next((i for i, pair in enumerate(zip(parts, theirs, strict=False)) if len(set(pair)) > 1), len(parts))
         return end, len(set(parts) & set(theirs))
 
-    alike = [name for name, header in unread.items() if header.shape == shape]
     if len(alike) > _MOST_TRIED:
         return None  # one of very many is not likely
     best = max(alike, key=common, default=None)

@@ -112,7 +112,7 @@ def read(
     missing = now.state.keys() & missing
     held = only(now.state, now.state.keys() - missing)
     if held and not now.is_plain:  # what is kept out of its state dict was asked of no checkpoint
-        held = only(held, model.state_dict(keep_vars=True).keys())
+        held = only(held, model.state_dict().keys())
     reading = Reading(
         checkpoint or Checkpoint({}),
         held,
@@ -251,9 +251,9 @@ def find_unread(
         fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
         used = set(prefixes.names.values())
-    rest = {name: header for name, header in unread.items() if name not in used}
+    rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
-        if (name := names.likely(key, missing[key].shape, rest)) is not None:
+        if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
     return origins, prefixes
 
