@@ -10,9 +10,9 @@ import torch
 from tests.checkpoints import loading
 from tiedquiet import Finding, Verdict
 from tiedquiet.proof.judge import proof
+from tiedquiet.proof.operations import operation_of
 from tiedquiet.proof.repair import repair
 from tiedquiet.proof.stored import is_padding
-from tiedquiet.proof.watch import _operation
 
 
 class Pair(torch.nn.Module):
@@ -147,7 +147,7 @@ def test_a_file_that_went_away_while_it_was_repaired() -> None:
 
 
 def test_an_operator_without_a_schema_is_let_through() -> None:
-    assert _operation(torch.ops.higher_order.cond) is None
+    assert operation_of(torch.ops.higher_order.cond) is None
 
 
 def test_a_load_that_was_not_settled_proves_nothing() -> None:

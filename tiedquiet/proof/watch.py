@@ -6,28 +6,20 @@ it behind torch's back, so it is compared at the end: with the file, or with a c
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
 from tiedquiet.proof.memory import Memory, Place, plain
+from tiedquiet.proof.operations import Operation, changed_by, operation_of, returned_by, tensors_in
 from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of, versions_of
 
-_aten = torch.ops.aten
-_EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
-_REACH = (_aten.detach, _aten.is_pinned)  # `.data`, `.detach()`, `.numpy()`; dlpack
-# What writes to a tensor without a look at what it held. All else that writes to one in place makes new of old.
-_OVERWRITES = {
-    "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "index_copy_", "index_fill_", "index_put_",
-    "log_normal_", "masked_fill_", "masked_scatter_", "normal_", "put_", "random_", "scatter_", "set_", "uniform_",
-    "zero_",
-}  # fmt: skip
 _MOST_KEPT = 1 << 30  # bytes of main memory for copies of what somebody reaches for; anything beyond counts as lost
 _NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools", "accelerate"}
 
@@ -52,41 +44,6 @@ class Write:
     def was_seen(self) -> bool:
         """Whether a write was seen."""
         return self.size > 0
-
-
-class _Operation(NamedTuple):
-    """What has to be known of an operator: the arguments that it changes, by place and name, and what it makes."""
-
-    changes: tuple[tuple[int, str], ...]
-    writes: bool  # to their memory
-    returns_only_these: bool
-    reads_these: bool
-    makes_empty: bool
-    reaches: bool
-    takes_values: bool  # of its other arguments, and not their shape alone
-
-
-@cache
-def _operation(func: Any) -> _Operation | None:
-    """None for what has no schema, so that nothing is known of it."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return None
-
-    def is_written(value: Any) -> bool:
-        return value.alias_info is not None and value.alias_info.is_write
-
-    changes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
-    packet, name = func.overloadpacket, schema.name.rpartition("::")[2]
-    return _Operation(
-        changes,
-        writes=bool(changes) and torch.Tag.inplace_view not in func.tags,
-        returns_only_these=all(map(is_written, schema.returns)),
-        reads_these=name.removeprefix("_foreach_") not in _OVERWRITES and not any(a.is_out for a in schema.arguments),
-        makes_empty=packet in _EMPTY and not changes,
-        reaches=packet in _REACH,
-        takes_values=not name.endswith("_like") and not name.startswith("new_"),
-    )
 
 
 class Watch(TorchDispatchMode):
@@ -145,19 +102,19 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         call = args, kwargs
-        operation: _Operation | None = None
+        operation: Operation | None = None
         written: list[torch.Tensor] = []
         stand_ins: dict[int, torch.Tensor] = {}
         is_empty = False
         try:
-            operation = _operation(func) if self.open else None
+            operation = operation_of(func) if self.open else None
             if operation is not None and (operation.changes or operation.reaches):
-                changed = _changed(operation, args, kwargs)
+                changed = changed_by(operation, args, kwargs)
                 written = changed if operation.writes else []
                 protected = self._look_at_stored(operation, written, args)
                 self._changed.update(address for tensor in changed for address in addresses_of(tensor))
                 if protected and len(protected) == len(written) and operation.returns_only_these:
-                    return _returned(func, written)
+                    return returned_by(func, written)
                 if protected:  # it must run for its other arguments, or for what else it returns
                     stand_ins = {id(tensor): tensor.clone() for tensor in protected}
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
@@ -212,7 +169,7 @@ class Watch(TorchDispatchMode):
         self.open = self.error is None
 
     def _look_at_stored(
-        self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...]
+        self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...]
     ) -> list[torch.Tensor]:
         """Note which stored tensors the operation reaches for; returns those that must not be written to."""
         reached = written
@@ -248,7 +205,7 @@ class Watch(TorchDispatchMode):
             write.by, write.is_transformers_own = culprit
 
     def _takes_from_placeholders(
-        self, operation: _Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Whether the operation computes from memory without values, so that what it gives has none either."""
         if not operation.takes_values or (operation.reaches and not written):
@@ -256,50 +213,27 @@ class Watch(TorchDispatchMode):
         overwritten = () if operation.reads_these else [id(tensor) for tensor in written]
         return any(
             id(tensor) not in overwritten and self.placeholders.has(tensor)
-            for tensor in _tensors((*args, *kwargs.values()))
+            for tensor in tensors_in((*args, *kwargs.values()))
         )
 
     def _look_at_placeholders(
-        self, operation: _Operation, written: list[torch.Tensor], result: Any, is_empty: bool
+        self, operation: Operation, written: list[torch.Tensor], result: Any, is_empty: bool
     ) -> None:
         if operation.makes_empty:
             self.placeholders.add(result)
         elif is_empty:
             for tensor in written:
                 self.placeholders.note_unwritten(tensor)
-            for tensor in () if written else _tensors((result,)):
+            for tensor in () if written else tensors_in((result,)):
                 self.placeholders.add_computed(tensor)
         elif self.placeholders:
             for tensor in written:
                 self.placeholders.note_written(tensor)
 
 
-def _changed(operation: _Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for place, name in operation.changes:
-        value = args[place] if place < len(args) else kwargs.get(name)
-        found += [value] if isinstance(value, torch.Tensor) else value or ()
-    return found
-
-
 @cache
 def _hide_from_dynamo() -> None:
     Watch.__torch_dispatch__ = torch.compiler.disable(Watch.__torch_dispatch__)  # type: ignore[method-assign]
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments or results of an operation."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _returned(func: Any, written: list[torch.Tensor]) -> Any:
-    """What an operation that returns the tensors it wrote to returns."""
-    returned = written[: len(func._schema.returns)]
-    return returned[0] if len(returned) == 1 else tuple(returned) or None
 
 
 def _culprit() -> tuple[str, bool]:

@@ -1,0 +1,75 @@
+"""What has to be known of an operation of torch: what it changes, what it makes, and what it reaches for."""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+_aten = torch.ops.aten
+_EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
+_REACH = (_aten.detach, _aten.is_pinned)  # `.data`, `.detach()`, `.numpy()`; dlpack
+# What writes to a tensor without a look at what it held. All else that writes to one in place makes new of old.
+_OVERWRITES = {
+    "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "index_copy_", "index_fill_", "index_put_",
+    "log_normal_", "masked_fill_", "masked_scatter_", "normal_", "put_", "random_", "scatter_", "set_", "uniform_",
+    "zero_",
+}  # fmt: skip
+
+
+class Operation(NamedTuple):
+    """What has to be known of an operator: the arguments that it changes, by place and name, and what it makes."""
+
+    changes: tuple[tuple[int, str], ...]
+    writes: bool  # to their memory
+    returns_only_these: bool
+    reads_these: bool
+    makes_empty: bool
+    reaches: bool
+    takes_values: bool  # of its other arguments, and not their shape alone
+
+
+@cache
+def operation_of(func: Any) -> Operation | None:
+    """None for what has no schema, so that nothing is known of it."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return None
+
+    def is_written(value: Any) -> bool:
+        return value.alias_info is not None and value.alias_info.is_write
+
+    changes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
+    packet, name = func.overloadpacket, schema.name.rpartition("::")[2]
+    return Operation(
+        changes,
+        writes=bool(changes) and torch.Tag.inplace_view not in func.tags,
+        returns_only_these=all(map(is_written, schema.returns)),
+        reads_these=name.removeprefix("_foreach_") not in _OVERWRITES and not any(a.is_out for a in schema.arguments),
+        makes_empty=packet in _EMPTY and not changes,
+        reaches=packet in _REACH,
+        takes_values=not name.endswith("_like") and not name.startswith("new_"),
+    )
+
+
+def changed_by(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for place, name in operation.changes:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        found += [value] if isinstance(value, torch.Tensor) else value or ()
+    return found
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments or results of an operation."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def returned_by(func: Any, written: list[torch.Tensor]) -> Any:
+    """What an operation that returns the tensors it wrote to returns."""
+    returned = written[: len(func._schema.returns)]
+    return returned[0] if len(returned) == 1 else tuple(returned) or None
