@@ -84,6 +84,47 @@ class ZerosThroughNumpy(FilledInPart):
             self.table.numpy().fill(0)
 
 
+class Numbers(FilledInPart):
+    """Whole numbers, of which none is NaN."""
+
+    def add(self, config: Any) -> None:
+        self.register_buffer("table", torch.arange(300).view(100, 3), persistent=False)
+
+
+@idiom()
+class FilledInPartByAnIndex(Numbers):
+    """The special rows have a number each; the others are left to `__init__`."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self:
+            self.table[torch.tensor([0, 2])] = torch.arange(6).view(2, 3)
+
+
+@idiom()
+class FilledByAMaskAndItsInverse(Numbers):
+    """In full, in two steps of which neither says where it wrote but by its mask."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self:
+            right = torch.arange(300).view(100, 3)
+            self.table.masked_scatter_(right % 2 == 0, right[right % 2 == 0])
+            self.table[right % 2 == 1] = right[right % 2 == 1]
+
+
+@idiom()
+class FilledInPartByAThread(Numbers):
+    """Another thread fills the first rows, which torch counts."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self and not self.table.is_meta:
+            thread = threading.Thread(target=lambda: self.table[:2].copy_(torch.arange(6).view(2, 3)))
+            thread.start()
+            thread.join()
+
+
 @idiom()
 class FilledInTwoSteps(FilledInPart):
     """Sines at even places, cosines at odd ones: in full, in two strided steps."""

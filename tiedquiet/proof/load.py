@@ -10,7 +10,7 @@ from tiedquiet.proof.judge import judge
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.stored import writes_elsewhere
-from tiedquiet.proof.survey import survey, tensor_at
+from tiedquiet.proof.survey import tensor_at
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import Finding
 
@@ -103,11 +103,8 @@ class Load:
         if vars(model).get(_ATTRIBUTE) is self:
             del vars(model)[_ATTRIBUTE]
         known, self.known = self.known, None
-        if self.watch.placeholders.has_marks:
-            self.watch.open = False
-            now = survey(model)
-            for tensor in (*now.state.values(), *now.others.values()):
-                self.watch.placeholders.take_marks_off(tensor)
+        self.watch.open = False
+        self.watch.placeholders.take_marks_off()
         self.watch = Watch({}, protect=False)  # a reference to this load keeps no tensor and no exception alive
         self.reading, self.in_flight, self.arguments = Reading(self.reading.checkpoint, {}, {}, set(), 0), None, ()
         if known is not None:

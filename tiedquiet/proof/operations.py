@@ -2,19 +2,25 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _REACH = (_aten.detach, _aten.is_pinned)  # `.data`, `.detach()`, `.numpy()`; dlpack
 # What writes to a tensor without a look at what it held. All else that writes to one in place makes new of old.
 _OVERWRITES = {
-    "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "index_copy_", "index_fill_", "index_put_",
-    "log_normal_", "masked_fill_", "masked_scatter_", "normal_", "put_", "random_", "scatter_", "set_", "uniform_",
-    "zero_",
+    "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_",
+    "set_", "uniform_", "zero_",
 }  # fmt: skip
+# The same of some elements; which, its other arguments say, but for those with the values.
+_OVERWRITES_SOME = {
+    "index_copy_", "index_fill_", "index_put_", "masked_fill_", "masked_scatter_", "put_", "scatter_",
+}  # fmt: skip
+_VALUES = {"source", "src", "value", "values"}
 
 
 class Operation(NamedTuple):
@@ -24,6 +30,7 @@ class Operation(NamedTuple):
     writes: bool  # to their memory
     returns_only_these: bool
     reads_these: bool
+    overwrites_some: bool
     makes_empty: bool
     reaches: bool
     takes_values: bool  # of its other arguments, and not their shape alone
@@ -41,11 +48,14 @@ def operation_of(func: Any) -> Operation | None:
 
     changes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
     packet, name = func.overloadpacket, schema.name.rpartition("::")[2]
+    overwrites_some = name in _OVERWRITES_SOME and all(a.name != "reduce" for a in schema.arguments)
+    overwrites = overwrites_some or name.removeprefix("_foreach_") in _OVERWRITES
     return Operation(
         changes,
         writes=bool(changes) and torch.Tag.inplace_view not in func.tags,
         returns_only_these=all(map(is_written, schema.returns)),
-        reads_these=name.removeprefix("_foreach_") not in _OVERWRITES and not any(a.is_out for a in schema.arguments),
+        reads_these=not overwrites and not any(a.is_out for a in schema.arguments),
+        overwrites_some=overwrites_some,
         makes_empty=packet in _EMPTY and not changes,
         reaches=packet in _REACH,
         takes_values=not name.endswith("_like") and not name.startswith("new_"),
@@ -58,6 +68,25 @@ def changed_by(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, An
         value = args[place] if place < len(args) else kwargs.get(name)
         found += [value] if isinstance(value, torch.Tensor) else value or ()
     return found
+
+
+def read_by(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors whose values it computes from."""
+    written = set() if operation.reads_these else {word for change in operation.changes for word in change}
+    given = chain(enumerate(args), kwargs.items())
+    return tensors_in(value for place_or_name, value in given if place_or_name not in written)
+
+
+def do_likewise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: torch.Tensor) -> None:
+    """Set to True, of a map of a tensor's elements, those that an operation gave the tensor values for."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    if given.get("accumulate"):
+        return  # it added to what was there
+    for name in given.keys() & _VALUES:
+        value = given[name]
+        given[name] = torch.ones_like(value, dtype=torch.bool) if isinstance(value, torch.Tensor) else True
+    given = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, given)
+    func(**{**given, "self": written})
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:

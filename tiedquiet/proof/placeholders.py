@@ -4,7 +4,7 @@ Torch tells what it writes to. What is written without it shows in the marks: in
 and in no other, up to 64 elements get a value that nobody computes, and whoever fills the memory writes over them.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from operator import attrgetter
 
 import torch
@@ -34,11 +34,6 @@ class Placeholders:
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    @property
-    def has_marks(self) -> bool:
-        """Whether any memory was marked."""
-        return bool(self._marks)
-
     def add(self, tensor: torch.Tensor, is_fresh: bool = True) -> None:
         """Add memory that was allocated and not yet written.
 
@@ -47,19 +42,18 @@ class Placeholders:
             is_fresh: nothing at all lies there yet, so that it may be marked.
         """
         for piece in plain(tensor):
-            address = _address(piece)
-            self._known[address] = StorageWeakRef(piece.untyped_storage()), version_of(piece)
-            self._written.pop(address, None)
-            self._marks.pop(address, None)
+            address, storage = _address(piece), StorageWeakRef(piece.untyped_storage())
+            self._forget(address)
+            self._known[address] = storage, version_of(piece)
             is_whole = piece.is_contiguous() and not piece.storage_offset()
             if is_fresh and is_whole and piece.is_cpu and not (piece.is_inference() or piece.is_quantized):
-                self._marks[address] = _Marks(piece)
+                self._marks[address] = _Marks(piece, storage)
 
-    def take_marks_off(self, tensor: torch.Tensor) -> None:
-        """Put back what was under the marks that are left, so that no trace remains."""
-        for piece in filter(self._is_known, plain(tensor)):
-            if (marks := self._marks.pop(_address(piece), None)) is not None:
-                marks.take_off(piece)
+    def take_marks_off(self, tensor: torch.Tensor | None = None) -> None:
+        """Put back what was under the marks that are left in a tensor's memory, or in any, whoever has that now."""
+        for address in list(self._marks) if tensor is None else addresses_of(tensor):
+            if (marks := self._marks.pop(address, None)) is not None:
+                marks.take_off(self._written.get(address))
 
     def add_computed(self, tensor: torch.Tensor) -> None:
         """Add what was computed from unwritten memory, unless it is a view of that."""
@@ -70,19 +64,27 @@ class Placeholders:
         """Whether some of a tensor's elements have no values: nothing wrote to them, through torch or without it."""
         return bool(self._known) and any(map(self._lacks_values, plain(tensor)))
 
-    def note_written(self, tensor: torch.Tensor) -> None:
-        """Note that torch wrote values to a tensor."""
+    def note_written(self, tensor: torch.Tensor, likewise: Callable[[torch.Tensor], object] | None = None) -> None:
+        """Note that torch wrote values to a tensor.
+
+        Args:
+            tensor: what it wrote to.
+            likewise: sets to True, of a map of the tensor's elements, those that it wrote; None if it wrote them all.
+        """
         for piece in filter(self._is_known, plain(tensor)):
             address, elements = _address(piece), _elements(piece)
             written = self._written.get(address)
-            # Written whole; or through a view of another element size, after which nothing is claimed.
-            if piece.numel() >= elements or (written is not None and written.numel() != elements):
-                for what in (self._known, self._written, self._marks):
-                    what.pop(address, None)
+            if likewise is None and piece.is_contiguous() and piece.numel() >= elements:
+                self._marks.pop(address, None)  # none is left, and what looks like one is a value
+                self._forget(address)
+                continue
+            # Through a view of another element size, or in an unknown part of it: after that nothing is claimed.
+            if (written is not None and written.numel() != elements) or (likewise and piece is not tensor):
+                self._forget(address)
                 continue
             if written is None:
                 written = self._written[address] = torch.zeros(elements, dtype=torch.bool, device="cpu")
-            written.as_strided(*_layout(piece)).fill_(True)
+            (likewise or _fill)(written.as_strided(*_layout(piece)))
 
     def note_unwritten(self, tensor: torch.Tensor) -> None:
         """Note that torch wrote to a tensor what has no values either."""
@@ -92,30 +94,34 @@ class Placeholders:
             if not self._is_known(piece):
                 self.add(piece, is_fresh=False)
                 written = torch.ones(elements, dtype=torch.bool, device="cpu")
-            self._marks.pop(address, None)
             if written is not None and written.numel() == elements:
                 written.as_strided(*_layout(piece)).fill_(False)
                 self._written[address] = written
 
+    def _forget(self, address: int) -> None:
+        if (marks := self._marks.pop(address, None)) is not None:
+            marks.take_off(self._written.get(address))
+        self._known.pop(address, None)
+        self._written.pop(address, None)
+
     def _is_known(self, piece: torch.Tensor) -> bool:
-        address = _address(piece)
-        storage, noted = self._known.get(address, (None, 0))
-        if storage is None or storage.expired():
-            return False
-        return address in self._changed or version_of(piece) == noted
+        storage, _ = self._known.get(_address(piece), (None, 0))
+        return storage is not None and not storage.expired()
 
     def _lacks_values(self, piece: torch.Tensor) -> bool:
         if not self._is_known(piece):
             return False
         address, elements = _address(piece), _elements(piece)
         written, marks = self._written.get(address), self._marks.get(address)
+        # By another thread, in places that the marks alone tell of.
+        is_written_elsewhere = address not in self._changed and version_of(piece) != self._known[address][1]
         if written is not None and written.numel() != elements:
             return False  # a view of another element size
         if written is not None and bool(written.as_strided(*_layout(piece)).all()):
             return False
         if marks is None or marks.size != piece.element_size():
-            return True
-        is_left = marks.are_left(piece)
+            return not is_written_elsewhere
+        is_left = marks.are_left(piece.untyped_storage())
         own = torch.ones_like(is_left)
         if piece.numel() < elements:
             inside = torch.zeros(elements, dtype=torch.bool, device="cpu")
@@ -125,7 +131,7 @@ class Placeholders:
             own = own & ~written[:: marks.step]
         number, left = int(own.sum()), int((is_left & own).sum())
         # A single byte can have the value of a mark by accident.
-        return not number or left > (number // 8 if piece.element_size() == 1 else 0)
+        return not (number or is_written_elsewhere) or left > (number // 8 if piece.element_size() == 1 else 0)
 
 
 class _Marks:
@@ -134,28 +140,42 @@ class _Marks:
     Where torch itself fills such memory with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), that will do.
     """
 
-    def __init__(self, piece: torch.Tensor) -> None:
-        self.step, self.size = -(-piece.numel() // _MARKS), piece.element_size()
-        places = self._places(piece)
+    def __init__(self, piece: torch.Tensor, storage: StorageWeakRef) -> None:
+        self._storage, self._elements = storage, piece.numel()
+        self.step, self.size = -(-self._elements // _MARKS), piece.element_size()
+        places = self._places(piece.untyped_storage())
         self._before = self._value = places.clone()
         fills = getattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         if not (piece.is_floating_point() and fills and torch.are_deterministic_algorithms_enabled()):
             self._value = torch.full_like(places, _BYTE)
             places.copy_(self._value)
 
-    def are_left(self, piece: torch.Tensor) -> torch.Tensor:
+    def are_left(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """For each of them whether nobody wrote over it."""
-        return (self._places(piece) == self._value).all(1)
+        return (self._places(storage) == self._value).all(1)
 
-    def take_off(self, piece: torch.Tensor) -> None:
-        """Put back what lay there, where nobody wrote over it."""
-        is_left = self.are_left(piece)
-        self._places(piece)[is_left] = self._before[is_left]
+    def take_off(self, written: torch.Tensor | None) -> None:
+        """Put back what lay there, where nobody wrote over it.
 
-    def _places(self, piece: torch.Tensor) -> torch.Tensor:
+        Args:
+            written: for each element whether torch wrote to it: if so, what looks like a mark is a value.
+        """
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None or storage.nbytes() < self._elements * self.size:
+            return  # that memory is gone
+        is_left = self.are_left(storage)
+        if written is not None and written.numel() == self._elements:
+            is_left &= ~written[:: self.step]
+        self._places(storage)[is_left] = self._before[is_left]
+
+    def _places(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Their bytes, through a tensor of its own, so that torch does not count what is written here."""
-        memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(piece.untyped_storage())
-        return memory[: len(memory) // self.size * self.size].view(-1, self.size)[:: self.step]
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
+        return memory[: self._elements * self.size].view(-1, self.size)[:: self.step]
+
+
+def _fill(written: torch.Tensor) -> None:
+    written.fill_(True)
 
 
 def version_of(tensor: Place) -> int:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_map
 
 from tiedquiet.proof.memory import Memory, Place, plain
-from tiedquiet.proof.operations import Operation, changed_by, operation_of, returned_by, tensors_in
+from tiedquiet.proof.operations import (
+    Operation,
+    changed_by,
+    do_likewise,
+    operation_of,
+    read_by,
+    returned_by,
+    tensors_in,
+)
 from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of, versions_of
 
 _MOST_KEPT = 1 << 30  # bytes of main memory for copies of what somebody reaches for; anything beyond counts as lost
@@ -120,13 +128,16 @@ class Watch(TorchDispatchMode):
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
             if operation is not None and self.placeholders:
                 is_empty = self._takes_from_placeholders(operation, written, args, kwargs)
+                for tensor in written if is_empty else ():
+                    self.placeholders.take_marks_off(tensor)
         except Exception as error:
             self.give_up(error)
             call = args, kwargs
         result = func(*call[0], **call[1])
         if operation is not None:
             try:
-                self._look_at_placeholders(operation, written, result, is_empty)
+                likewise = partial(do_likewise, func, args, kwargs) if operation.overwrites_some else None
+                self._look_at_placeholders(operation, written, result, is_empty, likewise)
                 if stand_ins:
                     back = {id(stand_ins[id(tensor)]): tensor for tensor in written if id(tensor) in stand_ins}
                     result = tree_map(lambda value: back.get(id(value), value), result)
@@ -210,14 +221,15 @@ class Watch(TorchDispatchMode):
         """Whether the operation computes from memory without values, so that what it gives has none either."""
         if not operation.takes_values or (operation.reaches and not written):
             return False
-        overwritten = () if operation.reads_these else [id(tensor) for tensor in written]
-        return any(
-            id(tensor) not in overwritten and self.placeholders.has(tensor)
-            for tensor in tensors_in((*args, *kwargs.values()))
-        )
+        return any(map(self.placeholders.has, read_by(operation, args, kwargs)))
 
     def _look_at_placeholders(
-        self, operation: Operation, written: list[torch.Tensor], result: Any, is_empty: bool
+        self,
+        operation: Operation,
+        written: list[torch.Tensor],
+        result: Any,
+        is_empty: bool,
+        likewise: Callable[[torch.Tensor], object] | None,
     ) -> None:
         if operation.makes_empty:
             self.placeholders.add(result)
@@ -228,7 +240,7 @@ class Watch(TorchDispatchMode):
                 self.placeholders.add_computed(tensor)
         elif self.placeholders:
             for tensor in written:
-                self.placeholders.note_written(tensor)
+                self.placeholders.note_written(tensor, likewise)
 
 
 @cache
