@@ -137,6 +137,31 @@ def test_what_wrote_the_most_is_named(tmp_path: Path, printed: Printed) -> None:
     assert "part.weight by ZeroesARowFirst.draw (" in printed.loud[0]
 
 
+class Turns(Tiny):
+    """A square matrix that is stored the other way round, and turned in its place."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.part.weight.is_meta:
+            with torch.no_grad():
+                self.part.weight.copy_(self.part.weight.t().clone())
+        return super().tie_weights(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_a_matrix_that_its_class_turns_is_turned_and_nothing_is_lost(
+    mode: str, tmp_path: Path, printed: Printed
+) -> None:
+    file = Idiom(Turns).save(tmp_path)
+    with tiedquiet.enable("off"):
+        right = Turns.from_pretrained(tmp_path).part.weight
+    assert same(right.detach(), file["part.weight"].t())
+    with tiedquiet.enable(mode):
+        model = Turns.from_pretrained(tmp_path)
+    assert same(model.part.weight.detach(), right.detach())
+    assert tiedquiet.check(model).ok
+    assert printed.loud == printed.confirmed == []
+
+
 def in_another_thread(work: Callable[[], object]) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(work).result()

@@ -30,6 +30,33 @@ def test_what_was_protected_stays_and_the_rest_of_the_operation_is_done() -> Non
     assert "test_what_was_protected" in watch.writes["stored"].by
 
 
+@pytest.mark.parametrize(
+    ("write", "is_let_through"),
+    [
+        (lambda t: t.copy_(t.t().clone()), True),
+        (lambda t: t.data[:].copy_(t.t().contiguous()), True),
+        (lambda t: [t.copy_(t.t().clone()) for _ in range(3)], True),
+        (lambda t: (t.zero_(), t.copy_(t.t().clone())), True),
+        (lambda t: (t.copy_(t.t().clone()), t.zero_()), True),
+        (lambda t: torch.ops.aten.copy_(t, src=t.t().clone()), True),
+        (lambda t: t.copy_(t.flip(0)), False),
+        (lambda t: t.copy_(t.t().double()), False),
+        (lambda t: t.copy_(t[0].clone()), False),
+        (lambda t: t.copy_(t.t()), False),
+        (lambda t: t[:2, :2].copy_(t[:2, :2].t().clone()), False),
+        (lambda t: t.view(-1).copy_(t.t().reshape(-1)), False),
+    ],
+)
+def test_a_matrix_that_is_turned_in_its_place_is_protected_from_all_else(write: Any, is_let_through: bool) -> None:
+    tensor = torch.arange(16.0).view(4, 4)
+    before = tensor.clone()
+    watch = Watch({"stored": tensor}, protect=True)
+    with watch:
+        write(tensor)
+    assert watch.error is None
+    assert tensor.equal(before.t() if is_let_through else before)
+
+
 def test_memory_of_another_element_size_is_not_claimed() -> None:
     watch = Watch({}, protect=False)
     with watch:

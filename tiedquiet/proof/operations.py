@@ -31,6 +31,7 @@ class Operation(NamedTuple):
     returns_only_these: bool
     reads_these: bool
     overwrites_some: bool
+    copies: bool
     makes_empty: bool
     reaches: bool
     takes_values: bool  # of its other arguments, and not their shape alone
@@ -56,6 +57,7 @@ def operation_of(func: Any) -> Operation | None:
         returns_only_these=all(map(is_written, schema.returns)),
         reads_these=not overwrites and not any(a.is_out for a in schema.arguments),
         overwrites_some=overwrites_some,
+        copies=packet is _aten.copy_,
         makes_empty=packet in _EMPTY and not changes,
         reaches=packet in _REACH,
         takes_values=not name.endswith("_like") and not name.startswith("new_"),
@@ -77,9 +79,9 @@ def read_by(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
     return tensors_in(value for place_or_name, value in given if place_or_name not in written)
 
 
-def do_likewise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: torch.Tensor) -> None:
+def do_likewise(func: Any, args: tuple[Any, ...], written: torch.Tensor) -> None:
     """Set to True, of a map of a tensor's elements, those that an operation gave the tensor values for."""
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
     if given.get("accumulate"):
         return  # it added to what was there
     for name in given.keys() & _VALUES:

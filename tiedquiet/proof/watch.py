@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
-from tiedquiet.proof.memory import Memory, Place, plain
+from tiedquiet.proof.memory import Memory, Place, holds, lies_at, plain
 from tiedquiet.proof.operations import (
     Operation,
     changed_by,
@@ -136,7 +136,7 @@ class Watch(TorchDispatchMode):
         result = func(*call[0], **call[1])
         if operation is not None:
             try:
-                likewise = partial(do_likewise, func, args, kwargs) if operation.overwrites_some else None
+                likewise = partial(do_likewise, func, args) if operation.overwrites_some else None
                 self._look_at_placeholders(operation, written, result, is_empty, likewise)
                 if stand_ins:
                     back = {id(stand_ins[id(tensor)]): tensor for tensor in written if id(tensor) in stand_ins}
@@ -183,7 +183,7 @@ class Watch(TorchDispatchMode):
         self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...]
     ) -> list[torch.Tensor]:
         """Note which stored tensors the operation reaches for; returns those that must not be written to."""
-        reached = written
+        reached, values = written, args[1] if operation.copies else None
         if operation.reaches:
             reached = [args[0]] if args[0].is_cpu else []
         protected = []
@@ -191,11 +191,22 @@ class Watch(TorchDispatchMode):
             if self._memory is None:
                 self._memory = Memory(self._stored)
             names = [name for piece in plain(tensor) for name, _ in self._memory.meeting(piece)]
+            is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
             for name in names:
-                self._note(name, tensor.numel() if written else 0)
-            if names and written and self._protect:
+                self._note(name, tensor.numel() if written and not is_kept else 0)
+            if names and written and self._protect and not is_kept:
                 protected.append(tensor)
         return protected
+
+    def _keeps_all(self, names: list[str], tensor: torch.Tensor, values: torch.Tensor | None) -> bool:
+        """Whether what is copied into stored tensors is what they hold, its dimensions perhaps in another order."""
+        return (
+            values is not None
+            and (values.dtype, values.shape) == (tensor.dtype, tensor.shape)
+            and all(lies_at(tensor, self._stored[name]) for name in names)
+            and set(addresses_of(values)).isdisjoint(addresses_of(tensor))
+            and bool(holds(values, tensor))
+        )
 
     def _note(self, name: str, written: int) -> None:
         write = self.writes.get(name)
