@@ -82,6 +82,33 @@ class WritesMany(Tiny):
             torch._foreach_mul_([self.lin.weight.data, self.part.weight.data], 0.5)
 
 
+# Operators of somebody else, whose schemas declare no write. One of them writes.
+OPERATORS = torch.library.Library("tests_of_writes", "DEF")  # they are gone when this is
+for _name, _kernel in {"turn": torch.Tensor.neg_, "look": torch.Tensor.sum}.items():
+    OPERATORS.define(f"{_name}(Tensor x) -> Tensor")
+    OPERATORS.impl(_name, _kernel, "CPU")
+
+
+@idiom()
+class WritesInAnOperatorThatDeclaresNone(Tiny):
+    """A kernel whose schema is wrong."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part) and not module.weight.is_meta:
+            torch.ops.tests_of_writes.turn(module.weight)
+
+
+@idiom()
+class LooksInAnOperator(Tiny):
+    """A kernel that computes from a weight and leaves it alone."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part) and not module.weight.is_meta:
+            torch.ops.tests_of_writes.look(module.weight)
+
+
 @idiom()
 class WritesItsDiagonal(Tiny):
     """Decay matrices and recurrent weights: a strided part of a transposed view."""

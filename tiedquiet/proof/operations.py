@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _REACH = (_aten.detach, _aten.is_pinned)  # `.data`, `.detach()`, `.numpy()`; dlpack
+_TORCH = {"aten", "prim", "prims"}  # torch's own namespaces: what is defined there declares what it writes to
 # What writes to a tensor without a look at what it held. All else that writes to one in place makes new of old.
 _OVERWRITES = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_",
@@ -34,6 +35,7 @@ class Operation(NamedTuple):
     copies: bool
     makes_empty: bool
     reaches: bool
+    is_foreign: bool
     takes_values: bool  # of its other arguments, and not their shape alone
 
 
@@ -60,6 +62,7 @@ def operation_of(func: Any) -> Operation | None:
         copies=packet is _aten.copy_,
         makes_empty=packet in _EMPTY and not changes,
         reaches=packet in _REACH,
+        is_foreign=schema.name.partition("::")[0] not in _TORCH,
         takes_values=not name.endswith("_like") and not name.startswith("new_"),
     )
 

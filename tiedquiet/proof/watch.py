@@ -116,10 +116,10 @@ class Watch(TorchDispatchMode):
         is_empty = False
         try:
             operation = operation_of(func) if self.open else None
-            if operation is not None and (operation.changes or operation.reaches):
+            if operation is not None and (operation.changes or operation.reaches or operation.is_foreign):
                 changed = changed_by(operation, args, kwargs)
                 written = changed if operation.writes else []
-                protected = self._look_at_stored(operation, written, args)
+                protected = self._look_at_stored(operation, written, args, kwargs)
                 self._changed.update(address for tensor in changed for address in addresses_of(tensor))
                 if protected and len(protected) == len(written) and operation.returns_only_these:
                     return returned_by(func, written)
@@ -180,21 +180,21 @@ class Watch(TorchDispatchMode):
         self.open = self.error is None
 
     def _look_at_stored(
-        self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...]
+        self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[torch.Tensor]:
         """Note which stored tensors the operation reaches for; returns those that must not be written to."""
-        reached, values = written, args[1] if operation.copies else None
-        if operation.reaches:
-            reached = [args[0]] if args[0].is_cpu else []
+        reached, values = [(tensor, True) for tensor in written], args[1] if operation.copies else None
+        if operation.is_foreign or (operation.reaches and args[0].is_cpu):
+            reached += [(tensor, False) for tensor in read_by(operation, args, kwargs)]
         protected = []
-        for tensor in reached:
+        for tensor, is_written in reached:
             if self._memory is None:
                 self._memory = Memory(self._stored)
             names = [name for piece in plain(tensor) for name, _ in self._memory.meeting(piece)]
             is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
             for name in names:
-                self._note(name, tensor.numel() if written and not is_kept else 0)
-            if names and written and self._protect and not is_kept:
+                self._note(name, tensor.numel() if is_written and not is_kept else 0)
+            if names and is_written and self._protect and not is_kept:
                 protected.append(tensor)
         return protected
 
