@@ -19,7 +19,7 @@ from benchmarks.census.models import Saved, asks
 from benchmarks.census.report import COUNTED, summarise, table_of_resumes
 from benchmarks.census.ways import WAYS
 from tiedquiet import Finding, Verdict
-from tiedquiet.doors import trainer
+from tiedquiet.doors import resumed, trainer
 from tiedquiet.proof import judge, missing
 from tiedquiet.proof.files import Checkpoint
 
@@ -240,7 +240,7 @@ def test_what_a_resume_loses_is_told_and_repaired(cls: Any, has_lost: bool, writ
 
 
 def test_the_census_sees_a_trainer_s_door_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_checkpoint", lambda *_: Checkpoint({}))
+    monkeypatch.setattr(resumed, "_checkpoint", lambda *_: Checkpoint({}))
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
     assert len(line["missed"]) == line["lost"] == 6
     assert line["told"] == 0
@@ -256,21 +256,21 @@ def test_the_census_sees_a_door_that_is_not_there(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_census_sees_a_repair_that_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "copy_in_place", lambda *_: True)
+    monkeypatch.setattr(resumed, "copy_in_place", lambda *_: True)
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
     assert line["missed"] == []
     assert len(line["not_repaired"]) == line["left"] == 6
 
 
 def test_the_census_sees_a_repair_that_leaves_the_optimizer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = trainer._read
+    read = trainer.read_folder
 
     def anew(model: Any, *more: Any) -> Any:
         found = read(model, *more)
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         return found
 
-    monkeypatch.setattr(trainer, "_read", anew)
+    monkeypatch.setattr(trainer, "read_folder", anew)
     (line,) = lines_of(transformers.GPT2LMHeadModel, monkeypatch, "resume")
     assert line["other_objects"] == ["lm_head.weight"]
 
@@ -283,12 +283,12 @@ def test_the_census_sees_a_false_alarm_of_a_resume(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_census_sees_a_wrong_source_of_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
-    note = trainer.note_unread
+    note = resumed.note_unread
 
     def elsewhere(reading: Any, origins: Any, *more: Any) -> None:
         note(reading, {key: origin._replace(names=("lm_head.weight",)) for key, origin in origins.items()}, *more)
 
-    monkeypatch.setattr(trainer, "note_unread", elsewhere)
+    monkeypatch.setattr(resumed, "note_unread", elsewhere)
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
     assert len(line["cause_wrong"]) == line["lost"]
 

@@ -339,7 +339,7 @@ AFTERWARDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["_judge", "_read", "conclude"])
+@pytest.mark.parametrize("name", ["_judge", "read_folder", "conclude"])
 def test_a_resume_survives_too(name: str, tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2LMHeadModel(gpt2())
     trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))

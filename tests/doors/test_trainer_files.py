@@ -15,7 +15,7 @@ import tiedquiet
 from tests.checkpoints import Printed, gpt2
 from tests.doors.training import differing, llama, mixtral, resumed, right, state, trainer_of
 from tiedquiet import Verdict
-from tiedquiet.doors import trainer as door
+from tiedquiet.doors import resumed as door
 
 
 def split(checkpoint: Path, to: Path, kind: str) -> Path:
