@@ -4,9 +4,10 @@ What the files would give by transformers' own rules is compared with what was r
 the rest is read here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,8 @@ from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.memory import plain, same
-from tiedquiet.proof.reading import Reading, find_unread, in_two_files, note_unread, read
+from tiedquiet.proof.reading import Reading, find_unread, in_two_files, is_ignored, note_unread, read
+from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
 from tiedquiet.verdict import Finding
@@ -22,29 +24,100 @@ from tiedquiet.verdict import Finding
 _Values = Iterator[tuple[str, torch.Tensor]]
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
-_CURE = "Set TIEDQUIET=repair to read them, or give Trainer a model that from_pretrained loaded from this checkpoint"
+_REPAIR = "Set TIEDQUIET=repair to read them"
+_CURE = f"{_REPAIR}, or give Trainer a model that from_pretrained loaded from this checkpoint"
+
+
+class Inside(NamedTuple):
+    """What is judged of the model that a Trainer has, and by which class's rules.
+
+    Attributes:
+        model: what is judged: of what `torch.compile`, peft or a module of the user's wraps, the model inside; where
+            that module has tensors of its own, all of it.
+        path: what the names of the outer state dict have before those of `model`.
+        core: the model of transformers whose rules apply.
+        at: what the names of `model` have before those of `core`.
+    """
+
+    model: Any
+    path: str
+    core: Any
+    at: str
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether peft has put its layers around some of the tensors."""
+        return isinstance(getattr(self.core, "peft_config", None), dict)
+
+    def names(self, now: Survey) -> dict[str, str]:
+        """For each tensor of the core the name that it has in the judged model, by that which files have for it."""
+        as_loaded = self.as_loaded
+        return {as_loaded(name): name for name in now.state if name.startswith(self.at)}
+
+    @property
+    def as_loaded(self) -> Callable[[str], str]:
+        """Gives the core's own name for a tensor of the judged model, before peft put anything in."""
+        start = len(self.at)
+        return (lambda name: loaded_name(name[start:])) if self.has_adapters else (lambda name: name[start:])
+
+
+def inside(model: Any) -> Inside:
+    """What is judged of a Trainer's model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return Inside(model, "", model, "")
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_orig_mod", None)
+    found = (pair for pair in model.named_modules() if isinstance(pair[1], PreTrainedModel) or pair[1] is wrapped)
+    name, core = next(found, ("", model))
+    path = f"{name}." if name else ""
+    if all(own.startswith(path) for own in survey(model).state):
+        return Inside(core, path, core, "")
+    return Inside(model, "", core, path)
+
+
+class _Made(NamedTuple):
+    """What `from_pretrained` would make of what was left over, by one set of conversions.
+
+    Attributes:
+        conversions: these.
+        prefix: what the files' names have before those that the conversions know.
+        origins: for each tensor of the judged model, what it is made of.
+    """
+
+    conversions: list[Any]
+    prefix: str
+    origins: dict[str, names.Origin]
 
 
 def read_folder(
-    model: Any, folder: str, missing: set[str], unexpected: set[str]
+    of: Inside, folder: str, missing: set[str], unexpected: set[str]
 ) -> tuple[Reading, list[Finding], set[str]]:
     """What was read from a folder, and what it has but nothing read; in `repair`, that is read now.
+
+    Args:
+        of: the model.
+        folder: where the files are.
+        missing: the names of the judged model that were reported missing.
+        unexpected: the files' names that were reported to have no place.
 
     Returns:
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
     """
-    checkpoint = _checkpoint(folder, getattr(model, "base_model_prefix", ""))
+    model = of.model
+    checkpoint = _checkpoint(folder, of.path.rstrip(".") or getattr(model, "base_model_prefix", ""))
     in_files, now = {name for name, _ in checkpoint.names}, survey(model)
-    missing |= (checkpoint.promised - in_files) & now.state.keys()  # the Trainer believes the index
-    found = _origins(model, checkpoint, missing, unexpected & in_files, now) if unexpected & in_files else []
+    # The Trainer believes the index.
+    missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & now.state.keys()
+    unexpected = unexpected & in_files
+    found = list(_made(of, checkpoint, missing, unexpected, now)) if unexpected else []
     # What a module sets by itself where it is not delivered (a batch norm's count of batches), no loader calls missing.
-    reading = read(model, missing.union(*(made for _, made in found)), checkpoint)
+    reading = read(model, missing.union(*(made.origins for made in found)), checkpoint)
     for name, first, second in checkpoint.twice():
-        if name in reading.held:
-            reading.found[name] = in_two_files(name, first, second)
+        if (key := name.removeprefix(of.path)) in reading.held:
+            reading.found[key] = in_two_files(key, first, second)
     held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}
-    used: set[str] = set()
 
     def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
         # Just one of them first: if there is something to report, it costs no more than that one.
@@ -54,15 +127,22 @@ def read_folder(
             copied = [k for k, value in values(names_of) if k in names_of and copy_in_place(now.state[k], value)]
             done.update((key, names_of[key]) for key in copied)
 
-    for conversions, made in found:
-        note_unread(reading, made, _WHY, _CURE)
-        used |= {name for origin in made.values() for name in origin.names}
-        take({k: o.names for k, o in made.items()}, partial(_converted, model, checkpoint, now, conversions, made))
-    left = {name: checkpoint.headers[name] for name in unexpected & in_files - used}
-    _, prefixes = find_unread(model, reading, left, cure="Set TIEDQUIET=repair to read them")
+    def take_made(made: _Made) -> None:
+        old, new = made.prefix, of.path + of.at
+        why = f"because the checkpoint has {old or 'no prefix'} where the model has {new or 'no prefix'}"
+        note_unread(reading, made.origins, _WHY if old == new else why, _REPAIR if old else _CURE)
+        take({k: o.names for k, o in made.origins.items()}, partial(_converted, of, checkpoint, now, made))
+
+    for one in found:
+        take_made(one)
+    used = {name for made in found for origin in made.origins.values() for name in origin.names}
+    left = {name: checkpoint.headers[name] for name in unexpected - used}
+    _, prefixes = find_unread(model, reading, left, cure=_REPAIR)
     if prefixes is not None:
         fits = prefixes.names
         take({k: (n,) for k, n in fits.items()}, lambda keys: ((k, checkpoint.tensors[fits[k]]()) for k in keys))
+    elif (made := _made_under_a_prefix(of, checkpoint, reading.missing - reading.found.keys(), left, now)) is not None:
+        take_made(made)
     if not done and not held:
         return reading, [], set()
     came = done | held
@@ -73,17 +153,13 @@ def read_folder(
     return again, mended, set(held)
 
 
-def _converted(
-    model: Any,
-    checkpoint: Checkpoint,
-    now: Survey,
-    conversions: list[Any],
-    made: Mapping[str, names.Origin],
-    keys: Collection[str],
-) -> _Values:
-    headers = {name: checkpoint.headers[name] for key in keys for name in made[key].names}
-    values = names.converted(model, headers, now.state, conversions, lambda name: checkpoint.tensors[name]())
-    return ((key, value) for key, _, value in values)
+def _converted(of: Inside, checkpoint: Checkpoint, now: Survey, made: _Made, keys: Collection[str]) -> _Values:
+    own, start = of.names(now), len(made.prefix)
+    full = {name[start:]: name for key in keys for name in made.origins[key].names}
+    headers = {short: checkpoint.headers[name] for short, name in full.items()}
+    state = {name: now.state[key] for name, key in own.items()}
+    values = names.converted(of.core, headers, state, made.conversions, lambda short: checkpoint.tensors[full[short]]())
+    return ((own[name], value) for name, _, value in values)
 
 
 def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
@@ -97,27 +173,63 @@ def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
     return seen == set(keys)
 
 
-def _origins(
-    model: Any, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey
-) -> list[tuple[list[Any], dict[str, names.Origin]]]:
+def _made(of: Inside, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey) -> Iterator[_Made]:
     """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
 
     The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it again.
     """
-    found: list[tuple[list[Any], dict[str, names.Origin]]] = []
     claimed: set[str] = set()
-    for conversions in (names.conversions_of(model), list(getattr(model, "_weight_conversions", None) or ())):
+    for conversions in _conversions(of):
         made = {
             key: origin
-            for key, origin in names.origins(model, checkpoint.headers, now.state, conversions).items()
+            for key, origin in _origins(of, checkpoint, conversions, "", now).items()
             if key not in claimed
             and not unexpected.isdisjoint(origin.names)
-            and (key in missing or key not in origin.names)
-            and not (_renames_itself(model, key) and same(now.state[key], checkpoint.tensors[origin.names[0]]()))
+            and (key in missing or of.path + key not in origin.names)
+            and not (_renames_itself(of.model, key) and same(now.state[key], checkpoint.tensors[origin.names[0]]()))
         }
         claimed |= made.keys()
-        found.append((conversions, made))
-    return found
+        yield _Made(conversions, "", made)
+
+
+def _made_under_a_prefix(
+    of: Inside, checkpoint: Checkpoint, missing: set[str], unread: names.Headers, now: Survey
+) -> _Made | None:
+    """The same of what files have under one prefix more: that of the wrapper that the model has, or once had.
+
+    A prefix says less than a name: everything under it that nothing read has to find its place.
+    """
+    prefixes = dict.fromkeys([of.path + of.at, *_common(checkpoint.headers)]) if unread and missing else {}
+    for prefix in filter(None, prefixes):
+        needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
+        for conversions in filter(None, _conversions(of) if needed else ()):
+            found = _origins(of, checkpoint, conversions, prefix, now)
+            made = {key: origin for key, origin in found.items() if key in missing}
+            if needed <= {name for origin in made.values() for name in origin.names}:
+                return _Made(conversions, prefix, made)
+    return None
+
+
+def _common(all_of: Collection[str]) -> list[str]:
+    """The prefixes that all of these names have, the shortest first."""
+    parts = zip(*(name.split(".")[:-1] for name in (min(all_of), max(all_of))), strict=False)
+    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
+    return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
+
+
+def _conversions(of: Inside) -> tuple[list[Any], list[Any]]:
+    return names.conversions_of(of.core), list(getattr(of.core, "_weight_conversions", None) or ())
+
+
+def _origins(
+    of: Inside, checkpoint: Checkpoint, conversions: list[Any], prefix: str, now: Survey
+) -> dict[str, names.Origin]:
+    """What each tensor of the judged model is made of, of the files' names under a prefix."""
+    own, start = of.names(now), len(prefix)
+    headers = {name[start:]: header for name, header in checkpoint.headers.items() if name.startswith(prefix)}
+    state = {name: now.state[key] for name, key in own.items()}
+    found = names.origins(of.core, headers, state, conversions)
+    return {own[n]: o._replace(names=tuple(prefix + short for short in o.names)) for n, o in found.items()}
 
 
 def _renames_itself(model: Any, key: str) -> bool:

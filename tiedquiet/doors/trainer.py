@@ -13,7 +13,7 @@ from typing import Any
 
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
-from tiedquiet.doors.resumed import read_folder
+from tiedquiet.doors.resumed import Inside, inside, read_folder
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
@@ -23,9 +23,10 @@ from tiedquiet.verdict import Finding, Verdict
 
 @dataclass
 class _Resume:
-    """A call in progress: the folder that it reads, and whether what it read was judged."""
+    """A call in progress: the folder that it reads, whether for its best model, and whether what it read was judged."""
 
     folder: str
+    is_best: bool = False
     was_judged: bool = False
 
 
@@ -39,13 +40,18 @@ def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...],
 
 def _on_best_model(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._load_best_model`."""
-    return _around(wrapped, trainer, args, kwargs, getattr(trainer.state, "best_model_checkpoint", None))
+    return _around(wrapped, trainer, args, kwargs, getattr(trainer.state, "best_model_checkpoint", None), is_best=True)
 
 
 def _around(
-    wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], folder: object
+    wrapped: Callable[..., Any],
+    trainer: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    folder: object,
+    is_best: bool = False,
 ) -> Any:
-    resume = _Resume(str(folder))
+    resume = _Resume(str(folder), is_best)
     before = _going_on.set(resume)
     try:
         result = wrapped(*args, **kwargs)
@@ -79,20 +85,25 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
     """Around `Trainer._issue_warnings_after_load`: the same for what is still true of the two lists."""
 
     def decide() -> Outcome | None:
-        if mode.current() == "off" or _has_adapters(trainer.model):
+        if mode.current() == "off":
             return None
         resume = _going_on.get() or _Resume("")
         resume.was_judged = True
+        if resume.is_best and _has_adapters(trainer.model):
+            return None  # then peft's `load_adapter` has read it, which is a door of its own
         return _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
 
     return carry_out(decide, wrapped, args, kwargs)
 
 
-def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
-    reading, mended, held = read_folder(model, folder, set(loaded.missing_keys), set(loaded.unexpected_keys))
+def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
+    of = inside(whole)
+    model, missing = of.model, {key.removeprefix(of.path) for key in loaded.missing_keys}
+    reading, mended, held = read_folder(of, folder, set(missing), set(loaded.unexpected_keys))
     load = Load(model, reading, is_resumed=True)
     load.mended = mended
-    outcome = conclude(load, model, folder or "the Trainer's checkpoint", set(loaded.missing_keys), in_place=True)
+    outcome = conclude(load, model, folder or "the Trainer's checkpoint", missing, in_place=True)
+    _leave_inside(of)
     if rows := outcome.missing & held:
         outcome.missing -= held
         what = (
@@ -100,17 +111,26 @@ def _judge(model: Any, folder: str, loaded: Any) -> Outcome:
         )
         outcome.lines.append((logging.INFO, f"{words.name_of(model, folder)}: {what}"))
     names_read = {name for key in (*held, *(finding.key for finding in mended)) for name in reading.names_of(key)}
-    left = [key for key in loaded.missing_keys if key in outcome.missing]
+    left = [key for key in loaded.missing_keys if key.removeprefix(of.path) in outcome.missing]
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if set(loaded.missing_keys) == ignored:
         left = list(loaded.missing_keys)  # for exactly that set the Trainer ties again, and prints nothing
-    elif left and outcome.missing == ignored:
+    elif left and set(left) == ignored:
         # The Trainer would take what is left for that set, and print nothing.
         what = "not in the checkpoint, because the model's _keys_to_ignore_on_save leaves them out"
         outcome.lines.append((logging.WARNING, f"{words.name_of(model, '')}: {what}: {left}"))
     unexpected = [name for name in loaded.unexpected_keys if name not in names_read]
     outcome.arguments = {"load_result": loaded._replace(missing_keys=left, unexpected_keys=unexpected)}
     return outcome
+
+
+def _leave_inside(of: Inside) -> None:
+    """Leave the record on the model inside as well, and under the names that its tensors had before peft came."""
+    known = record.of(of.model)
+    if known is not None and (of.at or of.has_adapters):
+        as_loaded = of.as_loaded
+        kept = known.renamed(of.core, lambda key: as_loaded(key) if key.startswith(of.at) else None)
+        record.leave(of.core, kept)
 
 
 def _has_adapters(model: Any) -> bool:

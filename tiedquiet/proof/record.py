@@ -1,7 +1,7 @@
 """The record of a load: names and verdicts, left on the model. It holds no tensor and keeps none alive."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
@@ -78,6 +78,32 @@ class Record:
         gone = self.tensors.keys() - state.keys()
         tensors = {name: ref(state[name]) for name in self.tensors if name not in gone}
         return replace(self, gone=self.gone | gone, tensors=tensors)
+
+    def renamed(self, model: torch.nn.Module, name: Callable[[str], str | None]) -> "Record":
+        """The same of a model inside this one, or under other names.
+
+        Args:
+            model: that model.
+            name: its name for each tensor; None for one that is not its own.
+        """
+
+        def of_finding(finding: Finding) -> Finding:
+            source = finding.source
+            if source is not None and finding.verdict is not Verdict.UNREAD:  # there it is a name of the files
+                source = name(source) or source
+            return replace(finding, key=new[finding.key], source=source)
+
+        known = self.stored | self.missing | self.lasting.keys() | self.settled.keys()
+        new = {key: own for key in known if (own := name(key) if key else key) is not None}
+        changed: dict[str, Any] = {"model": ref(model)}
+        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "reported"):
+            changed[what] = {new[key] for key in getattr(self, what) if key in new}
+        for what in ("places", "likely", "tensors"):
+            changed[what] = {new[key]: value for key, value in getattr(self, what).items() if key in new}
+        for what in ("lasting", "two_ends", "settled"):
+            findings = (of_finding(f) for f in getattr(self, what).values() if f.key in new)
+            changed[what] = {finding.key: finding for finding in findings}
+        return replace(self, **changed, total=len(changed["stored"]) + len(changed["missing"]))
 
     def after(self, earlier: "Record") -> "Record":
         """What is known after an earlier load of the same model as well: of its base before an adapter's, say.
