@@ -14,14 +14,14 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed, gpt2
 from tests.doors.training import differing, llama, mixtral, resumed, right, state, trainer_of
-from tiedquiet import Verdict
+from tiedquiet import LoadError, Verdict
 from tiedquiet.doors import resumed as door
 
 
-def split(checkpoint: Path, to: Path, kind: str) -> Path:
+def split(checkpoint: Path, to: Path, kind: str, prefix: str = "") -> Path:
     """The same checkpoint in two shards, or as pickles."""
     to.mkdir()
-    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = {prefix + key: value for key, value in load_file(checkpoint / "model.safetensors").items()}
     (to / "config.json").write_text((checkpoint / "config.json").read_text())
     if kind == "whole.bin":
         torch.save(tensors, to / "pytorch_model.bin")
@@ -138,3 +138,26 @@ def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: 
     for number, shard in enumerate(sorted(checkpoint.glob("*.safetensors"))):
         save_file({**load_file(shard), "more": torch.tensor([float(number)])}, shard, {"format": "pt"})
     assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_renamed_name_in_two_shards(prefix: str, runs: Any, tmp_path: Path) -> None:
+    """Nothing tells which of the two values is right, so `repair` takes neither."""
+    build, name = (llama, "model.norm.weight") if prefix else (mixtral, "model.layers.0.block_sparse_moe.gate.weight")
+    folder = runs(build)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors", prefix)
+    first, second = sorted(checkpoint.glob("*.safetensors"))
+    if prefix + name not in load_file(first):
+        first, second = second, first
+    value = load_file(first)[prefix + name]
+    save_file({**load_file(second), prefix + name: value + 1}, second, {"format": "pt"})
+    key = name.replace("block_sparse_moe", "mlp")
+    with tiedquiet.enable("repair"):
+        model = resumed(build, folder, checkpoint)
+    before = state(type(model).from_pretrained(folder / "base"))
+    assert torch.equal(model.state_dict()[key], before[key])
+    proof = tiedquiet.check(model)
+    assert {f.key: f.verdict for f in proof.findings if f.verdict is not Verdict.TIED} == {key: Verdict.AMBIGUOUS}
+    assert differing(model, right(build, folder / "checkpoint-2")) == {key}, "all else was read"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
+        resumed(build, folder, checkpoint)

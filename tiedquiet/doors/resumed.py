@@ -110,16 +110,20 @@ def read_folder(
     # The Trainer believes the index.
     missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & now.state.keys()
     unexpected = unexpected & in_files
+    twice = {name: (first, second) for name, first, second in checkpoint.twice()}
     found = list(_made(of, checkpoint, missing, unexpected, now)) if unexpected else []
     # What a module sets by itself where it is not delivered (a batch norm's count of batches), no loader calls missing.
     reading = read(model, missing.union(*(made.origins for made in found)), checkpoint)
-    for name, first, second in checkpoint.twice():
+    for name, files in twice.items():
         if (key := name.removeprefix(of.path)) in reading.held:
-            reading.found[key] = in_two_files(key, first, second)
+            reading.found[key] = in_two_files(key, *files)
     held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}
 
     def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
+        for key, files in [(key, twice[name]) for key, own in names_of.items() for name in own if name in twice]:
+            reading.found[key] = in_two_files(key, *files)
+            names_of.pop(key, None)
         # Just one of them first: if there is something to report, it costs no more than that one.
         if names_of and all(_are_held(now, keys, values(keys)) for keys in ({*list(names_of)[:1]}, names_of.keys())):
             held.update(names_of)
