@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2LMHeadModel,
-)
+from transformers import GPT2LMHeadModel, LlavaForConditionalGeneration
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2
-from tests.doors.training import differing, llama, mixtral, resumed, right, state, trainer_of
+from tests.doors.training import differing, llama, llava, mixtral, resumed, right, state, trainer_of
 from tiedquiet import LoadError, Verdict
 from tiedquiet.doors import resumed as door
 
@@ -161,3 +159,21 @@ def test_a_renamed_name_in_two_shards(prefix: str, runs: Any, tmp_path: Path) ->
     assert differing(model, right(build, folder / "checkpoint-2")) == {key}, "all else was read"
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
         resumed(build, folder, checkpoint)
+
+
+class OwnLlava(LlavaForConditionalGeneration):
+    """A class of the user's, for which transformers renames less than for the one that it extends."""
+
+
+def test_the_checkpoint_of_the_class_that_the_user_s_own_extends(runs: Any, printed: Printed) -> None:
+    folder = runs(llava)
+    truth = right(llava, folder / "checkpoint-2")
+    model = OwnLlava(llava().config)
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    assert differing(model, truth) == set()
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.stored) == (True, proof.total)
+    assert not printed.loud
+    assert not printed.of("transformers.trainer")

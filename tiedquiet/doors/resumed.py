@@ -141,8 +141,11 @@ def read_folder(
         take_made(one)
     used = {name for made in found for origin in made.origins.values() for name in origin.names}
     left = {name: checkpoint.headers[name] for name in unexpected - used}
-    _, prefixes = find_unread(model, reading, left, cure=_REPAIR)
-    if prefixes is not None:
+    origins, prefixes = find_unread(model, reading, left, cure=_REPAIR)
+    if origins:
+        native = _Made(names.conversions_of_native(model), "", origins)
+        take({k: o.names for k, o in origins.items()}, partial(_converted, of, checkpoint, now, native))
+    elif prefixes is not None:
         fits = prefixes.names
         take({k: (n,) for k, n in fits.items()}, lambda keys: ((k, checkpoint.tensors[fits[k]]()) for k in keys))
     elif (made := _made_under_a_prefix(of, checkpoint, reading.missing - reading.found.keys(), left, now)) is not None:
