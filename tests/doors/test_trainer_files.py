@@ -138,10 +138,16 @@ def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: 
     assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_renamed_name_in_two_shards(prefix: str, runs: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "prefix", "name", "key"),
+    [
+        (mixtral, "", "model.layers.0.block_sparse_moe.gate.weight", "model.layers.0.mlp.gate.weight"),
+        (llava, "", "language_model.lm_head.weight", "lm_head.weight"),  # which a tie would have, had it no name there
+        (llama, "module.", "model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_a_renamed_name_in_two_shards(build: Any, prefix: str, name: str, key: str, runs: Any, tmp_path: Path) -> None:
     """Nothing tells which of the two values is right, so `repair` takes neither."""
-    build, name = (llama, "model.norm.weight") if prefix else (mixtral, "model.layers.0.block_sparse_moe.gate.weight")
     folder = runs(build)
     checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors", prefix)
     first, second = sorted(checkpoint.glob("*.safetensors"))
@@ -149,7 +155,6 @@ def test_a_renamed_name_in_two_shards(prefix: str, runs: Any, tmp_path: Path) ->
         first, second = second, first
     value = load_file(first)[prefix + name]
     save_file({**load_file(second), prefix + name: value + 1}, second, {"format": "pt"})
-    key = name.replace("block_sparse_moe", "mlp")
     with tiedquiet.enable("repair"):
         model = resumed(build, folder, checkpoint)
     before = state(type(model).from_pretrained(folder / "base"))

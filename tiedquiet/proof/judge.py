@@ -148,10 +148,10 @@ def _judge_now(
     findings = {**known.two_ends, **known.lasting}
     for finding in judge_missing(model, known, now, tied, values):
         # A tie of which no end was stored does not explain why nothing was written to this one.
-        # And what the files have and nothing read is no tie that came apart.
+        # And what the files have, once or twice, and nothing read is no tie that came apart.
         known_of_it = findings.get(finding.key)
         if known_of_it is None or (
-            Verdict.UNREAD is not known_of_it.verdict and finding.verdict is not Verdict.MISSING
+            known_of_it.verdict not in (Verdict.UNREAD, Verdict.AMBIGUOUS) and finding.verdict is not Verdict.MISSING
         ):
             findings[finding.key] = finding
     return [findings[key] for key in sorted(findings) if key in now.state or key in now.others or not key]
