@@ -123,8 +123,8 @@ class Record:
             setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
         new = own - earlier.stored - earlier.missing
         self.total = earlier.total + len(new)
-        self.stored = self.stored | earlier.stored
-        self.missing = (self.missing | earlier.missing) - self.stored
+        self.stored = self.stored | (earlier.stored - own)
+        self.missing = self.missing | (earlier.missing - own)
         self.files = earlier.files + self.files
         return self
 
