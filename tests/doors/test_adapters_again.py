@@ -4,14 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tiedquiet
-from tests.doors.test_adapters import SMALL, by_peft, rename
-from tiedquiet import Verdict
+from tests.checkpoints import Printed
+from tests.doors.test_adapters import FILE, SMALL, by_peft, rename
+from tiedquiet import LoadError, Verdict
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
+]
 
 
 @pytest.fixture
@@ -26,6 +32,101 @@ def saved(tmp_path: Path) -> Path:
 
 def base_of(saved: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(saved / "base")
+
+
+def holds(model: Any, saved: Path, adapter: str, name: str) -> bool:
+    """Whether a model of transformers holds what an adapter's file has, under the name that the adapter has there."""
+    state = model.state_dict()
+    own = {key.removeprefix("base_model.model."): value for key, value in load_file(saved / adapter / FILE).items()}
+    return all(torch.equal(state[key.replace(".weight", f".{name}.weight")], value) for key, value in own.items())
+
+
+def two(saved: Path) -> Any:
+    model = base_of(saved)
+    model.load_adapter(str(saved / "one"), adapter_name="one")
+    model.load_adapter(str(saved / "two"), adapter_name="two")
+    return model
+
+
+def test_two_that_transformers_loads(saved: Path, printed: Printed) -> None:
+    base = tiedquiet.check(base_of(saved)).stored
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = two(saved)
+    assert holds(model, saved, "one", "one")
+    assert holds(model, saved, "two", "two")
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.stored, proof.total) == (True, base + 16, base + 17)
+    assert not printed.loud
+    assert not printed.report, "transformers calls the first one's keys missing from the second one's file"
+    assert any("reported missing but read by an earlier load: model.layers." in line for line in printed.confirmed)
+
+
+def test_of_two_that_transformers_loads_one_is_broken(saved: Path, printed: Printed) -> None:
+    rename(saved / "one", lambda key: None if "lora_A" in key else key)
+    rename(saved / "two", lambda key: None if "lora_B" in key else key)
+    printed.records.clear()
+    model = two(saved)
+    proof = tiedquiet.check(model)
+    missing = {finding.key for finding in proof.findings if finding.verdict is Verdict.MISSING}
+    assert missing == {key for key in model.state_dict() if "lora_A.one" in key or "lora_B.two" in key}
+    assert {part for part in ("A.one", "B.one", "A.two", "B.two") if f"lora_{part}" in printed.report} == {
+        "A.one",
+        "B.two",
+    }
+
+
+def test_what_no_load_read_stays_in_the_report(saved: Path, printed: Printed) -> None:
+    model = base_of(saved)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model, "new")
+    printed.records.clear()
+    model.load_adapter(str(saved / "two"), adapter_name="two")
+    assert "lora_A.new" in printed.report
+    with tiedquiet.enable("off"):
+        model = base_of(saved)
+        model.load_adapter(str(saved / "one"), adapter_name="one")
+    printed.records.clear()
+    model.load_adapter(str(saved / "two"), adapter_name="two")
+    assert "lora_A.one" in printed.report, "nobody saw how it was loaded"
+
+
+@pytest.mark.parametrize("name", ["model", "layers", "0", "weight", "self_attn"])
+def test_names_that_are_parts_of_others(name: str, saved: Path, printed: Printed) -> None:
+    model = base_of(saved)
+    with tiedquiet.enable("strict"):
+        model.load_adapter(str(saved / "one"), adapter_name=name)
+    assert holds(model, saved, "one", name)
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
+    rename(saved / "two", lambda key: None if "lora_B" in key else key)
+    model = base_of(saved)
+    model.load_adapter(str(saved / "two"), adapter_name=name)
+    assert tiedquiet.check(model).missing == 4
+
+
+def test_one_that_is_swapped_for_another(saved: Path) -> None:
+    model = two(saved)
+    model.load_adapter(str(saved / "two"), adapter_name="one", hotswap=True)
+    assert holds(model, saved, "two", "one")
+    assert tiedquiet.check(model).ok
+    rename(saved / "one", lambda key: None if "lora_B" in key else key)
+    model.load_adapter(str(saved / "one"), adapter_name="one", hotswap=True)
+    proof = tiedquiet.check(model)
+    assert {f.key for f in proof.findings if f.verdict is Verdict.MISSING} == {
+        key for key in model.state_dict() if "lora_B.one" in key
+    }
+
+
+def test_another_prefix_beside_a_sound_one(saved: Path) -> None:
+    rename(saved / "two", lambda key: key.replace("model.layers", "decoder.layers"))
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, 8 of 8 tensors were NOT read"):
+        two(saved)
+    with tiedquiet.enable("repair"):
+        model = two(saved)
+    rename(saved / "two", lambda key: key.replace("decoder.layers", "model.layers"))
+    assert holds(model, saved, "one", "one")
+    assert holds(model, saved, "two", "two")
+    assert tiedquiet.check(model).ok
 
 
 def test_half_a_file_over_one_of_the_same_name(saved: Path) -> None:

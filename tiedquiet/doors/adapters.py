@@ -16,6 +16,7 @@ from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, without
 from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
@@ -29,6 +30,39 @@ _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model t
 def is_loading(model: Any) -> bool:
     """Whether transformers is loading an adapter into a model, not the model itself."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def leave_out_others(model: Any, reading: Reading) -> None:
+    """Leave out of what was missed what the adapter's files need not have: its base model, and other adapters.
+
+    Nothing says which adapter it is: the one that something was read for, or else the one that was put in last.
+    """
+    keys = [names_in_files(model, adapter).keys() for adapter in model.peft_config]
+    own = set().union(*([some for some in keys if some & reading.held.keys()] or keys[-1:]))
+    reading.found = {key: finding for key, finding in reading.found.items() if key in own or key not in reading.missing}
+    reading.missing &= own
+    reading.total = len(reading.held) + len(reading.missing)
+
+
+def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], list[tuple[int, str]]]:
+    """Which keys are reported missing although their tensor is still the one that an earlier load read.
+
+    Args:
+        load: of an adapter, whose report has keys of the adapters that were loaded before.
+        model: the model.
+        reported: the keys.
+
+    Returns:
+        Them, and what to say.
+    """
+    others, known = reported - load.reading.missing, record.of(model)
+    if not others or known is None:
+        return set(), []
+    read = [known.tensors[name]() for name in known.tensors.keys() & known.stored - known.lasting.keys()]
+    alive, state = {id(tensor) for tensor in read if tensor is not None}, survey(model).state
+    earlier = {key for key in others & state.keys() if id(state[key]) in alive}
+    line = f"{words.name_of(model, load.where)}: reported missing but read by an earlier load: "
+    return earlier, [(logging.INFO, line + words.few(earlier, fold))] if earlier else []
 
 
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:

@@ -137,9 +137,11 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
         named = bound if "pretrained_model_name_or_path" in bound else vars(bound["load_config"])
         load.where = named.get("pretrained_model_name_or_path")
         if not load.is_in_call:
-            load.reported = _reported(bound)
+            earlier, lines = adapters.read_earlier(load, bound["model"], _reported(bound))
+            load.reported = _reported(bound) - earlier
             with load.watch.aside():
                 outcome = conclude(load, bound["model"], load.where, load.reported)
+            outcome.lines += lines
             outcome.arguments = _with_missing(bound, outcome.missing)
             return outcome
         try:
@@ -209,6 +211,8 @@ def _read(
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
     reading = read(model, missing, checkpoint, offloaded)
+    if adapters.is_loading(model):
+        adapters.leave_out_others(model, reading)
     conversions = list(config.weight_mapping or ())
     reading.names_of = partial(names_in_files, model, checkpoint, conversions, {})
     if quantised:
