@@ -257,15 +257,16 @@ def test_off_is_off(saved: Path, adapter: Path, printed: Printed) -> None:
     assert not printed.of("tiedquiet")
 
 
+@pytest.mark.parametrize("part", ["_note", "_judge"])
 def test_a_failure_of_ours_leaves_the_adapter_alone(
-    saved: Path, adapter: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+    part: str, saved: Path, adapter: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tiedquiet.doors import adapters
 
     def breaks(*_: Any, **__: Any) -> Any:
         raise KeyError("injected")
 
-    monkeypatch.setattr(adapters, "_judge", breaks)
+    monkeypatch.setattr(adapters, part, breaks)
     assert by_peft(saved, adapter) is not None
     assert any("goes on without it: KeyError" in line for line in printed.loud)
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="tiedquiet failed, and the mode is strict"):

@@ -139,3 +139,17 @@ def test_half_a_file_over_one_of_the_same_name(saved: Path) -> None:
     assert (proof.ok, proof.missing) == (False, 4)
     assert {f.key.split(".")[2] for f in proof.findings if f.verdict is Verdict.MISSING} == {"0"}
     assert not tiedquiet.check(model, saved / "one").ok
+
+
+def test_those_of_different_kinds(saved: Path) -> None:
+    """A `PeftMixedModel` calls the function of a class that it does not extend."""
+    with tiedquiet.enable("strict"):
+        model = peft.PeftMixedModel.from_pretrained(base_of(saved), saved / "one")
+        model.load_adapter(saved / "two", "two")
+    assert holds(model.base_model.model, saved, "one", "default")
+    assert holds(model.base_model.model, saved, "two", "two")
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.stored) == (True, tiedquiet.check(base_of(saved)).stored + 16)
+    rename(saved / "two", lambda key: None if "lora_B" in key else key)
+    proof = tiedquiet.check(peft.PeftMixedModel.from_pretrained(base_of(saved), saved / "two"))
+    assert (proof.ok, proof.missing) == (False, 4)

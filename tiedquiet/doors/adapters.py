@@ -7,7 +7,7 @@ adapters need are here, for both.
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from tiedquiet import mode, words
@@ -81,20 +81,22 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     reading.found.update(_of_the_whole(reading.checkpoint, len(unread), rest))
 
 
-def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `PeftModel.load_adapter`: compare what it says about its keys with what the adapter's files hold."""
     if mode.current() == "off":
         return wrapped(*args, **kwargs)
-    versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
-    result = wrapped(*args, **kwargs)
+    before: _Before | None = None
     outcome, failure = None, None
     try:
-        bound = bind(wrapped, args, kwargs)
-        adapter = str(bound["adapter_name"])
-        if not model.peft_config[adapter].is_prompt_learning:  # its prompts are no part of the model
-            outcome = _judge(model, str(bound["model_id"]), adapter, result, versions)
+        before = _note(wrapped, instance, args, kwargs)
     except Exception as error:
         failure = stand_aside(error)
+    result = wrapped(*args, **kwargs)
+    if before is not None:
+        try:
+            outcome = _judge(before, result)
+        except Exception as error:
+            failure = stand_aside(error)
     if outcome is not None:
         say(outcome)
         failure = outcome.failure
@@ -103,8 +105,27 @@ def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
     return result
 
 
-def _judge(model: Any, where: str, adapter: str, result: Any, versions: dict[str, tuple[int, int]]) -> Outcome:
-    base = model.get_base_model()
+class _Before(NamedTuple):
+    """What is known before the call: the model, the call's arguments, and each parameter's count of writes."""
+
+    model: Any
+    given: dict[str, Any]
+    versions: dict[str, tuple[int, int]]
+
+
+def _note(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Before:
+    # PeftMixedModel calls `PeftModel.load_adapter(self, ...)` without being one; what it is wrapt then does not say.
+    model, args = (args[0], args[1:]) if instance is None else (instance, args)
+    versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
+    return _Before(model, bind(wrapped, args, kwargs), versions)
+
+
+def _judge(before: _Before, result: Any) -> Outcome | None:
+    model, given, versions = before
+    where, adapter = str(given["model_id"]), str(given["adapter_name"])
+    if model.peft_config[adapter].is_prompt_learning:  # its prompts are no part of the model
+        return None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
     checkpoint = _checkpoint(where)
     state = survey(base).state
