@@ -1,5 +1,6 @@
 """Adapters beside others, and over one of the same name: each is judged by its own file."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,22 @@ def test_another_prefix_beside_a_sound_one(saved: Path) -> None:
     rename(saved / "two", lambda key: key.replace("decoder.layers", "model.layers"))
     assert holds(model, saved, "one", "one")
     assert holds(model, saved, "two", "two")
+    assert tiedquiet.check(model).ok
+
+
+def test_one_in_a_subfolder_of_another_s(saved: Path) -> None:
+    shutil.copytree(saved / "two", saved / "one" / "below")
+    for folder in ("one", "one/below"):
+        rename(saved / folder, lambda key: f"module.{key}")
+
+    def load() -> Any:
+        return peft.PeftModel.from_pretrained(base_of(saved), saved / "one", subfolder="below")
+
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=f"from {saved}/one/below: unread, 8 of 8 tensors"):
+        load()
+    with tiedquiet.enable("repair"):
+        model = load()
+    assert holds(model.get_base_model(), saved, "two", "default")
     assert tiedquiet.check(model).ok
 
 

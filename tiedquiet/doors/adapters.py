@@ -5,6 +5,7 @@ adapters need are here, for both.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ def _note(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwa
 
 def _judge(before: _Before, result: Any) -> Outcome | None:
     model, given, versions = before
-    where, adapter = str(given["model_id"]), str(given["adapter_name"])
+    where, adapter = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")])), given["adapter_name"]
     if model.peft_config[adapter].is_prompt_learning:  # its prompts are no part of the model
         return None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
