@@ -235,7 +235,16 @@ def test_prompts_are_no_part_of_the_model(saved: Path, tmp_path: Path, printed: 
     with tiedquiet.enable("strict"):
         model = by_peft(saved, tmp_path / "prompts")
     assert tiedquiet.check(model).ok
+    assert not printed.confirmed
     assert not printed.loud
+    with tiedquiet.enable("off"):
+        base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "prompts")
+    assert not tiedquiet.check(model).ok, "nothing is known of the model that they are put before"
+    torch.save(load_file(tmp_path / "prompts" / FILE), tmp_path / "prompts" / "adapter_model.bin")
+    os.utime(tmp_path / "prompts" / FILE, (0, 0))
+    proof = tiedquiet.check(by_peft(saved, tmp_path / "prompts"))
+    assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [("", Verdict.AMBIGUOUS)]
 
 
 def test_files_that_cannot_be_told(saved: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

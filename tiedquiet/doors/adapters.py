@@ -121,11 +121,9 @@ def _note(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwa
     return _Before(model, bind(wrapped, args, kwargs), versions)
 
 
-def _judge(before: _Before, result: Any) -> Outcome | None:
+def _judge(before: _Before, result: Any) -> Outcome:
     model, given, versions = before
     where, adapter = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")])), given["adapter_name"]
-    if model.peft_config[adapter].is_prompt_learning:  # its prompts are no part of the model
-        return None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
     checkpoint = _checkpoint(where)
@@ -134,7 +132,9 @@ def _judge(before: _Before, result: Any) -> Outcome | None:
     missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
-    unexpected = {_as_given(adapter, name, checkpoint.headers) for name in result.unexpected_keys}
+    # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
+    others = [] if model.peft_config[adapter].is_prompt_learning else result.unexpected_keys
+    unexpected = {_as_given(adapter, name, checkpoint.headers) for name in others}
     unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
     key_of = {in_files[key]: key for key in missing}
     prefixes = names.by_prefix(unread, {name: state[key] for name, key in key_of.items()}, key_of)
@@ -149,7 +149,7 @@ def _judge(before: _Before, result: Any) -> Outcome | None:
             known.tensors[key] = ref(state[key])
         else:
             known.lasting[key] = finding
-    known.lasting.update(_of_the_whole(checkpoint, len(result.unexpected_keys), sorted(unexpected)))
+    known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))
     left = known.missing - known.lasting.keys()
     if checkpoint.closed:
         known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in sorted(left)})
@@ -158,13 +158,14 @@ def _judge(before: _Before, result: Any) -> Outcome | None:
     outcome = told(model, where, findings, repaired, set(), known.total)
     own = set(in_files.values()) | {prefix + key for key in in_files}
     now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions and name not in own}
-    if changed := sorted(name for name, seen in now.items() if seen != versions[name]):
+    if changed := sorted(n for n, seen in now.items() if n.startswith(prefix) and seen != versions[n]):
         of_base = words.few(changed, fold)
         line = f"{words.name_of(model, where)}: loading it also changed tensors of the base model: {of_base}"
         outcome.lines.append((logging.INFO, line))
     known.settled = {finding.key: finding for finding in findings}
     earlier = record.of(base)
-    record.leave(base, known if earlier is None else known.after(earlier))
+    if earlier is not None or in_files or findings:
+        record.leave(base, known if earlier is None else known.after(earlier))
     return outcome
 
 
