@@ -188,12 +188,19 @@ def test_tensors_that_took_the_place_of_the_base_s(saved: Path, adapter: Path, p
 
 @WAYS
 def test_an_older_file_beside_a_newer_one(load: Any, saved: Path, adapter: Path, printed: Printed) -> None:
-    torch.save(load_file(adapter / FILE), adapter / "adapter_model.bin")
-    then = (adapter / "adapter_model.bin").stat().st_mtime - 60
-    os.utime(adapter / FILE, (then, then))
-    proof = tiedquiet.check(load(saved, adapter))
-    assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [("", Verdict.AMBIGUOUS)]
-    assert any("adapter_model.bin beside it is newer and was not" in line for line in printed.loud)
+    own = load_file(adapter / FILE)
+    name = min(own)
+    os.utime(adapter / FILE, (0, 0))
+    for others in ({**own, name: own[name] + 1}, {**own, "more": own[name]}, "junk"):
+        torch.save(others, adapter / "adapter_model.bin")
+        printed.records.clear()
+        found = [f for f in tiedquiet.check(load(saved, adapter)).findings if f.verdict is not Verdict.TIED]
+        assert [(f.key, f.verdict) for f in found] == [("", Verdict.AMBIGUOUS)]
+        assert any("adapter_model.bin beside it is newer and was not" in line for line in printed.loud)
+    torch.save(own, adapter / "adapter_model.bin")
+    with tiedquiet.enable("strict"):
+        assert tiedquiet.check(load(saved, adapter)).ok, "the two hold the same"
+    torch.save("junk", adapter / "adapter_model.bin")
     os.utime(adapter / FILE)
     assert tiedquiet.check(load(saved, adapter)).ok
 
@@ -241,7 +248,8 @@ def test_prompts_are_no_part_of_the_model(saved: Path, tmp_path: Path, printed: 
         base = AutoModelForCausalLM.from_pretrained(saved / "base")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "prompts")
     assert not tiedquiet.check(model).ok, "nothing is known of the model that they are put before"
-    torch.save(load_file(tmp_path / "prompts" / FILE), tmp_path / "prompts" / "adapter_model.bin")
+    newer = {name: value + 1 for name, value in load_file(tmp_path / "prompts" / FILE).items()}
+    torch.save(newer, tmp_path / "prompts" / "adapter_model.bin")
     os.utime(tmp_path / "prompts" / FILE, (0, 0))
     proof = tiedquiet.check(by_peft(saved, tmp_path / "prompts"))
     assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [("", Verdict.AMBIGUOUS)]

@@ -18,6 +18,7 @@ from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, without
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.memory import same
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
@@ -180,13 +181,23 @@ def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[
 
 
 def _older(checkpoint: Checkpoint) -> Finding | None:
-    """A finding on a `.safetensors` that was read although the `.bin` next to it was written later."""
+    """A finding on a `.safetensors` that was read although a later `.bin` next to it has other values."""
     for path in map(Path, checkpoint.files):
         rival = path.with_suffix(".bin")
-        if path.suffix == ".safetensors" and rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1:
+        is_newer = rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1
+        if path.suffix == ".safetensors" and is_newer and not _is_equal(checkpoint, Checkpoint(None, [str(rival)])):
             why = f"{path.name} was read; {rival.name} beside it is newer and was not"
             return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
     return None
+
+
+def _is_equal(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether another file is known to hold the same: some must not be opened."""
+    try:
+        ours, theirs = checkpoint.tensors, other.tensors
+        return ours.keys() == theirs.keys() and all(same(ours[name](), theirs[name]()) for name in ours)
+    except Exception:
+        return False
 
 
 def _checkpoint(where: str) -> Checkpoint:
