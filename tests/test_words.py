@@ -1,13 +1,14 @@
 """The messages: what many keys of one line come to."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import transformers.utils.loading_report  # noqa: F401 (what folds the numbers)
 
 from tiedquiet.doors.outcome import fold
-from tiedquiet.verdict import Finding, Verdict
-from tiedquiet.words import explanations
+from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
+from tiedquiet.words import explanations, say
 
 PARTS = ["k.bias", "k.weight", "norm.weight", "q.bias", "q.weight", "v.bias", "v.weight"]
 
@@ -67,3 +68,13 @@ def test_numbered_keys_are_folded_before_they_are_counted() -> None:
         "layers.{0, 1, 2, 3, 4, 5, 6, 7, 8}.experts.down is layers.{0, 1, 2, 3, 4, 5, 6, 7, 8}.moe.down_proj," in line
     )
     assert "more" not in line
+
+
+def test_a_name_of_the_file_is_no_line_of_a_log_and_no_command(caplog: pytest.LogCaptureFixture) -> None:
+    name = "a\n::add-mask::x ##[add-mask]x\x1b[2J"
+    said = r"a\n::add-mask::x \x23#[add-mask]x\x1b[2J"
+    say(logging.WARNING, name)
+    assert caplog.messages == [said]
+    assert str(LoadError(name)) == said
+    proof = Proof("Model", 0, (Finding(name, Verdict.UNREAD),), 1)
+    assert str(proof).splitlines()[1:] == [f"  unread {said}"]

@@ -1,5 +1,6 @@
 """What can be true of a tensor after loading, and the public types that say so. No torch."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
@@ -93,7 +94,7 @@ class Proof:
         lines = [f"{self.model}: {'; '.join(said) if self.total or self.ok else 'nothing is known about its load'}"]
         for finding in self.findings:
             parts = [finding.verdict.value, finding.key, f"({finding.source})" if finding.source else "", finding.why]
-            lines.append("  " + " ".join(filter(None, parts)))
+            lines.append("  " + escaped(" ".join(filter(None, parts))))
         return "\n".join(lines)
 
 
@@ -105,5 +106,22 @@ class LoadError(RuntimeError):
     """
 
     def __init__(self, message: str, findings: tuple[Finding, ...] = ()) -> None:
-        super().__init__(message)
+        super().__init__(escaped(message))
         self.findings = findings
+
+
+# What Python calls printable and nobody sees. A runner of GitHub compares without them: `##` and `[` with one between
+# are `##[` to it.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+
+
+def escaped(text: str) -> str:
+    """Strangers' text as one line that is shown as it is: it may be in a log that something reads for commands.
+
+    Args:
+        text: any; a runner of GitHub obeys a line that begins with `::`, after blanks, or has `##[` anywhere.
+    """
+    seen = "".join(
+        c if c.isprintable() and not _UNSEEN.match(c) else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+    return re.sub(r"^( *):(?=:)", r"\1\\x3a", seen).replace("##[", r"\x23#[")

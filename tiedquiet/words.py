@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import is_main_process
-from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict
+from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict, escaped
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
@@ -145,6 +145,7 @@ def say(level: int, message: str) -> None:
         return
     if log.level == logging.NOTSET and not _theirs.isEnabledFor(logging.WARNING):
         return
+    message = escaped(message)
     if log.hasHandlers():
         log.log(level, message)
     elif not log.disabled and level >= (log.level or logging.INFO) and level > log.manager.disable:

@@ -295,6 +295,7 @@ def test_what_is_long_is_cut_and_what_cannot_be_printed_is_escaped() -> None:
     assert printing.printable("a\n\x1b\u202e\ud800é") == r"a\n\x1b\u202e\ud800é"
     assert len(printing.printable("x" * 10_000)) == 2000
     assert printing.printable("abcdef", 5) == "ab..."
+    assert printing.printable("a\ufe0f\u115f\u0301") == "a\\ufe0f\\u115f\u0301"  # an accent is seen
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Makes strangers' text safe to print: a name may move the cursor, begin a line in a log, or fill it."""
+"""Makes strangers' text safe to print: a name may move the cursor, be a command to what reads the log, or fill it."""
 
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from tiedquiet.verdict import escaped
 
 _MOST_OF_A_LINE = 2000
 _MOST_OF_A_CELL = 120  # names; the last cell of a row says why
@@ -14,11 +16,9 @@ _COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 
 
 def printable(text: object, most: int = _MOST_OF_A_LINE) -> str:
-    """Text as one line: whatever is not printable is escaped, and what is too long is cut."""
+    """Text as one line: what must not be printed is escaped, and what is too long is cut."""
     given = str(text)
-    if len(given) > most:
-        given = given[: most - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in given)
+    return escaped(given if len(given) <= most else given[: most - 3] + "...")
 
 
 def few(names: list[str]) -> str:

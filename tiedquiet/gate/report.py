@@ -135,7 +135,9 @@ def as_json(status: int, source: str, versions: dict[str, str | None], results: 
         "versions": versions,
         "components": [result.as_json() for result in results],
     }
-    return json.dumps(whole, indent=2)
+    return json.dumps(whole, indent=2).replace(
+        "##[", r"\u0023#["
+    )  # the same JSON, and no command to a workflow's runner
 
 
 def of_file(path: Path, cls: str, reached: int, total: int, where: str, **more: Any) -> Result:
