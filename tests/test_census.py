@@ -203,7 +203,7 @@ def test_the_census_sees_a_wrong_source(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_census_sees_a_culprit_that_did_not_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedquiet.proof.watch._culprit", lambda: ("by Somebody.else (nowhere.py:1)", False))
+    monkeypatch.setattr("tiedquiet.proof.watch._culprit", lambda: ("by Somebody.else (nowhere.py:1)", "somebody"))
     (line,) = lines_of(transformers.BertForMaskedLM, monkeypatch, VERSION_4)
     assert line["cause_wrong"]
 

@@ -9,7 +9,7 @@ import torch
 from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, is_at_limit, lies_at, plain, same
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.survey import Survey, is_moved, survey
-from tiedquiet.proof.watch import Watch, Write
+from tiedquiet.proof.watch import PEFT, TRANSFORMERS, Watch, Write
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
 _IS_META = attrgetter("is_meta")
@@ -67,7 +67,10 @@ def judge_stored(
                 altered.add(name)
             if is_strict and name in reading.narrowed:
                 found.update(_judge_narrowed(reading, name, current))
-        elif write and write.is_transformers_own and is_padding(model, name, current, before):
+        elif write and write.package == PEFT:
+            # PiSSA and its like put a part of the base into the adapter, and take it out of the base.
+            found[name] = Finding(name, Verdict.UNPROVEN, None, f"peft prepared it for its adapter, {write.by}")
+        elif write and write.package == TRANSFORMERS and is_padding(model, name, current, before):
             altered.add(name)
         else:
             by = write.by if write else "by another tensor that took its place"

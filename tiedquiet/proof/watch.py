@@ -29,6 +29,7 @@ from tiedquiet.proof.operations import (
 from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of, versions_of
 
 _MOST_KEPT = 1 << 30  # bytes of main memory for copies of what somebody reaches for; anything beyond counts as lost
+PEFT, TRANSFORMERS = "peft", "transformers"
 _NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools", "accelerate"}
 
 
@@ -40,13 +41,13 @@ class Write:
         by: the function, file and line that wrote the most at once; while none was seen to, what last reached for it.
         size: how many elements that was.
         before: a copy of the values as they were read, in main memory, where the files do not have them as such.
-        is_transformers_own: whether it was transformers' own code.
+        package: whose code that was.
     """
 
     by: str
     size: int
     before: torch.Tensor | None
-    is_transformers_own: bool = False
+    package: str = ""
 
     @property
     def was_seen(self) -> bool:
@@ -194,7 +195,7 @@ class Watch(TorchDispatchMode):
             is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
             for name in names:
                 self._note(name, tensor.numel() if is_written and not is_kept else 0)
-            if names and is_written and self._protect and not is_kept:
+            if names and is_written and self._protect and not is_kept and _culprit()[1] != PEFT:
                 protected.append(tensor)
         return protected
 
@@ -219,12 +220,12 @@ class Watch(TorchDispatchMode):
                 if self._kept + nbytes <= _MOST_KEPT:
                     self._kept += nbytes
                     before = pieces[0].detach().to("cpu", copy=True)
-            by, is_transformers_own = _culprit()
-            self.writes[name] = Write(by, written, before, is_transformers_own)
+            by, package = _culprit()
+            self.writes[name] = Write(by, written, before, package)
         elif written > write.size:
-            (write.by, write.is_transformers_own), write.size = _culprit(), written
-        elif not write.was_seen and not (culprit := _culprit())[1]:  # transformers' own code looks, and no more
-            write.by, write.is_transformers_own = culprit
+            (write.by, write.package), write.size = _culprit(), written
+        elif not write.was_seen and (culprit := _culprit())[1] != TRANSFORMERS:  # whose own code looks, and no more
+            write.by, write.package = culprit
 
     def _takes_from_placeholders(
         self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,15 +260,15 @@ def _hide_from_dynamo() -> None:
     Watch.__torch_dispatch__ = torch.compiler.disable(Watch.__torch_dispatch__)  # type: ignore[method-assign]
 
 
-def _culprit() -> tuple[str, bool]:
-    """The innermost function outside torch that led here, as `by Class.function (file:line)`; whether transformers'."""
+def _culprit() -> tuple[str, str]:
+    """The innermost function outside torch that led here, as `by Class.function (file:line)`, and its package."""
     frame = sys._getframe(2)
     while _is_on_the_way(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
         frame = frame.f_back
     code = frame.f_code
     name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the second alone
-    is_transformers_own = frame.f_globals.get("__name__", "").partition(".")[0] == "transformers"
-    return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})", is_transformers_own
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})", package
 
 
 def _is_on_the_way(module: str) -> bool:

@@ -1,0 +1,38 @@
+"""Adapters that take a part of the base model over: peft takes it out of the base before it reads them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.doors.renamed import qwen2, verdicts
+from tiedquiet import Verdict
+
+peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_what_peft_prepares_is_left_to_it(kind: str, mode: Any, tmp_path: Path, printed: Printed) -> None:
+    torch.manual_seed(0)
+    qwen2().save_pretrained(tmp_path / "base")
+    ids = torch.arange(6)[None]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=kind)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn_like(parameter) / 10
+    trained = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    with tiedquiet.enable(mode):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded.eval()(ids).logits, trained)
+    assert not printed.loud
+    found = verdicts(loaded)
+    assert Verdict.OVERWRITTEN not in found.values()
+    assert found.pop("lm_head.weight") is Verdict.TIED
+    assert list(found.values()) == [Verdict.UNPROVEN] * 2, "in each of two layers the base is no longer the file's"
