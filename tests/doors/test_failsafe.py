@@ -21,6 +21,7 @@ from tiedquiet import LoadError, words
 from tiedquiet.doors import call, from_pretrained, outcome
 from tiedquiet.doors import trainer as door
 from tiedquiet.proof import (
+    casts,
     files,
     judge,
     load,
@@ -40,6 +41,7 @@ from tiedquiet.proof import (
 
 MODULES = (
     call,
+    casts,
     files,
     from_pretrained,
     judge,
@@ -77,7 +79,8 @@ ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
 ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
-ELSEWHERE |= {"_as_loaded", "_is_beyond"}  # of adapters, and of values that are too large for their type
+ELSEWHERE |= {"_as_loaded"}  # of adapters
+ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
 HOOKS = {
     "_on_load",
     "run",

@@ -97,11 +97,21 @@ def test_a_name_in_two_files_that_the_model_does_not_have(tmp_path: Path) -> Non
 def test_of_a_quantised_model_types_are_not_compared() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data = model.weight.data.half()
-    reading = read(model, set(), Checkpoint({"weight": torch.ones(1, 2)}))
-    ask_headers(model, reading, [], True)
+    checkpoint = Checkpoint({"weight": torch.ones(1, 2)})
+    assert read(model, set(), checkpoint).narrowed == {"weight"}
+    reading = read(model, set(), checkpoint)
+    reading.made_of = dict  # as where a quantiser made it
     assert not reading.narrowed
-    ask_headers(model, reading, [], False)
-    assert reading.narrowed == {"weight"}
+
+
+def test_what_the_loader_merged_is_made_of_several_tensors() -> None:
+    reading = Reading(Checkpoint({"one": torch.ones(1), "two": torch.ones(2)}), {}, {}, set(), 0)
+    reading.made_of = lambda: {"both": names.Origin(("one", "two"), True)}
+    assert [len(read()) for read in reading.sources("both") or ()] == [1, 2]
+    assert reading.sources("neither") is None
+    plainly = Reading(reading.checkpoint, {}, {}, set(), 0)
+    assert [len(read()) for read in plainly.sources("two") or ()] == [2]
+    assert plainly.sources("three") is None
 
 
 def test_codes_that_nothing_lies_beside_are_values() -> None:

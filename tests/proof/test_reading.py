@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from tiedquiet.proof.files import Checkpoint, of_folder
-from tiedquiet.proof.memory import holds, may_lose, narrows, same
 
 
 def shards(folder: Path, *contents: dict[str, torch.Tensor]) -> Checkpoint:
@@ -64,45 +63,3 @@ def test_which_files_of_a_folder_are_read(kind: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(content) if name.endswith("json") else "")
         found = [os.path.basename(path) for path in of_folder(str(tmp_path), kind=kind).files]
         assert found == (["first", "second"] if name.endswith("json") else [name])
-
-
-FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2]
-
-
-WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
-
-
-@pytest.mark.filterwarnings("ignore:Casting complex values to real")
-@pytest.mark.parametrize("stored", [*FLOATS, torch.complex64, *WHOLE])
-@pytest.mark.parametrize("ours", [*FLOATS, torch.complex64, *WHOLE])
-def test_a_cast_that_may_lose_more_than_digits_is_known_by_its_types(stored: torch.dtype, ours: torch.dtype) -> None:
-    if stored is torch.bool:
-        values = torch.tensor([False, True])
-    elif stored in WHOLE:
-        values = torch.tensor([torch.iinfo(stored).min, 5, torch.iinfo(stored).max]).to(stored)
-    else:
-        values = torch.tensor([0.75 + 0.5j if stored.is_complex else 0.75]).to(stored)
-    cast = values.to(ours)
-    is_lost = bool((cast.to(torch.complex128) != values.to(torch.complex128)).any())
-    if stored in WHOLE and (ours.is_floating_point or ours.is_complex):
-        assert not may_lose(stored, ours), "a float has whole numbers of any size, rounded"
-    else:
-        assert may_lose(stored, ours) is is_lost
-        assert same(cast, values) is not is_lost
-    assert not narrows(torch.int64, ours)
-
-
-def test_what_a_narrower_type_cannot_hold_is_not_held() -> None:
-    values = torch.tensor([1.0, 1e10], dtype=torch.bfloat16)
-    assert not same(values.half(), values)
-    assert same(values[:1].half(), values[:1])
-    infinite = torch.tensor([float("inf")], dtype=torch.bfloat16)
-    assert same(infinite.half(), infinite), "it was so in the file"
-    assert not holds(torch.zeros(2, dtype=torch.int8), torch.tensor([0.2, 0.4]))
-    assert holds(torch.tensor([1, 2], dtype=torch.int8), torch.tensor([1.0, 2.0]))
-    assert not holds(torch.ones(2), torch.tensor([1 + 1j, 1 + 0j]))
-    assert not same(torch.tensor([44], dtype=torch.uint8), torch.tensor([300]))
-    assert not same(torch.tensor([True]), torch.tensor([2])), "which is true, and is not 2"
-    eight = torch.tensor([1.0, 1e10]).to(torch.float8_e4m3fn)
-    assert not same(eight, torch.tensor([1.0, 1e10])), "of a type without infinity it makes NaN"
-    assert same(eight[:1], torch.tensor([1.0]))

@@ -1,5 +1,6 @@
 """What a checkpoint's files hold, tensor by tensor."""
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,6 +114,16 @@ def closed_because(files: Sequence[str]) -> str:
     """Why files must not be opened, as a clause: one of them is a pickle that this torch does not read safely."""
     pickle = next((path for path in files if not path.endswith((".safetensors", ".gguf"))), None)
     return f"{Path(pickle).name} is a pickle, and {reason}" if pickle and (reason := pickles.unsafe()) else ""
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """What changes when a file is written anew: its size and its time.
+
+    Raises:
+        OSError: it is gone.
+    """
+    about = os.stat(path)
+    return about.st_size, about.st_mtime_ns
 
 
 def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:

@@ -13,11 +13,13 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof import record
-from tiedquiet.proof.memory import ORDINARY, is_at_limit
+from tiedquiet.proof.casts import is_at_limit
+from tiedquiet.proof.files import stamp
+from tiedquiet.proof.memory import ORDINARY
 from tiedquiet.proof.missing import Values, judge_missing, judge_two_ends
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.stored import judge_placeholders, judge_stored
+from tiedquiet.proof.stored import judge_casts, judge_placeholders, judge_stored, sources_since
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
@@ -56,7 +58,7 @@ def judge(
     now = survey(model)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
-    lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over, is_strict)
+    lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
     unwritten = judge_placeholders(reading, missing, watch, model, now)
     known = Record(
@@ -73,9 +75,12 @@ def judge(
         reported=reported,
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
+        stamps=_stamps(reading.checkpoint.files),
         tensors={name: ref(tensor) for name, tensor in only(now.state, stored).items()},
         model=ref(model),
     )
+    if is_strict:
+        judge_casts(known, now, reading.sources, and_on_disk=True)
     tied = ties(now, known.missing, stored)
     known.two_ends = {finding.key: finding for finding in judge_two_ends(known, now, tied, reading.values)}
     known.settled = {finding.key: finding for finding in _judge_now(model, known, now, tied, reading.values)}
@@ -125,6 +130,7 @@ def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
+    judge_casts(known, now, sources_since(model, known, now))
     tied = ties(now, known.missing, known.stored) if known.missing else {}
     findings = {finding.key: finding for finding in _judge_now(model, known, now, tied)}
     findings.update(
@@ -132,6 +138,13 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _stamps(files: list[str]) -> dict[str, tuple[int, int]]:
+    try:
+        return {path: stamp(path) for path in files}
+    except OSError:
+        return {}
 
 
 def _as_loaded(now: Survey) -> Survey:

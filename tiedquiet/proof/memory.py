@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_CHUNK = 1 << 22  # elements that are cast and compared at once
+from tiedquiet.proof.casts import CHUNK, is_at_limit, is_beyond, may_lose, narrows
+
 _MOST_DIMENSIONS = 5  # of what may be held in another order of its dimensions
 
 # Types whose memory is their own: each holds its values, and none has an inner tensor for them.
@@ -43,6 +44,26 @@ def plain(tensor: Place) -> list[torch.Tensor]:
     if (part := getattr(tensor, "ds_tensor", None)) is not None:
         return [part.detach()]
     return [tensor] if not tensor.is_meta and tensor.layout is torch.strided and tensor.numel() else []
+
+
+def aliases(tensors: Collection[torch.Tensor]) -> list[Place]:
+    """What shares each tensor's memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
+    if are_ordinary(tensors):
+        return list(map(torch.Tensor.detach, tensors))
+    return [
+        tensor.detach()
+        if type(tensor) in ORDINARY
+        else tuple(piece.as_subclass(torch.Tensor).detach() for piece in plain(tensor))
+        for tensor in tensors
+    ]
+
+
+def by_object(tensors: Mapping[str, torch.Tensor]) -> dict[int, list[str]]:
+    """The names of each tensor."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return names_of
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -111,24 +132,6 @@ def _is_in_order(tensor: torch.Tensor, whole: torch.Tensor) -> bool:
     return offset == 0
 
 
-def may_lose(stored: torch.dtype, ours: torch.dtype) -> bool:
-    """Whether a cast from one type to the other can lose more than the last digits of a number.
-
-    That is fractions, an imaginary part, or whole numbers that are too large for a smaller type.
-    """
-    if ours.is_floating_point or ours.is_complex:
-        return stored.is_complex and not ours.is_complex
-    return stored != ours and (stored.is_floating_point or stored.is_complex or not _contains(ours, stored))
-
-
-def _contains(ours: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether one type of whole numbers has all numbers of another."""
-    if torch.bool in (ours, stored):
-        return stored is torch.bool
-    outer, inner = torch.iinfo(ours), torch.iinfo(stored)
-    return outer.min <= inner.min and outer.max >= inner.max
-
-
 def same(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether a plain tensor equals others, cast to its type, to the last bit: NaN is NaN, and -0 is not 0.
 
@@ -142,15 +145,15 @@ def same(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     if may_lose(values.dtype, tensor.dtype):
         if not may_lose(tensor.dtype, values.dtype):
             return same(values, tensor)
-        values = values.to(torch.int64)  # unsigned and signed of one size: each has numbers that the other lacks
-        if tensor.dtype is not torch.int64:
-            return same(values, tensor.to(torch.int64))
+        # Unsigned and signed: each has numbers that the other lacks, and what is negative is no number of both.
+        one, other = (part.to(torch.int64) for part in (tensor, values))
+        return same(one, other) and not bool((one < 0).any())
     if tensor.dtype is values.dtype and tensor.device == values.device:
         return _same_bits(tensor, values)
-    chunks = (part.detach().reshape(-1).split(_CHUNK) for part in (tensor, values))
+    chunks = (part.detach().reshape(-1).split(CHUNK) for part in (tensor, values))
     overflows = narrows(values.dtype, tensor.dtype)
     return all(
-        _same_bits(left, right.to(left)) and not (overflows and _is_beyond(right, left.dtype))
+        _same_bits(left, right.to(left)) and not (overflows and is_at_limit(left) and is_beyond(right, left.dtype))
         for left, right in zip(*chunks, strict=True)
     )
 
@@ -230,30 +233,6 @@ def _same_bits(*pair: torch.Tensor) -> bool:
     one, other = (tensor.as_strided((tensor.numel(),), (1,)) for tensor in plainly)
     both = bytes_of(one, other)
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8)) if both is None else both.equal()
-
-
-def _is_beyond(values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite values are too large for a type, which makes them infinite, NaN, or its largest number."""
-    limit = torch.finfo(dtype)
-    return bool((values.isfinite() & (values.abs() > limit.max * (1 + limit.eps))).any())
-
-
-def is_at_limit(tensor: torch.Tensor) -> bool:
-    """Whether a floating tensor has values that its type makes of numbers too large for it; copies nothing large."""
-    if not tensor.dtype.is_floating_point or not tensor.numel() or tensor.is_meta:
-        return False
-    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).detach().aminmax()
-    limit = torch.finfo(tensor.dtype).max
-    return not (-limit < float(low) and float(high) < limit)
-
-
-def narrows(stored: torch.dtype, ours: torch.dtype) -> bool:
-    """Whether a cast from one floating type to the other can make finite values infinite.
-
-    Not bfloat16 from float32, whose largest numbers are nearly the same.
-    """
-    both = stored.is_floating_point and ours.is_floating_point
-    return both and torch.finfo(stored).max > 2 * torch.finfo(ours).max
 
 
 def equals(tensor: Place, values: Place) -> bool | None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from tiedquiet.proof import names
+from tiedquiet.proof.casts import may_lose, narrows
 from tiedquiet.proof.codes import CODES, without_scale
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import ORDINARY, Place, are_ordinary, equals, may_lose, narrows, plain, types_of
+from tiedquiet.proof.memory import Place, aliases, by_object, equals, types_of
 from tiedquiet.proof.survey import declared, only, survey
 from tiedquiet.verdict import Finding, Verdict
 
@@ -35,7 +36,6 @@ class Reading:
         free: those missing that the class itself says need no file.
         tied: those missing that a declared tie explains: another member of it was read.
         found: findings on the reading itself, which nothing later changes.
-        narrowed: names of what was read into a type with a smaller range than the stored one.
         likely: for missing keys, an unread tensor of the files that fits their shape.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
@@ -51,7 +51,6 @@ class Reading:
     free: set[str] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
     found: dict[str, Finding] = field(default_factory=dict)
-    narrowed: set[str] = field(default_factory=set)
     likely: dict[str, str] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
@@ -70,6 +69,15 @@ class Reading:
         except Exception:
             return None
 
+    def sources(self, name: str) -> list[Callable[[], torch.Tensor]] | None:
+        """What reads each tensor of the files that one of the model's was made of; None where that is not known."""
+        try:
+            made, tensors = self._made, self.checkpoint.tensors
+            own = filter(None, [self._name_of(name)]) if made is None else made[name].names
+            return [tensors[key] for key in own] or None
+        except Exception:
+            return None
+
     def is_in_files(self, name: str) -> bool:
         """Whether what was read into a tensor can be had from the files once more, so that nothing need be kept of it.
 
@@ -79,6 +87,18 @@ class Reading:
             return self.checkpoint.state_dict is None and self._name_of(name) is not None
         except Exception:
             return False
+
+    @cached_property
+    def narrowed(self) -> set[str]:
+        """Names of what may have been read into a type with a smaller range than the stored one.
+
+        By all types that the files have, as far as no header need be parsed for that: it is no verdict yet.
+        """
+        if self.made_of is dict:  # a quantiser has changed it, so that types differ anyway
+            return set()
+        ours = types_of(self.held.values())
+        small = {own for own in set(ours) if any(narrows(theirs, own) for theirs in self.checkpoint.dtypes)}
+        return {name for name, own in zip(self.held, ours, strict=True) if own in small} if small else set()
 
     def _name_of(self, name: str) -> str | None:
         """The one name that the files have for a tensor whose values were at most cast."""
@@ -116,7 +136,7 @@ def read(
     reading = Reading(
         checkpoint or Checkpoint({}),
         held,
-        dict(zip(held, _aliases(held.values()), strict=True)),
+        dict(zip(held, aliases(held.values()), strict=True)),
         missing,
         len(held) + len(missing),
         free={name for name in missing if _is_free(model, name)},
@@ -169,9 +189,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
         return True
     ours = set(types_of(reading.held.values()))
     return any(
-        may_lose(theirs, own) or narrows(theirs, own) or (theirs in CODES and theirs != own)
-        for theirs in checkpoint.dtypes
-        for own in ours
+        may_lose(theirs, own) or (theirs in CODES and theirs != own) for theirs in checkpoint.dtypes for own in ours
     )
 
 
@@ -293,8 +311,6 @@ def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, u
             reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
     elif (found := without_scale(key, name, stored, ours, unread)) is not None:
         reading.found[key] = found
-    elif narrows(stored, ours):
-        reading.narrowed.add(key)
 
 
 def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
@@ -316,14 +332,6 @@ def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
                     yield name, Finding(name, Verdict.UNPROVEN, None, why)
 
 
-def by_object(tensors: Mapping[str, torch.Tensor]) -> dict[int, list[str]]:
-    """The names of each tensor."""
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
-    return names_of
-
-
 def _is_free(model: Any, name: str) -> bool:
     """Whether the class says that a key needs no file: by a pattern, or because it is kept out of every file."""
     return name in (getattr(model, "_keys_to_ignore_on_save", None) or ()) or any(
@@ -335,15 +343,3 @@ def is_ignored(model: Any, name: str) -> bool:
     """Whether the class says that the files may have a name for which the model has no place."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
-
-
-def _aliases(tensors: Collection[torch.Tensor]) -> list[Place]:
-    """What shares each tensor's memory: it keeps that alive, and knows where it is, whatever `.data` is set to."""
-    if are_ordinary(tensors):
-        return list(map(torch.Tensor.detach, tensors))
-    return [
-        tensor.detach()
-        if type(tensor) in ORDINARY
-        else tuple(piece.as_subclass(torch.Tensor).detach() for piece in plain(tensor))
-        for tensor in tensors
-    ]

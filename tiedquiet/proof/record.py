@@ -28,13 +28,14 @@ class Record:
         settled: all findings when the load had ended.
         grown: names of tensors that were made larger.
         altered: names of tensors that were turned, or whose own row for padding transformers zeroed again: no loss.
-        narrowed: names of what was cast to a type with a smaller range.
+        narrowed: names of what may have been cast to a type with a smaller range, and has not been looked at.
         gone: names of those of which the quantiser made other tensors when all was read.
         places: where what stays on disk is, by name.
         likely: for missing keys, an unread tensor of the files that fits their shape.
         reported: the keys that the loader was about to report missing.
         is_resumed: whether the checkpoint is one of this very model.
         files: where the checkpoint lies.
+        stamps: size and time that each of these files had then.
         tensors: the tensors when the load had ended, for as long as anybody else keeps them.
         model: the model itself, in the same way: a copy of it has this record, too.
     """
@@ -55,6 +56,7 @@ class Record:
     reported: set[str] = field(default_factory=set)
     is_resumed: bool = False
     files: list[str] = field(default_factory=list)
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: "dict[str, ref[torch.Tensor]]" = field(default_factory=dict)
     model: "ref[torch.nn.Module] | None" = None
 
@@ -126,6 +128,7 @@ class Record:
         self.stored = self.stored | (earlier.stored - own)
         self.missing = self.missing | (earlier.missing - own)
         self.files = earlier.files + self.files
+        self.stamps = earlier.stamps | self.stamps
         return self
 
 

@@ -1,17 +1,23 @@
 """The verdict on what was read: whether it is still there; and on memory that was allocated but never written."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, is_at_limit, lies_at, plain, same
+from tiedquiet.proof import names
+from tiedquiet.proof.casts import is_at_limit, is_beyond
+from tiedquiet.proof.files import Checkpoint, stamp
+from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, lies_at, plain, same
 from tiedquiet.proof.reading import Reading
+from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, is_moved, survey
 from tiedquiet.proof.watch import PEFT, TRANSFORMERS, Watch, Write
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
+Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
 _IS_META = attrgetter("is_meta")
 
 
@@ -28,15 +34,14 @@ def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
 
 
 def judge_stored(
-    model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey, is_over: bool, is_strict: bool
+    model: torch.nn.Module, reading: Reading, writes: dict[str, Write], now: Survey, is_over: bool
 ) -> tuple[dict[str, Finding], set[str], set[str]]:
     """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
     found: dict[str, Finding] = {}
     grown: set[str] = set()
     altered: set[str] = set()
     # The answer of nearly every load, in half the time that it takes to ask of each by itself.
-    is_untouched = not writes and not (is_strict and reading.narrowed)
-    if is_untouched and all_lie_at([now.state.get(name) for name in reading.held], reading.read_to.values()):
+    if not writes and all_lie_at([now.state.get(name) for name in reading.held], reading.read_to.values()):
         return found, grown, altered
     for name, tensor in reading.held.items():
         read = reading.read_to[name]
@@ -46,8 +51,6 @@ def judge_stored(
                 found[name] = Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
             elif current.is_meta and is_over and not is_moved(model, name):  # up to 5.3.0, where all of a model is
                 found[name] = Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, and nothing reads them")
-            elif is_strict and name in reading.narrowed:
-                found.update(_judge_narrowed(reading, name, current))
             continue
         if name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
             continue  # its values stay on disk, and are read from there whenever they are needed; not those of a buffer
@@ -65,8 +68,6 @@ def judge_stored(
                 grown.add(name)
             elif not is_equal:
                 altered.add(name)
-            if is_strict and name in reading.narrowed:
-                found.update(_judge_narrowed(reading, name, current))
         elif write and write.package == PEFT:
             # PiSSA and its like put a part of the base into the adapter, and take it out of the base.
             found[name] = Finding(name, Verdict.UNPROVEN, None, f"peft prepared it for its adapter, {write.by}")
@@ -78,13 +79,51 @@ def judge_stored(
     return found, grown, altered
 
 
-def _judge_narrowed(reading: Reading, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, Finding]]:
-    """A finding on values that were too large for the type that they were cast to, or will be once they are needed."""
-    values = reading.values(name) if tensor.is_meta or is_at_limit(tensor) else None
-    if values is not None and equals(values.to(tensor.dtype) if tensor.is_meta else tensor, values) is False:
-        kinds = [str(kind).removeprefix("torch.") for kind in (values.dtype, tensor.dtype)]
-        why = f"by the cast to {kinds[1]}, which is too small for values that the file has as {kinds[0]}"
-        yield name, Finding(name, Verdict.OVERWRITTEN, name, why, True)
+def judge_casts(known: Record, now: Survey, sources: Sources, and_on_disk: bool = False) -> None:
+    """Look at what the load cast to a smaller type: what that made infinite is a finding that lasts.
+
+    A value that is at the limit of its type may be so in the file (a mask of minus infinity): the files are asked.
+
+    Args:
+        known: what is known of the load. What has been looked at is not asked again.
+        now: the tensors of the very model that was loaded.
+        sources: gives what reads the files' tensors that one of the model's was made of, or None.
+        and_on_disk: look at what will be cast when it is read from there, too.
+    """
+    for name in sorted(known.narrowed & known.tensors.keys() - known.lasting.keys()):
+        tensor = now.state.get(name)
+        if tensor is None or tensor is not known.tensors[name]() or (tensor.is_meta and not and_on_disk):
+            continue
+        if tensor.is_meta or any(map(is_at_limit, plain(tensor))):
+            if (own := sources(name)) is None:
+                continue
+            stored = next((values.dtype for read in own if is_beyond(values := read(), tensor.dtype)), None)
+            if stored is not None:
+                kinds = [str(kind).removeprefix("torch.") for kind in (stored, tensor.dtype)]
+                why = f"by the cast to {kinds[1]}, which is too small for values that the file has as {kinds[0]}"
+                known.lasting[name] = Finding(name, Verdict.OVERWRITTEN, name, why, True)
+        known.narrowed.discard(name)
+
+
+def sources_since(model: Any, known: Record, now: Survey) -> Sources:
+    """The sources of a model's tensors once its load is over: by names, if its files are the same as then."""
+
+    @cache
+    def origins() -> tuple[Checkpoint, dict[str, names.Origin]]:
+        checkpoint = Checkpoint(None, known.files, getattr(model, "base_model_prefix", ""))
+        conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
+        return checkpoint, names.sources(model, checkpoint.headers, now.state, conversions)
+
+    def sources(name: str) -> list[Callable[[], torch.Tensor]] | None:
+        try:
+            if not known.stamps or any(stamp(path) != then for path, then in known.stamps.items()):
+                return None
+            checkpoint, made = origins()
+            return [checkpoint.tensors[key] for key in made[name].names]
+        except Exception:  # what cannot be read or is not named there; and a stamp cannot be had of what is gone
+            return None
+
+    return sources
 
 
 def before_writing(reading: Reading, name: str, write: Write | None) -> Place | None:
