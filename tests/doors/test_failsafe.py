@@ -66,7 +66,6 @@ ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is
 # Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
 ELSEWHERE |= {
     "_itself",
-    "_equal",
     "of_folder",
     "after",
     "copy_in_place",

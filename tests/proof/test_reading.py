@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tiedquiet.proof import files
 from tiedquiet.proof.files import Checkpoint, of_folder
 
 
@@ -51,6 +52,18 @@ def test_a_name_in_two_pickles(tmp_path: Path) -> None:
     for number in (0, 1):
         torch.save({"a": torch.tensor([number]), "b": torch.tensor([1])}, tmp_path / f"{number}.bin")
     assert [name for name, *_ in Checkpoint(None, [str(tmp_path / "0.bin"), str(tmp_path / "1.bin")]).twice()] == ["a"]
+
+
+def test_of_many_names_in_two_pickles_each_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(tmp_path / f"{number}.bin") for number in (0, 1, 2)]
+    for path in paths:
+        torch.save({f"a{number}": torch.tensor([number]) for number in range(50)}, path)
+    checkpoint = Checkpoint(None, paths)
+    assert len(checkpoint.names) == 150
+    opened: list[str] = []
+    monkeypatch.setattr(files, "unpickled", lambda path, really=files.unpickled: (opened.append(path), really(path))[1])
+    assert list(checkpoint.twice()) == []
+    assert sorted(opened) == paths
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter_model"])

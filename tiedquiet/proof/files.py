@@ -4,7 +4,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ class Checkpoint:
     def twice(self) -> Iterator[tuple[str, str, str]]:
         """Each name that two of the files have with different values, and those files; the second counts."""
         found: dict[str, str] = {}
+        contents = cache(lambda path: dict(_open(path)))  # each file is opened once: a pickle is read in full
         for key, path in self.names if len(self.files) > 1 else ():
-            if key in found and not _equal(key, found[key], path):
+            if key in found and not identical(contents(found[key])[key](), contents(path)[key]()):
                 yield key, Path(found[key]).name, Path(path).name
             found[key] = path
 
@@ -196,11 +197,6 @@ def unpickled(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the form before torch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _equal(key: str, *paths: str) -> bool:
-    one, other = (dict(_open(path))[key]() for path in paths)
-    return identical(one, other)
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
