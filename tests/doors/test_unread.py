@@ -18,12 +18,15 @@ from transformers import (
     CLIPTextModel,
     GPT2LMHeadModel,
     LlavaForConditionalGeneration,
+    MixtralForCausalLM,
     Qwen2ForCausalLM,
 )
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, state_of
 from tests.doors.renamed import BERT, CLIP, llava, mapping_of, qwen2, verdicts, written, wrong
+from tests.gate.test_check import check
+from tests.gate.test_compare import mixtral
 from tests.idioms import Idiom, Tiny
 from tiedquiet import LoadError, Verdict
 
@@ -151,24 +154,45 @@ def test_a_head_of_another_size_is_missing(tmp_path: Path) -> None:
     assert verdicts(model) == dict.fromkeys(("classifier.weight", "classifier.bias"), Verdict.MISSING)
 
 
-@pytest.mark.parametrize("kind", ["float8", "int8"])
-@pytest.mark.parametrize("end", [".weight_scale", ".scale_weight", "_scale", "_weight_scale_inv"])
-def test_codes_without_their_scale(kind: str, end: str, tmp_path: Path, printed: Printed) -> None:
+SCALES = ["{}.weight_scale", "{}.scale_weight", "{}_scale", "{}_weight_scale_inv", "scales.{}.weight", "scales.{}"]
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8", "int16", "int32", "uint16"])
+@pytest.mark.parametrize("form", SCALES)
+def test_codes_without_their_scale(kind: str, form: str, tmp_path: Path, printed: Printed) -> None:
     module = "model.layers.0.mlp.gate_proj"
-    key, scale = f"{module}.weight", f"{module}{end}"
+    key, scale = f"{module}.weight", form.format(module)
     written(qwen2(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    coded = {**tensors, key: (tensors[key] * 100).to(dtype), scale: torch.tensor([0.01])}
+    coded = {**tensors, key: (tensors[key] * 100).to(getattr(torch, kind)), scale: torch.tensor([0.01])}
     save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
     assert verdicts(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))[key] is Verdict.UNREAD
     assert f"codes were read as values, without {scale}" in printed.loud[0]
     assert "TIEDQUIET=repair" not in printed.loud[0], "it cannot"
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="codes were read as values"):
         Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    del coded[scale]  # and codes that are meant as values
+    coded[f"other.{scale}"] = coded.pop(scale)  # of another module: and codes that are meant as values
     save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
     assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).ok
+
+
+def test_codes_of_experts_without_their_scales(tmp_path: Path, printed: Printed) -> None:
+    mixtral().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    codes = {
+        key: (value * 100).to(torch.int8) for key, value in tensors.items() if ".0.block_sparse_moe.experts." in key
+    }
+    scales = {f"{key}_scale": torch.tensor([0.01]) for key in codes}
+    save_file({**tensors, **codes, **scales}, tmp_path / "model.safetensors", {"format": "pt"})
+    experts = {f"model.layers.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")}
+    assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == dict.fromkeys(experts, Verdict.UNREAD)
+    assert (
+        "int8 codes were read as values, without model.layers.0.block_sparse_moe.experts.0.w2.weight_scale"
+        in "".join(printed.loud)
+    )
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="codes were read as values"):
+        MixtralForCausalLM.from_pretrained(tmp_path)
+    assert check(tmp_path) == 1
 
 
 class Steps(GPT2LMHeadModel):

@@ -124,7 +124,7 @@ def test_a_file_that_has_a_tensor_with_its_prefix_and_without(good: Path, capsys
     assert check(good) == 1
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert [" ".join(row.split()) for row in rows] == [
-        "lm_head.weight ambiguous transformer.wte.weight not of wte.weight: the file has both",
+        "lm_head.weight unproven transformer.wte.weight not of wte.weight: the file has both",
         "transformer.wte.weight ambiguous not of wte.weight: the file has both",
     ]
     config_of(good, architectures=["GPT2Model"])  # whose own name for it is the other one

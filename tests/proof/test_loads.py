@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, MergeModulelist, WeightConverter, WeightRenaming
 
 from tests.checkpoints import loading
 from tiedquiet import LoadError, Verdict
 from tiedquiet.doors import from_pretrained
 from tiedquiet.proof import names
+from tiedquiet.proof.codes import Scales
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
 from tiedquiet.proof.reading import Reading, ask_headers, find_unread, read
@@ -71,6 +72,18 @@ def test_what_a_conversion_makes_beside_what_the_model_has() -> None:
     assert names.origins(model, {"a": meta(3)}, {"a": meta(2)}, []) == {}
 
 
+def test_in_how_many_ways_the_files_have_a_tensor() -> None:
+    model: Any = SimpleNamespace(base_model_prefix="base", config=None)
+    merge = [WeightConverter(["parts.*.w"], ["whole"], operations=[MergeModulelist(dim=0)])]
+    state = {"base.whole": meta(2, 3), "base.b": meta(1)}
+    headers = {name: meta(3) for name in ("base.parts.0.w", "base.parts.1.w", "base.whole", "b", "base.b")}
+    made = names.sources(model, headers, state, merge)
+    assert made["base.whole"] == names.Origin(("base.parts.0.w", "base.parts.1.w", "base.whole"), True, 2)
+    assert made["base.b"] == names.Origin(("b", "base.b"), False, 2)
+    del headers["base.whole"], headers["b"]
+    assert [origin.ways for origin in names.sources(model, headers, state, merge).values()] == [1, 1]
+
+
 def test_values_under_another_name_of_the_file() -> None:
     checkpoint = Checkpoint({"there": torch.ones(2), "too": torch.ones(2)})
     reading = Reading(checkpoint, {}, {}, set(), 0)
@@ -119,6 +132,28 @@ def test_codes_that_nothing_lies_beside_are_values() -> None:
     reading = read(model, set(), Checkpoint({"weight": torch.ones(1, 2, dtype=torch.int8)}))
     ask_headers(model, reading, [], False)
     assert reading.found == {}
+
+
+@pytest.mark.parametrize(
+    ("unread", "name", "of_bytes", "of_others"),
+    [
+        ("a.b.weight_scale", "a.b.weight", True, True),
+        ("a.b.weight.absmax", "a.b.weight", True, False),
+        ("a.b.weight.deep.scale", "a.b.weight", True, False),
+        ("a.b.weight.scale", "a.b.weight", True, True),
+        ("a.b_scale", "a.b.weight", True, True),
+        ("a.b_blocks", "a.b.weight", False, False),
+        ("a.bc.scale", "a.b.weight", False, False),
+        ("scales.a.b", "a.b.weight", True, True),
+        ("scales.a.b.weight", "a.b.weight", True, True),
+        ("scales.a", "a.b.weight", False, False),
+        ("other.a.b.scale", "a.b.weight", False, False),
+        ("weight_scale", "weight", False, False),
+    ],
+)
+def test_whose_scale_a_tensor_may_be(unread: str, name: str, of_bytes: bool, of_others: bool) -> None:
+    for dtype, expected in ((torch.int8, of_bytes), (torch.int16, of_others)):
+        assert Scales([unread]).of(name, dtype) == (unread if expected else None)
 
 
 def test_what_cannot_be_copied_in_place_is_left() -> None:

@@ -66,6 +66,22 @@ def test_of_many_names_in_two_pickles_each_is_opened_once(tmp_path: Path, monkey
     assert sorted(opened) == paths
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin", "bin before torch 1.6", "state dict"])
+def test_how_much_there_is_is_known_without_reading_it(form: str, tmp_path: Path) -> None:
+    one, two = {"a": torch.ones(2, 3), "b": torch.tensor(1.5)}, {"c": torch.ones(5)}
+    if form == "safetensors":
+        assert shards(tmp_path, one, {"c": torch.ones(5).half()}).elements == 0, "by size: of two types it is not known"
+        checkpoint = shards(tmp_path, one, two)
+    elif form == "state dict":
+        checkpoint = Checkpoint({**one, **two, "step": 3})
+    else:
+        paths = [str(tmp_path / f"{number}.bin") for number in (0, 1)]
+        for path, tensors in zip(paths, (one, two), strict=True):
+            torch.save(tensors, path, _use_new_zipfile_serialization=form == "bin")
+        checkpoint = Checkpoint(None, paths)
+    assert (checkpoint.count, checkpoint.elements) == ((0, 0) if form == "bin before torch 1.6" else (3, 12))
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter_model"])
 def test_which_files_of_a_folder_are_read(kind: str, tmp_path: Path) -> None:
     pickle = "pytorch_model" if kind == "model" else kind

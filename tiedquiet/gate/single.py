@@ -23,7 +23,7 @@ from tiedquiet.gate.printing import few
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, left_over
 from tiedquiet.gate.weights import check_header, pickles_are_unsafe
-from tiedquiet.proof.codes import without_scale
+from tiedquiet.proof.codes import Scales, without_scale
 from tiedquiet.proof.files import Checkpoint, unpickled
 from tiedquiet.proof.memory import same
 from tiedquiet.proof.record import Record
@@ -258,11 +258,12 @@ def _partial(moves: Moves, file: File, moved: Tensors) -> Iterator[Finding]:
 
 
 def _scales(moves: Moves, file: File, of_file: Tensors, ours: Tensors, reached: Collection[str]) -> Iterator[Finding]:
-    """Findings on codes of eight bits that were read as numbers, while nothing reads the scale beside them."""
+    """Findings on codes that were read as numbers, while nothing reads the scale beside them."""
     unread = file.headers.keys() - reached
+    scales = Scales(unread)
     for key, tensor in of_file.items() if unread else ():
         for name in moves.of(tensor):
-            if found := without_scale(key, name, file.headers[name].dtype, ours[key].dtype, unread):
+            if found := without_scale(key, name, file.headers[name].dtype, ours[key].dtype, scales):
                 yield found
 
 

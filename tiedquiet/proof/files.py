@@ -63,18 +63,43 @@ class Checkpoint:
         Raises:
             Exception: a file cannot be opened.
         """
-        if self.state_dict is not None or not all(path.endswith(".safetensors") for path in self.files):
+        if self.state_dict is not None or not self._is_safetensors:
             return {key: torch.empty_like(read(), device="meta") for key, read in self.tensors.items()}
         return {key: header for path in self.files for key, header in _headers(path)}
+
+    @cached_property
+    def count(self) -> int:
+        """How many tensors there are, as far as that is known without reading much of a file; else 0."""
+        if self.state_dict is not None or not self._is_safetensors:
+            return len(self.tensors) if self.is_mapped else 0
+        return sum(map(len, self._types.values()))
+
+    @cached_property
+    def elements(self) -> int:
+        """How many elements they have, in the same way; else 0. Of files with one type their size tells it."""
+        if self.state_dict is not None or not self._is_safetensors:
+            return sum(read().numel() for read in self.tensors.values()) if self.is_mapped else 0
+        if len(self.dtypes) != 1:
+            return 0
+        (dtype,) = self.dtypes
+        return sum(map(_bytes_in, self.files)) // dtype.itemsize
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
         """The types of the tensors, as far as they are known without reading much of a file."""
         if self.state_dict is not None:
             return {value.dtype for value in self.state_dict.values() if torch.is_tensor(value)}
-        if all(path.endswith(".safetensors") for path in self.files):
-            return {_TYPES.get(name, torch.uint8) for path in self.files for name in _names_of_types(path)}
+        if self._is_safetensors:
+            return {_TYPES.get(name.decode(), torch.uint8) for names in self._types.values() for name in set(names)}
         return {header.dtype for header in self.headers.values()} if self.is_mapped else set()
+
+    @property
+    def _is_safetensors(self) -> bool:
+        return all(path.endswith(".safetensors") for path in self.files)
+
+    @cached_property
+    def _types(self) -> dict[str, list[bytes]]:
+        return {path: _names_of_types(path) for path in self.files}
 
     @cached_property
     def is_mapped(self) -> bool:
@@ -153,11 +178,17 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     return checkpoint
 
 
-def _names_of_types(path: str) -> set[str]:
-    """What a safetensors header calls the types of its tensors: only the header is read, and it is not parsed."""
+def _names_of_types(path: str) -> list[bytes]:
+    """What a safetensors header calls the type of each tensor: only the header is read, and it is not parsed."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-    return {name.decode() for name in set(re.findall(rb'"dtype"\s*:\s*"(\w+)"', header))}
+    return re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)
+
+
+def _bytes_in(path: str) -> int:
+    """How many bytes a safetensors file has beside its header."""
+    with open(path, "rb") as file:
+        return os.path.getsize(path) - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _names(path: str) -> list[str]:

@@ -22,10 +22,12 @@ class Origin(NamedTuple):
     Attributes:
         names: the names that the files have for it; several where it is merged from them.
         is_converted: whether its values are more than renamed.
+        ways: how many of these names, or how many merged from them, could be it: more than one, and one is dropped.
     """
 
     names: tuple[str, ...]
     is_converted: bool
+    ways: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,11 @@ def sources(model: Any, headers: Headers, state: Headers, conversions: list[Any]
     """What each tensor of a model is made of, by names alone, nothing converted; of what is split, its first part."""
     found: dict[str, Origin] = {}
     for name, key, converter in _renamed(model, headers, state, conversions):
-        before = found[key].names if key in found else ()
-        found[key] = Origin((*before, name), converter is not None)
+        before = found.get(key, Origin((), False, 0))
+        is_another = converter is None or not before.is_converted
+        found[key] = Origin(
+            (*before.names, name), before.is_converted or converter is not None, before.ways + is_another
+        )
     return found
 
 

@@ -14,9 +14,10 @@ import torch
 
 from tiedquiet.proof import names
 from tiedquiet.proof.casts import may_lose, narrows
-from tiedquiet.proof.codes import CODES, without_scale
+from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import Place, aliases, by_object, equals, types_of
+from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import declared, only, survey
 from tiedquiet.verdict import Finding, Verdict
 
@@ -179,13 +180,15 @@ def origins_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any])
 def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 
-    That is where it reports keys that no tie explains, where two files may have one name, and where a type of the model
-    may not hold what one of theirs does.
+    That is where it reports keys that no tie explains, where two files may have one name, where they have more than was
+    read, and where a type of the model may not hold what one of theirs does.
     """
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
     checkpoint = reading.checkpoint
     if len(checkpoint.files) > 1 and checkpoint.is_mapped:
+        return True
+    if reading.made_of is not dict and has_more(checkpoint, reading.held.values(), reading.made_of is not None):
         return True
     ours = set(types_of(reading.held.values()))
     return any(
@@ -210,18 +213,24 @@ def ask_headers(
     """
     headers = reading.checkpoint.headers
     state = survey(model).state
-    came_from = {**names.targets(model, headers, state, conversions), **(also or {})}
+    made = names.sources(model, headers, state, conversions)
+    came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
     unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
-    if not is_quantised:
-        origin: dict[str, list[str]] = {}
-        for name, key in came_from.items():
-            origin.setdefault(key, []).append(name)
-        for key, own in origin.items():
-            if key in reading.held and len(own) == 1:
-                _judge_type(reading, key, own[0], headers, unread)
+    if is_quantised:
+        return unread
+    scales, tensors = Scales(unread), reading.checkpoint.tensors
+    read_to: dict[str, list[str]] = {}
+    for name, key in came_from.items():
+        read_to.setdefault(key, []).append(name)
+    for key in filter(reading.held.__contains__, read_to):
+        own = {name: headers[name] for name in read_to[key]}
+        if (found := _judge_types(reading, key, own, scales)) is None and key in made and made[key].ways > 1:
+            found = judge_ways(model, key, reading.read_to[key], own, conversions, lambda name: tensors[name]())
+        if found is not None:
+            reading.found[key] = found
     return unread
 
 
@@ -301,16 +310,17 @@ def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str,
         reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], why, True, cure)
 
 
-def _judge_type(reading: Reading, key: str, name: str, headers: names.Headers, unread: names.Headers) -> None:
-    """Add a finding if the type that a tensor was read into cannot hold what is stored."""
-    stored, ours = headers[name].dtype, reading.held[key].dtype
-    if may_lose(stored, ours):
-        kinds = [str(kind).removeprefix("torch.") for kind in (stored, ours)]
-        if not equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
-            why = f"by the cast to {kinds[1]}: the file has it as {kinds[0]}"
-            reading.found[key] = Finding(key, Verdict.OVERWRITTEN, key, why, True)
-    elif (found := without_scale(key, name, stored, ours, unread)) is not None:
-        reading.found[key] = found
+def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales) -> Finding | None:
+    """A finding if the type that a tensor was read into cannot hold what is stored, or says nothing of it."""
+    ours = reading.held[key].dtype
+    for name, header in own.items():
+        if found := without_scale(key, name, header.dtype, ours, scales):
+            return found
+    (name, header), *others = own.items()
+    if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
+        return None
+    kinds = [str(kind).removeprefix("torch.") for kind in (header.dtype, ours)]
+    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {kinds[1]}: the file has it as {kinds[0]}", True)
 
 
 def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:

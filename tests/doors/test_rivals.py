@@ -1,0 +1,91 @@
+"""Two names of the files for one tensor of the model, of which transformers drops one without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, MixtralForCausalLM
+
+import tiedquiet
+from tests.checkpoints import Printed, gpt2
+from tests.doors.renamed import BERT, verdicts, written
+from tests.doors.test_unread_ends import in_two_shards
+from tests.gate.test_check import check
+from tests.gate.test_compare import mixtral
+from tiedquiet import LoadError, Verdict
+
+
+def bert() -> Any:
+    return BertForSequenceClassification(BertConfig(**BERT))
+
+
+DENSE, LAYER_NORM = "encoder.layer.0.output.dense.weight", "bert.encoder.layer.0.output.LayerNorm"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+# A model, one of its keys, and the second name that the file has for it.
+TWO_NAMES: dict[str, tuple[Any, str, str]] = {
+    "with and without the prefix": (bert, f"bert.{DENSE}", DENSE),
+    "old and new": (bert, f"{LAYER_NORM}.weight", f"{LAYER_NORM}.gamma"),
+    "by a key_mapping": (lambda: GPT2LMHeadModel(gpt2()), "transformer.ln_f.weight", "transformer.last.weight"),
+    "merged and single": (mixtral, EXPERTS, EXPERTS),
+}
+
+
+def load(case: str, folder: Path, mode: str = "on") -> Any:
+    how = {"key_mapping": {r"\.last\.": ".ln_f."}} if case == "by a key_mapping" else {}
+    with tiedquiet.enable(mode):
+        return type(TWO_NAMES[case][0]()).from_pretrained(folder, **how)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])
+@pytest.mark.parametrize("case", TWO_NAMES)
+def test_two_names_of_one_tensor(case: str, form: str, tmp_path: Path, printed: Printed) -> None:
+    make, key, other = TWO_NAMES[case]
+    written(make(), tmp_path)
+    value = load(case, tmp_path).state_dict()[key]
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+
+    def put(more: torch.Tensor) -> None:
+        save_file(tensors, path, {"format": "pt"})
+        if form == "shards":
+            in_two_shards(tmp_path, {other: more})
+        elif form == "safetensors":
+            save_file({**tensors, other: more}, path, {"format": "pt"})
+        else:
+            path.unlink()
+            torch.save({**tensors, other: more}, tmp_path / "pytorch_model.bin")
+
+    put(value.clone())
+    assert tiedquiet.check(load(case, tmp_path, "strict")).ok, "the same twice is well"
+    put(value + 1)
+    model = load(case, tmp_path)
+    (finding,) = [found for found in tiedquiet.check(model).findings if found.verdict is not Verdict.TIED]
+    assert (finding.key, finding.verdict) == (key, Verdict.AMBIGUOUS)
+    has_first = torch.equal(model.state_dict()[key], value)
+    assert (finding.source == other) is not has_first
+    assert (f"not of {other}:" in finding.why) is has_first
+    assert any(f"{key} has the values of {finding.source}, not of " in line for line in printed.loud)
+    with pytest.raises(LoadError, match="ambiguous"):
+        load(case, tmp_path, "strict")
+    if case != "by a key_mapping":
+        assert check(tmp_path) == 1
+
+
+def test_two_names_in_a_state_dict() -> None:
+    tensors = {key: value.clone() for key, value in bert().state_dict().items()}
+    given = {**tensors, DENSE: tensors[f"bert.{DENSE}"] + 1}
+    model = BertForSequenceClassification.from_pretrained(None, config=BertConfig(**BERT), state_dict=given)
+    assert verdicts(model) == {f"bert.{DENSE}": Verdict.AMBIGUOUS}
+
+
+def test_a_file_of_several_types_is_not_counted_by_its_elements(tmp_path: Path) -> None:
+    """Merged and single in two types: only if something else calls for the headers is that seen."""
+    written(mixtral(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    value = MixtralForCausalLM.from_pretrained(tmp_path).state_dict()[EXPERTS]
+    save_file({**tensors, EXPERTS: value.bfloat16()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {}
+    save_file({**tensors, EXPERTS: value.bfloat16(), "x": value}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {EXPERTS: Verdict.AMBIGUOUS}
