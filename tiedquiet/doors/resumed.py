@@ -14,8 +14,8 @@ import torch
 from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint, of_folder
-from tiedquiet.proof.memory import plain, same
-from tiedquiet.proof.reading import Reading, find_unread, in_two_files, is_ignored, note_unread, read
+from tiedquiet.proof.memory import plain, same, types_of
+from tiedquiet.proof.reading import Reading, ask_headers, find_unread, in_two_files, is_ignored, note_unread, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
@@ -117,6 +117,9 @@ def read_folder(
     for name, files in twice.items():
         if (key := name.removeprefix(of.path)) in reading.held:
             reading.found[key] = in_two_files(key, *files)
+    if _has_cast(of, reading):
+        also = {of.path + key: key for key in reading.held}
+        ask_headers(model, reading, [], bool(getattr(of.core, "hf_quantizer", None)), also)
     held: dict[str, tuple[str, ...]] = {}
     done: dict[str, tuple[str, ...]] = {}
 
@@ -156,8 +159,19 @@ def read_folder(
     mended = [reading.found[key] for key in sorted(done)]
     again = read(model, reading.missing - came.keys(), checkpoint)
     again.found.update({key: finding for key, finding in reading.found.items() if key not in came})
-    again.likely, again.names_of = reading.likely, lambda key: came.get(key, ())
+    again.likely, again.narrowed = reading.likely, reading.narrowed
+    again.names_of = lambda key: came.get(key, ())
     return again, mended, set(held)
+
+
+def _has_cast(of: Inside, reading: Reading) -> bool:
+    """Whether anything was read into another type than the file has it in."""
+    checkpoint = reading.checkpoint
+    if len({*checkpoint.dtypes, *types_of(reading.held.values())}) < 2:
+        return False
+    headers = checkpoint.headers
+    stored = ((headers.get(of.path + key), tensor) for key, tensor in reading.held.items())
+    return any(header is not None and header.dtype != tensor.dtype for header, tensor in stored)
 
 
 def _converted(of: Inside, checkpoint: Checkpoint, now: Survey, made: _Made, keys: Collection[str]) -> _Values:
