@@ -14,11 +14,12 @@ from typing import Any
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
 from tiedquiet.doors.resumed import Inside, inside, read_folder
+from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
-from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.verdict import Finding, LoadError, Verdict
 
 
 @dataclass
@@ -52,6 +53,7 @@ def _around(
     is_best: bool = False,
 ) -> Any:
     resume = _Resume(str(folder), is_best)
+    adapters, failure = _versions(trainer)
     before = _going_on.set(resume)
     try:
         result = wrapped(*args, **kwargs)
@@ -59,7 +61,24 @@ def _around(
         _going_on.reset(before)
     if not resume.was_judged:
         _leave_unproven(trainer.model, folder, "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else "code")
-    return result
+    if failure is not None:
+        raise failure
+    if not adapters:
+        return result
+
+    def decide() -> Outcome | None:
+        return judge_rest(trainer.model, resume.folder, adapters, is_best)
+
+    return carry_out(decide, lambda: result, (), {})
+
+
+def _versions(trainer: Any) -> tuple[Versions, LoadError | None]:
+    """What shows whether anything is read into an adapter; nothing where FSDP or DeepSpeed have parted its tensors."""
+    try:
+        is_parted = any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
+        return ({} if is_parted else versions(trainer.model)), None
+    except Exception as error:
+        return {}, stand_aside(error)
 
 
 def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,7 +92,7 @@ def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
 def _leave_unproven(model: Any, folder: object, how: str) -> None:
     """Leave the record of a resume that went another way; adapters have their own door."""
     try:
-        if mode.current() != "off" and model is not None and not _has_adapters(model):
+        if mode.current() != "off" and model is not None and not has_adapters(model):
             why = f"{folder} was read by {how}, which tiedquiet does not inspect"
             record.leave(model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
             words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
@@ -89,7 +108,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
             return None
         resume = _going_on.get() or _Resume("")
         resume.was_judged = True
-        if resume.is_best and _has_adapters(trainer.model):
+        if resume.is_best and has_adapters(trainer.model):
             return None  # then peft's `load_adapter` has read it, which is a door of its own
         return _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
 
@@ -131,17 +150,6 @@ def _leave_inside(of: Inside) -> None:
         as_loaded = of.as_loaded
         kept = known.renamed(of.core, lambda key: as_loaded(key) if key.startswith(of.at) else None)
         record.leave(of.core, kept)
-
-
-def _has_adapters(model: Any) -> bool:
-    """Whether peft wrapped the model: its adapters have their own door."""
-    return isinstance(getattr(model, "peft_config", None), dict) and not isinstance(model, _model_class())
-
-
-def _model_class() -> type:
-    from transformers import PreTrainedModel
-
-    return PreTrainedModel  # type: ignore[no-any-return]
 
 
 add(
