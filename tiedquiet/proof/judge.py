@@ -131,8 +131,11 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
     judge_casts(known, now, sources_since(model, known, now))
-    tied = ties(now, known.missing, known.stored) if known.missing else {}
-    findings = {finding.key: finding for finding in _judge_now(model, known, now, tied)}
+    # A tie is declared under the names that its ends had before PEFT wrapped one of them.
+    before = set(map(record.loaded_name, known.stored)) - known.missing
+    by_loaded_name = replace(known, stored=known.stored | before)
+    tied = ties(now, known.missing, by_loaded_name.stored) if known.missing else {}
+    findings = {finding.key: finding for finding in _judge_now(model, by_loaded_name, now, tied)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
     )

@@ -10,7 +10,7 @@ import torch
 
 from tiedquiet.verdict import Finding, Verdict
 
-_WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
+_WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
 _ATTRIBUTE = "_tiedquiet_record"
 
 
@@ -110,9 +110,11 @@ class Record:
     def after(self, earlier: "Record") -> "Record":
         """What is known after an earlier load of the same model as well: of its base before an adapter's, say.
 
-        What this load read or missed is its own; of all else the earlier one tells.
+        What this load read or missed is its own, whatever the earlier one called it before PEFT wrapped the module that
+        it is in; of all else the earlier one tells.
         """
         own = self.stored | self.missing
+        own |= set(map(loaded_name, own))
         if self.is_resumed:  # of the whole state dict; a buffer beside it is as it was
             others = {k: f for k, f in earlier.lasting.items() if k not in own and f.verdict is Verdict.UNWRITTEN}
             self.lasting = {**others, **self.lasting}
@@ -123,10 +125,9 @@ class Record:
             )
         for kept in ("grown", "altered", "narrowed", "free", "gone"):
             setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
-        new = own - earlier.stored - earlier.missing
-        self.total = earlier.total + len(new)
         self.stored = self.stored | (earlier.stored - own)
         self.missing = self.missing | (earlier.missing - own)
+        self.total = earlier.total + len(self.stored | self.missing) - len(earlier.stored | earlier.missing)
         self.files = earlier.files + self.files
         self.stamps = earlier.stamps | self.stamps
         return self

@@ -1,0 +1,113 @@
+"""Kinds of adapters: what each of them saves reaches the model, and no other tensor is asked for."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import tiedquiet
+from tests.doors.test_adapters import FILE, SMALL, rename
+from tiedquiet.__main__ import main
+
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings:UserWarning"),
+]
+
+PROJECTIONS = ["q_proj", "v_proj"]
+KINDS: dict[str, Callable[[], Any]] = {
+    "biases of the layers": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, bias="lora_only"),
+    "all biases": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, bias="all"),
+    "tokens besides": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, trainable_token_indices=[1, 2]),
+    "the embedding": lambda: peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"]),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "parted"])
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    model = Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "tie_word_embeddings": request.param}))
+    model.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def base_of(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def saved(base: Path, kind: str) -> Path:
+    """An adapter of that kind, whose tensors all were trained."""
+    with tiedquiet.enable("off"):
+        model = peft.get_peft_model(base_of(base), KINDS[kind]())
+        for value in model.parameters():
+            if value.requires_grad:
+                torch.nn.init.normal_(value)
+        model.save_pretrained(base.parent / "adapter")
+    return base.parent / "adapter"
+
+
+def by_transformers(base: Path, adapter: Path) -> Any:
+    model = base_of(base)
+    model.load_adapter(str(adapter))
+    return model
+
+
+def are_all_in(model: Any, adapter: Path) -> bool:
+    """Whether each tensor of an adapter's file is one of the model's."""
+    now = list(model.state_dict().values())
+    return all(any(torch.equal(value, one) for one in now) for value in load_file(adapter / FILE).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_one_that_transformers_loads(kind: str, base: Path) -> None:
+    adapter = saved(base, kind)
+    proof = tiedquiet.check(model := by_transformers(base, adapter))
+    is_sound = are_all_in(model, adapter)  # some releases do not read all of it
+    assert proof.ok == is_sound, proof
+    assert main(["check", str(adapter)]) == (0 if is_sound else 1)
+    with tiedquiet.enable("strict"), nullcontext() if is_sound else pytest.raises(tiedquiet.LoadError):
+        by_transformers(base, adapter)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_one_that_peft_loads(kind: str, base: Path) -> None:
+    adapter = saved(base, kind)
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(base_of(base), adapter)
+    assert are_all_in(model, adapter)
+    proof = tiedquiet.check(model)
+    assert proof.ok, proof
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_of_one(kind: str, base: Path) -> None:
+    adapter = saved(base, kind)
+    rename(adapter, lambda key: None if "layers.1" in key else key)
+    proof = tiedquiet.check(by_transformers(base, adapter))
+    assert not proof.ok
+    assert proof.missing >= 4
+    assert main(["check", str(adapter)]) == 1
+
+
+def test_a_bias_that_changed_since(base: Path) -> None:
+    adapter = saved(base, "all biases")
+    model = by_transformers(base, adapter)
+    layer = model.model.layers[0].self_attn.q_proj.base_layer
+    layer.bias = torch.nn.Parameter(layer.bias + 1)
+    (finding,) = (one for one in tiedquiet.check(model).findings if one.verdict is tiedquiet.Verdict.UNPROVEN)
+    assert finding.key == "model.layers.0.self_attn.q_proj.base_layer.bias"
+
+
+def test_the_base_beside_tokens(base: Path) -> None:
+    """Its embedding is wrapped twice."""
+    model = peft.PeftModel.from_pretrained(base_of(base), saved(base, "tokens besides"))
+    assert tiedquiet.check(model, base).ok
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.token_adapter.base_layer.weight[5, 5] += 1
+    assert not tiedquiet.check(model, base).ok
