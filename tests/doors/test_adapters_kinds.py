@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "all biases": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, bias="all"),
     "tokens besides": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, trainable_token_indices=[1, 2]),
     "the embedding": lambda: peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"]),
+    "ranks that change": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=PROJECTIONS),
 }
 
 
@@ -41,12 +42,12 @@ def base_of(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base)
 
 
-def saved(base: Path, kind: str) -> Path:
-    """An adapter of that kind, whose tensors all were trained."""
+def saved(base: Path, config: Any) -> Path:
+    """An adapter whose tensors all were trained."""
     with tiedquiet.enable("off"):
-        model = peft.get_peft_model(base_of(base), KINDS[kind]())
+        model = peft.get_peft_model(base_of(base), config)
         for value in model.parameters():
-            if value.requires_grad:
+            if value.requires_grad and value.is_floating_point():
                 torch.nn.init.normal_(value)
         model.save_pretrained(base.parent / "adapter")
     return base.parent / "adapter"
@@ -66,7 +67,7 @@ def are_all_in(model: Any, adapter: Path) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_one_that_transformers_loads(kind: str, base: Path) -> None:
-    adapter = saved(base, kind)
+    adapter = saved(base, KINDS[kind]())
     proof = tiedquiet.check(model := by_transformers(base, adapter))
     is_sound = are_all_in(model, adapter)  # some releases do not read all of it
     assert proof.ok == is_sound, proof
@@ -77,17 +78,34 @@ def test_a_sound_one_that_transformers_loads(kind: str, base: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sound_one_that_peft_loads(kind: str, base: Path) -> None:
-    adapter = saved(base, kind)
+    adapter = saved(base, KINDS[kind]())
     with tiedquiet.enable("strict"):
         model = peft.PeftModel.from_pretrained(base_of(base), adapter)
     assert are_all_in(model, adapter)
     proof = tiedquiet.check(model)
     assert proof.ok, proof
+    total = len(load_file(adapter / FILE))
+    proof = tiedquiet.check(model, adapter)
+    assert (proof.ok, proof.stored, proof.total) == (True, total, total)
+
+
+def test_a_tensor_that_layers_share(base: Path) -> None:
+    config = peft.VBLoRAConfig(target_modules=PROJECTIONS, r=2, num_vectors=8, vector_length=4, topk=2)
+    adapter = saved(base, config)
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(base_of(base), adapter)
+    assert are_all_in(model, adapter)
+    assert tiedquiet.check(model).ok
+    rename(adapter, lambda key: None if "vector_bank" in key else key)
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(base_of(base), adapter))
+    assert {f.key.split(".")[-2] for f in proof.findings if f.verdict is tiedquiet.Verdict.MISSING} == {
+        "vblora_vector_bank"
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_of_one(kind: str, base: Path) -> None:
-    adapter = saved(base, kind)
+    adapter = saved(base, KINDS[kind]())
     rename(adapter, lambda key: None if "layers.1" in key else key)
     proof = tiedquiet.check(by_transformers(base, adapter))
     assert not proof.ok
@@ -96,7 +114,7 @@ def test_half_of_one(kind: str, base: Path) -> None:
 
 
 def test_a_bias_that_changed_since(base: Path) -> None:
-    adapter = saved(base, "all biases")
+    adapter = saved(base, KINDS["all biases"]())
     model = by_transformers(base, adapter)
     layer = model.model.layers[0].self_attn.q_proj.base_layer
     layer.bias = torch.nn.Parameter(layer.bias + 1)
@@ -106,7 +124,7 @@ def test_a_bias_that_changed_since(base: Path) -> None:
 
 def test_the_base_beside_tokens(base: Path) -> None:
     """Its embedding is wrapped twice."""
-    model = peft.PeftModel.from_pretrained(base_of(base), saved(base, "tokens besides"))
+    model = peft.PeftModel.from_pretrained(base_of(base), saved(base, KINDS["tokens besides"]()))
     assert tiedquiet.check(model, base).ok
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.token_adapter.base_layer.weight[5, 5] += 1

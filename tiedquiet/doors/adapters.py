@@ -39,11 +39,24 @@ def leave_out_others(model: Any, reading: Reading) -> None:
 
     Nothing says which adapter it is: the one that something was read for, or else the one that was put in last.
     """
-    keys = [names_in_files(model, adapter).keys() for adapter in model.peft_config]
-    own = set().union(*([some for some in keys if some & reading.held.keys()] or keys[-1:]))
+    keys = {adapter: names_in_files(model, adapter) for adapter in model.peft_config}
+    loaded = [adapter for adapter, own in keys.items() if own.keys() & reading.held.keys()] or list(keys)[-1:]
+    own = {key for adapter in loaded for key in keys[adapter]}
     reading.found = {key: finding for key, finding in reading.found.items() if key in own or key not in reading.missing}
     reading.missing &= own
     reading.total = len(reading.held) + len(reading.missing)
+    if reading.missing:
+        reading.free |= reading.missing.difference(*(_saved(model, adapter, keys[adapter]) for adapter in loaded))
+
+
+def _saved(model: Any, adapter: str, in_files: dict[str, str]) -> set[str]:
+    """Those of an adapter's tensors that peft saves: not AdaLoRA's `ranknum`."""
+    from peft import get_peft_model_state_dict
+
+    state = model.state_dict(keep_vars=True)
+    saved = get_peft_model_state_dict(model, state, adapter_name=adapter, save_embedding_layers=False)
+    same = set(map(id, saved.values()))  # some have other names there, others are cut to size
+    return {key for key, name in in_files.items() if name in saved or id(state.get(key)) in same}
 
 
 def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], list[tuple[int, str]]]:
@@ -130,7 +143,10 @@ def _judge(before: _Before, result: Any) -> Outcome:
     checkpoint = _checkpoint(where)
     state = survey(base).state
     in_files = {key: prefix + name for key, name in names_in_files(base, adapter).items()}
-    missing = {key.removeprefix(prefix) for key in result.missing_keys} & in_files.keys()
+    whole, unseen = survey(model).state, set(result.missing_keys)
+    # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
+    read = {id(whole[name]) for name in names_in_files(model, adapter) if name not in unseen}
+    missing = {key for key in in_files if prefix + key in unseen and id(state[key]) not in read}
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.

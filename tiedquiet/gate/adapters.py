@@ -1,5 +1,6 @@
 """Compares an adapter in memory with the folder it was saved to, under the names that peft gives its tensors there."""
 
+import warnings
 from typing import Any
 
 from tiedquiet.gate.diagnosis import CannotCheck
@@ -37,6 +38,11 @@ def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) 
     except Exception as error:
         raise CannotCheck(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     ours = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if hasattr(model, "get_input_embeddings"):  # which peft saves as well, or was told to: the file says whether it did
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            more = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
+        ours |= {key: tensor for key, tensor in more.items() if {key, _PREFIX + key} & stored.keys()}
     findings, held, used = [], 0, set()
     for key, tensor in sorted(ours.items()):
         in_files = next((known for known in (key, _PREFIX + key) if known in stored), None)
