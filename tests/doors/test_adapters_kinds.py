@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "all biases": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, bias="all"),
     "tokens besides": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, trainable_token_indices=[1, 2]),
     "the embedding": lambda: peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"]),
+    "magnitudes": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, use_dora=True),
     "ranks that change": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=PROJECTIONS),
 }
 
@@ -72,6 +73,8 @@ def test_a_sound_one_that_transformers_loads(kind: str, base: Path) -> None:
     is_sound = are_all_in(model, adapter)  # some releases do not read all of it
     assert proof.ok == is_sound, proof
     assert main(["check", str(adapter)]) == (0 if is_sound else 1)
+    advice = [finding.cure for finding in proof.findings if finding.broken]
+    assert all("PeftModel.from_pretrained" in cure for cure in advice), "which reads it, as the next test shows"
     with tiedquiet.enable("strict"), nullcontext() if is_sound else pytest.raises(tiedquiet.LoadError):
         by_transformers(base, adapter)
 

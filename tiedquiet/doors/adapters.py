@@ -85,8 +85,10 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     state, missing = survey(model).state, reading.missing - reading.found.keys()
     by_peft = [pair for adapter in model.peft_config for pair in names_in_files(model, adapter).items()]
     for key, own in by_peft:
-        name = f"base_model.model.{own}"
-        if key in missing and name in unread and unread[name].shape == state[key].shape:
+        # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
+        names_there = (f"base_model.model.{one}" for one in (own, own.removesuffix(".weight")))
+        name = next((one for one in names_there if one in unread), None)
+        if key in missing and name is not None and unread[name].shape == state[key].shape:
             why = (
                 "because load_adapter in this release of transformers looks for it under a name that peft does not use"
             )
