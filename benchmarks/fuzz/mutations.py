@@ -68,7 +68,7 @@ def _until_the_report(original: Any) -> Any:
 
 def _plain_arguments(original: Any) -> Any:
     """`_buffers_of_twins`: made with a config alone."""
-    return lambda arguments, dtype: original((*arguments[:2], (), {}), dtype)
+    return lambda arguments: original((*arguments[:3], (), {}))
 
 
 def _unguarded(original: Any) -> Any:

@@ -230,6 +230,7 @@ LOADS: dict[str, Any] = {
         for name in (
             "BesideABuffer",
             "FilledInPart",
+            "FilledInPartByAnIndex",
             "ComputesFromWhatNobodyWrote",
             "StableLM",
             "BufferThroughNumpy",
@@ -335,6 +336,7 @@ AFTERWARDS = {
     "is_main_process",
     "_buffers_of_twins",
     "_buffers_of_a_twin",
+    "_drawing_from",
     "update_key_name",
     "values",
     "_name_of",

@@ -231,48 +231,6 @@ def test_values_that_are_too_many_to_keep_count_as_lost(tmp_path: Path, monkeypa
     assert load("good citizen") == {}
 
 
-class WantsMore(Tiny):
-    """Computes a buffer in `__init__` of what it is given besides its config, and of what it makes of that."""
-
-    def __init__(self, config: Any, more: int = 1, kind: str = "table") -> None:
-        config.start = getattr(config, "start", 2) + 1
-        super().__init__(config)
-        values = {
-            "table": torch.arange(float(more)) + config.start,
-            "drawn": torch.rand(4),
-            "counted": torch.full((2,), float(WantsMore.made)),
-        }
-        if kind == "once":
-            values["once"] = torch.ones(TICKETS.pop())
-        WantsMore.made += 1
-        self.register_buffer("table", values[kind], persistent=False)
-
-    made = 0
-
-
-TICKETS: list[int] = []
-
-
-def test_buffers_are_repaired_by_an_init_that_is_like_the_first(tmp_path: Path, printed: Printed) -> None:
-    file = saved(tmp_path, "good citizen")
-    with tiedquiet.enable("repair"):
-        model = WantsMore.from_pretrained(file, more=3)
-        assert verdicts(model) == {}
-        assert model.table.tolist() == [3, 4, 5]
-        assert model.config.start == 3
-        assert printed.loud == []
-        with dirty_memory():
-            for kind in ("drawn", "counted"):  # no second one has the first one's values
-                model = WantsMore.from_pretrained(file, kind=kind)
-                assert verdicts(model) == {"table": Verdict.UNWRITTEN}
-                assert model.table.isnan().all()
-            TICKETS.append(2)  # a second `__init__` fails
-            model = WantsMore.from_pretrained(file, kind="once")
-            assert verdicts(model) == {"table": Verdict.UNWRITTEN}
-    assert len(printed.loud) == 3
-    assert all("unwritten" in line for line in printed.loud)
-
-
 def test_writes_are_counted_through_every_view_and_where_torch_counts() -> None:
     tensor = torch.ones(4)
     before = version_of(tensor)

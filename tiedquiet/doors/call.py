@@ -27,7 +27,7 @@ class Call:
         kind: the class that is loaded.
 
     Attributes:
-        arguments: what the model's `__init__` was called with, where that is known.
+        arguments: those of the load, where they are known.
     """
 
     def __init__(self, kind: type) -> None:

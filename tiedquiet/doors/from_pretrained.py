@@ -24,6 +24,7 @@ from tiedquiet.proof.reading import (
     origins_in_files,
     read,
 )
+from tiedquiet.proof.repair import prepare
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
@@ -53,8 +54,9 @@ def _on_init(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
     around = call.current()
     if around is not None and mode.current() == "repair":
         with suppress(Exception):
-            given = sys._getframe(1).f_locals
-            around.arguments = kind, *copy.deepcopy((given["config"], given["model_args"], given["model_kwargs"]))
+            given, dtype = sys._getframe(1).f_locals, bind(wrapped, args, kwargs)["dtype"]
+            arguments = copy.deepcopy((given["config"], given["model_args"], given["model_kwargs"]))
+            around.arguments = kind, dtype, *arguments
     return result
 
 
@@ -269,6 +271,8 @@ def _read_again(
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:
     """The report without the rows of what is in the model after all; what else there is to say is said at the end."""
     load.reported = _reported(bound)
+    if mode.current() == "repair" and load.watch.placeholders:
+        prepare(load, bound["model"])
     missing = left_missing(load, bound["model"]) if load.reported else set()
     return Outcome(arguments=_with_missing(bound, missing)) if missing != load.reported else None
 

@@ -33,7 +33,9 @@ class Load:
         where: where the checkpoint lies, as the loader's report says it.
         reported: the keys that the loader reported missing.
         dropped: those of them that were left out of its report.
-        arguments: the model's class, and what its `__init__` was given: config, positional and keyword arguments.
+        arguments: the model's class, torch's default type while its `__init__` ran, and what that was given: config,
+            positional and keyword arguments.
+        computed: the buffers that an `__init__` like that computes, once they were asked for.
         is_in_call: whether its watch is left when the call around it returns.
         is_over: whether that has returned.
         is_strict: whether to look at each value that was cast to a smaller type.
@@ -51,6 +53,7 @@ class Load:
         self.reported: set[str] = set()
         self.dropped: set[str] = set()
         self.arguments: tuple[Any, ...] = ()
+        self.computed: dict[str, torch.Tensor] | None = None
         self.is_in_call = self.is_over = self.is_strict = False
         self._is_resumed = is_resumed
         vars(model)[_ATTRIBUTE] = self
@@ -107,6 +110,7 @@ class Load:
         self.watch.placeholders.take_marks_off()
         self.watch = Watch({}, protect=False)  # a reference to this load keeps no tensor and no exception alive
         self.reading, self.in_flight, self.arguments = Reading(self.reading.checkpoint, {}, {}, set(), 0), None, ()
+        self.computed = None
         if known is not None:
             earlier = record.of(model)
             record.leave(model, known if earlier is None else known.after(earlier))

@@ -1,6 +1,9 @@
 """Repairing a load: the only part of the proof that writes to a model."""
 
 import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +39,6 @@ def repair(
         if write.was_seen
     ]
     before = {f.key: f for f in [*protected, *findings] if f.verdict in _MENDABLE}
-    twin: dict[str, torch.Tensor] | None = None
     for _ in range(2):  # what is tied to a stored tensor may have to wait until that is put back
         now = survey(model)
         for finding in findings:
@@ -46,12 +48,23 @@ def repair(
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
                 _tie(load, model, finding, now, in_place)
             elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER and key not in load.reading.likely:
-                twin = _buffers_of_twins(load.arguments, model.dtype) if twin is None else twin
-                _fill(load, model, key, twin.get(key), now)
+                _fill(load, model, key, _computed(load).get(key), now)
         findings = load.settle(model, load.known.reported if load.known else set())
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
     left = {f.key for f in findings if f.verdict is not Verdict.TIED}
     return findings, [before[key] for key in sorted(before) if key not in left]
+
+
+def prepare(load: Load, model: Any) -> None:
+    """Compute what buffers without values may need while the call lasts: what a class sets for it may count.
+
+    Args:
+        load: the load.
+        model: its model.
+    """
+    if any(map(load.watch.placeholders.has, model.buffers())):
+        with load.watch.aside():
+            _computed(load)
 
 
 def copy_in_place(tensor: torch.Tensor, value: torch.Tensor) -> bool:
@@ -127,24 +140,29 @@ def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Su
     load.reading.free.add(key)  # it has what its class computes: that the files lack it is no loss
 
 
-def _buffers_of_twins(arguments: tuple[Any, ...], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _computed(load: Load) -> dict[str, torch.Tensor]:
+    if load.computed is None:
+        load.computed = _buffers_of_twins(load.arguments)
+    return load.computed
+
+
+def _buffers_of_twins(arguments: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     """The buffers that a second `__init__` computes, with the arguments of the first one; what a third computes, too.
 
     What differs between the two was drawn or counted, and nobody can tell what the first one made of it.
     """
-    first, second = (_buffers_of_a_twin(arguments, dtype, seed) for seed in (1, 2))
+    first, second = (_buffers_of_a_twin(arguments, seed) for seed in (1, 2))
     return {name: buffer for name, buffer in first.items() if name in second and equals(buffer, second[name])}
 
 
-def _buffers_of_a_twin(arguments: tuple[Any, ...], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch.Tensor]:
     watch, default = Watch({}, protect=False), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as `from_pretrained` does
     try:
         from accelerate import init_empty_weights
 
-        kind, config, args, kwargs = copy.deepcopy(arguments)
-        with torch.random.fork_rng(devices=[]), watch, init_empty_weights(include_buffers=False):
-            torch.manual_seed(seed)
+        kind, dtype, config, args, kwargs = copy.deepcopy(arguments)
+        torch.set_default_dtype(dtype)  # as `from_pretrained` does
+        with _drawing_from(seed), watch, init_empty_weights(include_buffers=False):
             twin = kind(config, *args, **kwargs)
     except Exception:
         return {}  # what it was made with is not known, or there is no accelerate: its buffers stay, and are reported
@@ -155,3 +173,20 @@ def _buffers_of_a_twin(arguments: tuple[Any, ...], dtype: torch.dtype, seed: int
         for name, buffer in twin.named_buffers(remove_duplicate=False)
         if not buffer.is_meta and not watch.placeholders.has(buffer)
     }
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed; afterwards the program's own go on where they were, those of GPUs included."""
+    import numpy  # as transformers does
+
+    before, before_of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds every GPU as well
+        random.seed(seed)
+        numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before)
+            numpy.random.set_state(before_of_numpy)

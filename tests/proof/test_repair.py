@@ -1,0 +1,130 @@
+"""What `repair` fills buffers with: what the first `__init__` computed, and nothing else."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import pytest
+import torch
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.idioms import Tiny, dirty_memory, same
+from tests.proof.test_watch import saved, verdicts
+from tiedquiet import Verdict
+
+
+class WantsMore(Tiny):
+    """Computes a buffer in `__init__` of what it is given besides its config, and of what it makes of that."""
+
+    def __init__(self, config: Any, more: int = 1, kind: str = "table") -> None:
+        config.start = getattr(config, "start", 2) + 1
+        super().__init__(config)
+        values = {
+            "table": torch.arange(float(more)) + config.start,
+            "drawn": torch.rand(4),
+            "counted": torch.full((2,), float(WantsMore.made)),
+        }
+        if kind == "once":
+            values["once"] = torch.ones(TICKETS.pop())
+        WantsMore.made += 1
+        self.register_buffer("table", values[kind], persistent=False)
+
+    made = 0
+
+
+TICKETS: list[int] = []
+
+
+def test_buffers_are_repaired_by_an_init_that_is_like_the_first(tmp_path: Path, printed: Printed) -> None:
+    file = saved(tmp_path, "good citizen")
+    with tiedquiet.enable("repair"):
+        model = WantsMore.from_pretrained(file, more=3)
+        assert verdicts(model) == {}
+        assert model.table.tolist() == [3, 4, 5]
+        assert model.config.start == 3
+        assert printed.loud == []
+        with dirty_memory():
+            for kind in ("drawn", "counted"):  # no second one has the first one's values
+                model = WantsMore.from_pretrained(file, kind=kind)
+                assert verdicts(model) == {"table": Verdict.UNWRITTEN}
+                assert model.table.isnan().all()
+            TICKETS.append(2)  # a second `__init__` fails
+            model = WantsMore.from_pretrained(file, kind="once")
+            assert verdicts(model) == {"table": Verdict.UNWRITTEN}
+    assert len(printed.loud) == 3
+    assert all("unwritten" in line for line in printed.loud)
+
+
+class DependsOnMore(Tiny):
+    """Computes buffers of what is in force while it is loaded: torch's default type, a number of the class."""
+
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["embed"]
+    base = 1.0
+    made = 0
+
+    def add(self, config: Any) -> None:
+        DependsOnMore.made += 1
+        powers = torch.arange(4.0, dtype=torch.get_default_dtype())
+        self.register_buffer("table", (1 / 3**powers).float() * self.base, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        cls.base = 5.0
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            cls.base = 1.0
+
+
+class ComputesItAgain(DependsOnMore):
+    """The same, and nothing to repair."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            self.table.fill_(2)
+
+
+@pytest.mark.parametrize(("cls", "made"), [(DependsOnMore, 3), (ComputesItAgain, 1)])
+def test_buffers_are_repaired_with_what_was_in_force(
+    cls: type[DependsOnMore], made: int, tmp_path: Path, printed: Printed
+) -> None:
+    saved(tmp_path, "good citizen")
+    powers = torch.arange(4.0, dtype=torch.bfloat16)
+    before = DependsOnMore.made
+    with tiedquiet.enable("repair"), dirty_memory():
+        model = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert (model.dtype, model.lin.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert same(model.table, torch.full((4,), 2.0) if made == 1 else (1 / 3**powers).float() * 5)
+    assert DependsOnMore.made - before == made, "the second and the third are made where they are needed, and once"
+    assert verdicts(model) == {}
+    assert printed.loud == []
+
+
+class Draws(Tiny):
+    """Draws a buffer in `__init__`."""
+
+    how: Callable[[], float]
+
+    def add(self, config: Any) -> None:
+        self.register_buffer("table", torch.full((2,), Draws.how()), persistent=False)
+
+
+@pytest.mark.parametrize("how", [random.random, numpy.random.rand, lambda: float(torch.rand((), device="cpu"))])
+def test_what_is_drawn_is_not_repaired_and_the_numbers_drawn_next_are_the_same(
+    how: Callable[[], float], tmp_path: Path
+) -> None:
+    saved(tmp_path, "good citizen")
+    Draws.how, drawn = how, {}
+    for mode in ("off", "repair"):
+        random.seed(3)
+        numpy.random.seed(3)
+        torch.manual_seed(3)
+        with tiedquiet.enable(mode):
+            model = Draws.from_pretrained(tmp_path)
+        drawn[mode] = how()
+    assert verdicts(model) == {"table": Verdict.UNWRITTEN}
+    assert drawn["off"] == drawn["repair"]
