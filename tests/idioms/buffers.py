@@ -126,6 +126,20 @@ class FilledInPartByAThread(Numbers):
 
 
 @idiom()
+class CopiedFromWhatNobodyWrote(Numbers):
+    """What `__init__` computes is copied to where it is needed."""
+
+    def add(self, config: Any) -> None:
+        super().add(config)
+        self.register_buffer("moved", torch.arange(300).view(100, 3), persistent=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if module is self:
+            self.moved = self.table.clone()
+
+
+@idiom()
 class FilledInTwoSteps(FilledInPart):
     """Sines at even places, cosines at odd ones: in full, in two strided steps."""
 

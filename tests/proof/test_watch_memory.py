@@ -250,6 +250,38 @@ def test_no_mark_is_left(how: str) -> None:
     assert tensor._version == 0 or how not in ("nothing", "numpy")
 
 
+def test_what_is_computed_is_the_same_as_without_marks_and_they_are_there_afterwards() -> None:
+    tensor, table = torch.full((300,), 5.0), torch.zeros(300)
+    watch = Watch({}, protect=False)
+    watch.placeholders.add(tensor)
+    with watch:
+        made = [tensor.clone(), tensor.double(), tensor[100:] * 1, torch.cat([tensor, tensor]), table.copy_(tensor)]
+        with pytest.raises(RuntimeError, match="must match the size"):
+            tensor + torch.ones(7)
+        assert watch.placeholders.has(tensor)
+        tensor.numpy().fill(7)
+    assert watch.error is None
+    for copy in made:
+        assert copy.eq(5).all()
+        assert watch.placeholders.has(copy)
+    assert not watch.placeholders.has(tensor)
+
+
+def test_marks_tell_of_numpy_after_something_was_computed() -> None:
+    tensor, watch = torch.full((300,), 5.0), Watch({}, protect=False)
+    watch.placeholders.add(tensor)
+    with watch:
+        tensor.sum()
+        tensor.numpy()[:100].fill(7)
+        tensor.sum()
+        half = watch.placeholders.has(tensor)
+        tensor.numpy()[100:].fill(7)
+    assert half
+    assert not watch.placeholders.has(tensor)
+    watch.placeholders.take_marks_off()
+    assert tensor.eq(7).all()
+
+
 def test_no_mark_is_left_where_memory_is_added_again() -> None:
     tensor, watch = torch.full((300,), 5.0), Watch({}, protect=False)
     for is_fresh in (True, True, False):

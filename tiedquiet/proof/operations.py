@@ -52,6 +52,7 @@ def operation_of(func: Any) -> Operation | None:
     changes = tuple((place, a.name) for place, a in enumerate(schema.arguments) if is_written(a))
     packet, name = func.overloadpacket, schema.name.rpartition("::")[2]
     overwrites_some = name in _OVERWRITES_SOME and all(a.name != "reduce" for a in schema.arguments)
+    is_view = not changes and any(value.alias_info is not None for value in schema.returns)
     overwrites = overwrites_some or name.removeprefix("_foreach_") in _OVERWRITES
     return Operation(
         changes,
@@ -63,7 +64,7 @@ def operation_of(func: Any) -> Operation | None:
         makes_empty=packet in _EMPTY and not changes,
         reaches=packet in _REACH,
         is_foreign=schema.name.partition("::")[0] not in _TORCH,
-        takes_values=not name.endswith("_like") and not name.startswith("new_"),
+        takes_values=not (name.endswith("_like") or name.startswith("new_") or is_view),
     )
 
 

@@ -4,7 +4,7 @@ Torch tells what it writes to. What is written without it shows in the marks: in
 and in no other, up to 64 elements get a value that nobody computes, and whoever fills the memory writes over them.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from operator import attrgetter
 
 import torch
@@ -54,6 +54,24 @@ class Placeholders:
         for address in list(self._marks) if tensor is None else addresses_of(tensor):
             if (marks := self._marks.pop(address, None)) is not None:
                 marks.take_off(self._written.get(address))
+
+    def lift_marks(self, tensors: Iterable[torch.Tensor]) -> "list[tuple[int, _Marks, torch.Tensor]]":
+        """Take marks off memory that is about to be read, so that what is made of it is the same as without them.
+
+        Returns:
+            Address, marks, and which of them were lifted: for `lay_marks`.
+        """
+        lifted = []
+        for address in {address for tensor in tensors for address in addresses_of(tensor)}:
+            if (marks := self._marks.pop(address, None)) is not None:
+                lifted.append((address, marks, marks.take_off(self._written.get(address))))
+        return lifted
+
+    def lay_marks(self, lifted: "list[tuple[int, _Marks, torch.Tensor]]") -> None:
+        """Put marks on again that were lifted."""
+        for address, marks, which in lifted:
+            marks.put_on(which)
+            self._marks[address] = marks
 
     def add_computed(self, tensor: torch.Tensor) -> None:
         """Add what was computed from unwritten memory, unless it is a view of that."""
@@ -154,19 +172,28 @@ class _Marks:
         """For each of them whether nobody wrote over it."""
         return (self._places(storage) == self._value).all(1)
 
-    def take_off(self, written: torch.Tensor | None) -> None:
+    def take_off(self, written: torch.Tensor | None) -> torch.Tensor:
         """Put back what lay there, where nobody wrote over it.
 
         Args:
             written: for each element whether torch wrote to it: if so, what looks like a mark is a value.
+
+        Returns:
+            For each mark whether it was taken off.
         """
         storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
         if storage is None or storage.nbytes() < self._elements * self.size:
-            return  # that memory is gone
+            return torch.zeros(0, dtype=torch.bool, device="cpu")  # that memory is gone
         is_left = self.are_left(storage)
         if written is not None and written.numel() == self._elements:
             is_left &= ~written[:: self.step]
         self._places(storage)[is_left] = self._before[is_left]
+        return is_left
+
+    def put_on(self, which: torch.Tensor) -> None:
+        """Put those on again that were taken off from memory that is in use."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        self._places(storage)[which] = self._value[which]
 
     def _places(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Their bytes, through a tensor of its own, so that torch does not count what is written here."""

@@ -168,6 +168,8 @@ def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch
         return {}  # what it was made with is not known, or there is no accelerate: its buffers stay, and are reported
     finally:
         torch.set_default_dtype(default)
+    if watch.error is not None:
+        raise watch.error  # it does not know which of them have values
     return {
         name: buffer
         for name, buffer in twin.named_buffers(remove_duplicate=False)

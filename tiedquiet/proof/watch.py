@@ -114,7 +114,7 @@ class Watch(TorchDispatchMode):
         operation: Operation | None = None
         written: list[torch.Tensor] = []
         stand_ins: dict[int, torch.Tensor] = {}
-        is_empty = False
+        is_empty, lifted = False, []
         try:
             operation = operation_of(func) if self.open else None
             if operation is not None and (operation.changes or operation.reaches or operation.is_foreign):
@@ -129,12 +129,20 @@ class Watch(TorchDispatchMode):
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
             if operation is not None and self.placeholders:
                 is_empty = self._takes_from_placeholders(operation, written, args, kwargs)
-                for tensor in written if is_empty else ():
-                    self.placeholders.take_marks_off(tensor)
+                if is_empty:
+                    for tensor in written:
+                        self.placeholders.take_marks_off(tensor)
+                    lifted = self.placeholders.lift_marks(read_by(operation, args, kwargs))
         except Exception as error:
             self.give_up(error)
             call = args, kwargs
-        result = func(*call[0], **call[1])
+        try:
+            result = func(*call[0], **call[1])
+        finally:
+            try:
+                self.placeholders.lay_marks(lifted)
+            except Exception as error:
+                self.give_up(error)
         if operation is not None:
             try:
                 likewise = partial(do_likewise, func, args) if operation.overwrites_some else None
@@ -231,9 +239,8 @@ class Watch(TorchDispatchMode):
         self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         """Whether the operation computes from memory without values, so that what it gives has none either."""
-        if not operation.takes_values or (operation.reaches and not written):
-            return False
-        return any(map(self.placeholders.has, read_by(operation, args, kwargs)))
+        takes = operation.takes_values
+        return takes and any(map(self.placeholders.has, read_by(operation, args, kwargs)))
 
     def _look_at_placeholders(
         self,
