@@ -92,10 +92,7 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     part = Part(source, entry.name, {}, None)
     if (config := source.read("config.json", entry.name)) is None:
         raise CannotCheck("model_index.json names it, but it is missing: it has no config.json")
-    _check_size(part, config)
-    if not trust:
-        _check_names(part, config)
-    return part._replace(config=config)
+    return _with_config(part, config, trust)
 
 
 def class_of_diffusers(part: Part) -> Any:
@@ -120,30 +117,75 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
     if source.gguf:
         return part
     own = source.read("config.json")
-    if own is None and (adapter := source.read("adapter_config.json")) is not None:
-        if adapter.get("megatron_config") and not trust:
-            raise CannotCheck(
-                f"{source.name}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
-                "--trust-remote-code allows it"
-            )
-        if (pattern := endless(adapter)) and not trust:
-            raise CannotCheck(f"{source.name}: adapter_config.json {ENDLESS.format(pattern)}")
-        base = adapter.get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            raise CannotCheck(f"{source.name} is an adapter, and its adapter_config.json names no base model")
-        try:
-            origin = Source(base, None)
-            if (own := origin.read("config.json")) is None:
-                raise CannotCheck(origin.absence())
-        except CannotCheck as error:
-            raise CannotCheck(f"{source.name} is an adapter, and its base model is not available: {error}") from error
-        part = part._replace(base=origin)
+    if own is None and (adapter := _adapter_of(part, trust)) is not None:
+        return _with_base(part, adapter, trust)
     if own is None:
         raise CannotCheck(source.absence())
-    _check_size(part, own)
+    return _with_config(part, own, trust)
+
+
+def adapted(part: Part, trust: bool) -> Part:
+    """The same part, or that with the base model of an adapter beside it, if transformers reads that one instead.
+
+    transformers loads an adapter that lies beside a model without being asked.
+
+    Raises:
+        CannotCheck: such an adapter must not be loaded, or has another model read in place of this one.
+    """
+    if part.base is not None or (adapter := _adapter_of(part, trust)) is None or not _is_left_for_base(part):
+        return part
+    if part.name or part.source.gguf:
+        raise CannotCheck(
+            f"{part.label}: adapter_config.json makes transformers read its base model in place of this one; "
+            "put the adapter into a folder of its own"
+        )
+    return _with_base(part, adapter, trust)
+
+
+def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
+    """What the config of a part's adapter holds; None where there is none."""
+    adapter: dict[str, Any] | None = part.source.read("adapter_config.json", part.name)
+    if adapter is None or trust:
+        return adapter
+    if adapter.get("megatron_config"):
+        raise CannotCheck(
+            f"{part.label}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
+            "--trust-remote-code allows it"
+        )
+    if pattern := endless(adapter):
+        raise CannotCheck(f"{part.label}: adapter_config.json {ENDLESS.format(pattern)}")
+    return adapter
+
+
+def _is_left_for_base(part: Part) -> bool:
+    """Whether the installed transformers reads the base model of a part's adapter in place of the part."""
+    from transformers.integrations.peft import maybe_load_adapters
+
+    where = {"subfolder": part.name, "revision": part.source.revision, "local_files_only": True}
+    try:
+        return bool(maybe_load_adapters(part.source.name, where)[1] != part.source.name)
+    except KeyError:  # it looked for the name of the base model, and there is none
+        return True
+
+
+def _with_base(part: Part, adapter: dict[str, Any], trust: bool) -> Part:
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CannotCheck(f"{part.label} is an adapter, and its adapter_config.json names no base model")
+    try:
+        origin = Source(base, None)
+        if (config := origin.read("config.json")) is None:
+            raise CannotCheck(origin.absence())
+    except CannotCheck as error:
+        raise CannotCheck(f"{part.label} is an adapter, and its base model is not available: {error}") from error
+    return _with_config(part._replace(base=origin), config, trust)
+
+
+def _with_config(part: Part, config: dict[str, Any], trust: bool) -> Part:
+    _check_size(part, config)
     if not trust:
-        _check_names(part, own)
-    return part._replace(config=own)
+        _check_names(part, config)
+    return part._replace(config=config)
 
 
 def loader_of(part: Part, trust: bool) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate import progress
-from tiedquiet.gate.components import Part, folders_of, loader_of
+from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
@@ -67,6 +67,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     from tiedquiet.proof.files import Checkpoint
 
     progress.loading(part.label)
+    part = adapted(part, how.trust)
     loader, problem = (kind, "") if kind else loader_of(part, how.trust)
     forms = _forms(part, how)
     model, info = _load(part, loader, how)
@@ -128,8 +129,10 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 
 def _forms(part: Part, how: How) -> list[list[Weights]]:
     """The forms in which the folders hold weights, those that are read first; raises if they must not be opened."""
+    has_adapter = part.source.file("adapter_config.json", part.name) is not None
+    adapter = [weights_of(part.source, part.name, OF_ADAPTERS, how.trust_pickle)] if has_adapter else []
     if part.source.gguf:
-        return []
+        return adapter
     own = part.config.get("transformers_weights")
     names = of_variant(OF_TRANSFORMERS, how.variant)
     names = (own, *names) if isinstance(own, str) else names
@@ -137,11 +140,10 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
         forms = weights_of(part.source, part.name, names, how.trust_pickle)
         if not forms and (others := variants_in(part.source, part.name, OF_TRANSFORMERS)):
             raise CannotCheck(only_of_variants(part.label, others, how.variant))
-        return [forms]
+        return [forms, *adapter]
     if how.variant:
         raise CannotCheck(f"{part.label} is an adapter, and adapters have no variants; leave out --variant")
-    base = weights_of(part.base, "", names, how.trust_pickle)
-    return [base, weights_of(part.source, "", OF_ADAPTERS, how.trust_pickle)]
+    return [weights_of(part.base, "", names, how.trust_pickle), *adapter]
 
 
 def _begin_again(part: Part, loader: Any, how: How, model: Any) -> Any:

@@ -100,6 +100,8 @@ def _transformer(source: Source, module: Module, how: How) -> Result:
 
     entry = components.Entry(module.path, "transformers", "")
     _config(source, module)
+    if module.path and source.file("adapter_config.json") is not None:
+        raise CannotCheck("adapter_config.json lies beside modules.json, and transformers loads it into every module")
     part = components.part_of(source, entry, how.trust)
     own = source.read("sentence_bert_config.json", module.path) or {}
     task = own.get("transformer_task", "fill-mask" if module.name == "MLMTransformer" else "feature-extraction")

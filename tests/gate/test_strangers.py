@@ -1,0 +1,153 @@
+"""What strangers lay beside a model, or ask for in its config: `check` says in one line, and at once, what it refuses."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers.utils import find_adapter_config_file
+
+from tests.gate.test_check import check, config_of
+from tests.gate.test_hub import cached
+
+LORA = {"peft_type": "LORA", "target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
+EVIL = "([a-z0-9_.]+)+!"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
+    """What is said of a folder that is refused."""
+
+    def say(folder: Path) -> str:
+        capsys.readouterr()
+        assert check(folder) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("tiedquiet: ")
+        return error
+
+    return say
+
+
+def adapter(folder: Path, base: str | None, **more: Any) -> Path:
+    about = {**LORA, "base_model_name_or_path": base, **more}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
+    save_file({name.format("A"): torch.ones(2, 16), name.format("B"): torch.ones(48, 2)}, folder / WEIGHTS)
+    return folder
+
+
+def link(path: Path) -> None:
+    """Put a file elsewhere, and a link to it in its place."""
+    outside = path.parents[2] / f"{path.parents[1].name} {path.name}"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def as_gguf(folder: Path) -> Path:
+    """A folder with a GGUF file; what lies beside it is looked at first."""
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "m.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+def as_part(folder: Path) -> Path:
+    index = {"_class_name": "P", folder.name: ["transformers", "GPT2LMHeadModel"]}
+    (folder.parent / "model_index.json").write_text(json.dumps(index))
+    return folder.parent
+
+
+def as_sentences(folder: Path) -> Path:
+    entry = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    (folder / "modules.json").write_text(json.dumps([entry]))
+    return folder
+
+
+@pytest.mark.parametrize("place", [lambda f: f, as_gguf, as_part, as_sentences], ids=["alone", "gguf", "part", "st"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, "asks for megatron_core, a module that peft imports"),
+        ({"target_modules": EVIL}, f"adapter_config.json has {EVIL}, a pattern whose search may never end"),
+        (lambda f: link(f / "adapter_config.json"), "adapter_config.json points outside the folder"),
+        (lambda f: link(f / WEIGHTS), f"{WEIGHTS} points outside the folder"),
+        (lambda f: pipe(f / "adapter_config.json"), "adapter_config.json is not a regular file"),
+    ],
+    ids=["module", "pattern", "config", "weights", "pipe"],
+)
+def test_an_adapter_beside_a_model_is_held_to_the_rules(
+    change: Any, says: str, place: Callable[[Path], Path], good: Path, refused: Callable[[Path], str]
+) -> None:
+    """Transformers loads it unasked."""
+    folder = place(good)
+    where = folder if (folder / "m.gguf").exists() else good
+    adapter(where, str(folder), **(change if isinstance(change, dict) else {}))
+    if not isinstance(change, dict):
+        change(where)
+    assert says in refused(folder)
+
+
+def test_an_adapter_beside_its_own_model(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is loaded into it; releases up to 5.3 read the base model that it names instead."""
+    alone = adapter(tmp_path / "alone", str(good))
+    status, said = check(alone), capsys.readouterr().out
+    both = adapter(shutil.copytree(good, tmp_path / "both"), str(good))
+    assert (check(both), capsys.readouterr().out) == (status, said)
+
+
+def test_an_adapter_that_has_another_model_read(good: Path, tmp_path: Path, refused: Callable[[Path], str]) -> None:
+    """Nothing of that one would be checked: not even whether its config names code."""
+    other = shutil.copytree(good, tmp_path / "other")
+    config_of(other, _attn_implementation="somebody/kernel")
+    folder = as_part(adapter(good, str(other)))
+    if find_adapter_config_file(str(folder), subfolder="good") is None:  # transformers up to 5.9 looks at the top only
+        assert check(folder) == 0
+    else:
+        assert "adapter_config.json makes transformers read its base model in place of" in refused(folder)
+    for base in (str(other), "some/model", None):
+        assert "makes transformers read its base model in place of" in refused(adapter(as_gguf(good), base))
+
+
+def test_an_adapter_on_top_of_a_sentence_transformers_folder(good: Path, refused: Callable[[Path], str]) -> None:
+    entry = {"idx": 0, "name": "0", "path": good.name, "type": "sentence_transformers.models.Transformer"}
+    (good.parent / "modules.json").write_text(json.dumps([entry]))
+    assert check(good.parent) == 0
+    adapter(good.parent, str(good))
+    assert "transformers loads it into every module" in refused(good.parent)
+
+
+def test_an_adapter_beside_a_model_on_the_hub(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[Path], str]
+) -> None:
+    """There the base model that it names is read."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = shutil.copytree(good, tmp_path / "base")
+    config_of(base, _attn_implementation="somebody/kernel")
+    cached(adapter(good, str(base)), tmp_path / "hub")
+    assert "config.json names somebody/kernel" in refused(Path("some/model"))
+
+
+def test_an_adapter_beside_a_model_of_diffusers_is_not_loaded(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2)
+    vae.save_pretrained(tmp_path / "vae")
+    adapter(tmp_path / "vae", "some/model", megatron_config={"x": 1}, megatron_core="evil")
+    assert check(tmp_path / "vae") == 0
