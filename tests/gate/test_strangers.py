@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import find_adapter_config_file
 
+from tests.gate.test_broken import cut
 from tests.gate.test_check import check, config_of
 from tests.gate.test_hub import cached
+from tiedquiet.gate.diagnosis import damage
+from tiedquiet.gate.lacking import lacking_in
 
 LORA = {"peft_type": "LORA", "target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
 EVIL = "([a-z0-9_.]+)+!"
@@ -38,6 +41,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
         return error
 
     return say
+
+
+def too_long(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(100_000_001)
 
 
 def adapter(folder: Path, base: str | None, **more: Any) -> Path:
@@ -151,3 +159,39 @@ def test_an_adapter_beside_a_model_of_diffusers_is_not_loaded(tmp_path: Path) ->
     vae.save_pretrained(tmp_path / "vae")
     adapter(tmp_path / "vae", "some/model", megatron_config={"x": 1}, megatron_core="evil")
     assert check(tmp_path / "vae") == 0
+
+
+@pytest.mark.parametrize("change", [link, pipe, too_long])
+def test_what_lies_beside_damaged_weights_is_not_read(
+    change: Callable[[Path], None], good: Path, refused: Callable[[Path], str]
+) -> None:
+    """Nor are the scales of codes looked for in it."""
+    (good / "x.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"x": "secret"}}))
+    change(good / "x.index.json")
+    if change is not too_long:
+        save_file({"x": torch.ones(1)}, good / "y.safetensors")
+        change(good / "y.safetensors")
+    assert lacking_in(good) == ""
+    cut(good, 20)
+    assert "secret" not in refused(good)
+    assert [line for line in damage(good) if "x.index.json" not in line] == [
+        "model.safetensors is truncated or not a safetensors file: it has 20 bytes, not even its header"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(link, "points outside the folder"), (pipe, "is not a regular file"), (too_long, "too many for a JSON file")]
+)  # fmt: skip
+@pytest.mark.parametrize("of_base", [False, True])
+def test_a_generation_config_is_looked_at_before_it_is_read(
+    of_base: bool, change: Callable[[Path], None], says: str, good: Path, tmp_path: Path, refused: Callable[[Path], str]
+) -> None:
+    change(good / "generation_config.json")
+    assert f"generation_config.json {says}"[-20:] in refused(
+        adapter(tmp_path / "alone", str(good)) if of_base else good
+    )
+
+
+def test_a_gguf_file_that_was_found_may_not_be_a_link_to_elsewhere(good: Path, refused: Callable[[Path], str]) -> None:
+    link(as_gguf(good) / "m.gguf")
+    assert "m.gguf points outside the folder" in refused(good)

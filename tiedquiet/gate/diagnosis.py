@@ -51,7 +51,9 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
 
 def damage(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder, a line each."""
-    for path in sorted(folder.glob("*.index.json")):
+    from tiedquiet.gate.source import own_files
+
+    for path in own_files(folder, ".index.json"):
         index = _json(path)
         if reason := damaged_index(index):
             yield f"{path.name} is damaged: {reason}"
@@ -62,7 +64,7 @@ def damage(folder: Path) -> Iterator[str]:
         if absent := sorted(name for name in named if not (folder / name).is_file()):
             yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} missing"
     path = folder / "generation_config.json"
-    if path.is_file() and not isinstance(_json(path), dict):
+    if path in own_files(folder, path.name) and _json(path) is None:
         yield f"{path.name} cannot be read as a JSON object"
     for path in _weights(folder):
         try:
@@ -74,9 +76,11 @@ def damage(folder: Path) -> Iterator[str]:
 
 
 def _json(path: Path) -> Any:
+    from tiedquiet.gate.source import read_json
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except CannotCheck:
         return None
 
 
@@ -89,7 +93,9 @@ def damaged_index(index: Any) -> str:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file())
+    from tiedquiet.gate.source import own_files
+
+    return own_files(folder, ".safetensors", ".bin")
 
 
 def damage_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from tiedquiet.gate.source import own_files
 from tiedquiet.proof.codes import CODES
 from tiedquiet.proof.files import Checkpoint
 
@@ -21,7 +22,7 @@ Rule = tuple[str, str, str]  # the last part of a name, or its end; how that end
 def lacking_in(folder: Path) -> str:
     """The same of a folder's safetensors files; empty where they cannot be read."""
     with suppress(Exception):  # which the load says
-        return lacking(Checkpoint(None, [str(path) for path in sorted(folder.glob("*.safetensors"))]).headers)
+        return lacking(Checkpoint(None, [str(path) for path in own_files(folder, ".safetensors")]).headers)
     return ""
 
 

@@ -11,6 +11,7 @@ from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
+from tiedquiet.gate.source import check_length
 from tiedquiet.gate.unplaced import IS_IT, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
@@ -129,6 +130,10 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 
 def _forms(part: Part, how: How) -> list[list[Weights]]:
     """The forms in which the folders hold weights, those that are read first; raises if they must not be opened."""
+    for source in filter(None, (part.source, part.base)):
+        path = source.file("generation_config.json", part.name) if source.is_local else None
+        if path is not None:
+            check_length(path)
     has_adapter = part.source.file("adapter_config.json", part.name) is not None
     adapter = [weights_of(part.source, part.name, OF_ADAPTERS, how.trust_pickle)] if has_adapter else []
     if part.source.gguf:

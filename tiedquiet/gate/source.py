@@ -39,6 +39,7 @@ class Source:
             self.gguf = found[0].name
             if len(found) > 1:
                 raise CannotCheck(f"{name} holds {len(found)} GGUF files; name one of them")
+            self._keep_inside(found[0])
 
     def folder(self, part: str = "") -> Path:
         """The folder itself, or that of a part of a pipeline.
@@ -101,8 +102,7 @@ class Source:
         return None if path is None else read_json(path, kind)
 
     def _keep_inside(self, path: Path) -> None:
-        root, target = (Path(os.path.realpath(place)) for place in (self.name, path))
-        if not any(target.is_relative_to(place) for place in (root, *_blobs(root))):
+        if (target := _outside(Path(self.name), path)) is not None:
             raise CannotCheck(f"{path} points outside the folder, to {target}; copy its target into the folder")
 
 
@@ -113,8 +113,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
         CannotCheck: it is too large, cannot be read, or holds something else.
     """
     try:
-        if (size := path.stat().st_size) > MOST:
-            raise CannotCheck(f"{path} has {size:,} bytes, too many for a JSON file")
+        check_length(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error
@@ -123,6 +122,18 @@ def read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(content, kind):
         raise CannotCheck(f"{path} does not hold a JSON {'object' if kind is dict else 'list'}")
     return content
+
+
+def check_length(path: Path) -> None:
+    """Raise CannotCheck if a file is too large to be one of JSON."""
+    if (size := path.stat().st_size) > MOST:
+        raise CannotCheck(f"{path} has {size:,} bytes, too many for a JSON file")
+
+
+def own_files(folder: Path, *ends: str) -> list[Path]:
+    """The files of a folder whose names end so; no pipe and no device, and nothing to which a link leads outside."""
+    named = (path for path in folder.iterdir() if path.name.endswith(ends))
+    return sorted(path for path in named if path.is_file() and _outside(folder, path) is None)
 
 
 def is_inside(name: str) -> bool:
@@ -161,6 +172,12 @@ def entries(config: object) -> Iterator[tuple[str, Any]]:
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
+
+
+def _outside(folder: Path, path: Path) -> Path | None:
+    """Where a path leads, if that is not in a folder."""
+    root, target = (Path(os.path.realpath(place)) for place in (folder, path))
+    return None if any(target.is_relative_to(place) for place in (root, *_blobs(root))) else target
 
 
 def _blobs(root: Path) -> Iterator[Path]:
