@@ -127,7 +127,7 @@ def stage(folder: Path) -> None:
     _with_code(scope["OldModel"](gpt2()), folder / "old-model", "OldModel", "modeling_oldmodel", LOST)
     _with_its_flag_off(gpt, folder / "untied-model")
     _with_its_flag_off(UMT5EncoderModel(umt5()), folder / "wan" / "text_encoder")
-    index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
+    index = {"text_encoder": ["transformers", "UMT5EncoderModel"]}
     (folder / "wan" / "model_index.json").write_text(json.dumps(index))
     _single_files(folder)
     _run_of_a_llava(folder)

@@ -206,6 +206,8 @@ def test_each_model_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[
     (found,) = encoder["findings"]
     assert found["key"] == "encoder.embed_tokens.weight"
     assert status == (0 if found["verdict"] == "tied" else 1)
+    off, *others = others  # its index has no tokenizer
+    assert (off["component"], off["has_tensors"], off["loud"]) == ("tokenizer", False, False)
     assert [component["class"] for component in others] == ["WanTransformer3DModel", "AutoencoderKLWan"]
     for component in others:
         (file,) = component["files"]

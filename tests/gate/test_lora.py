@@ -218,7 +218,8 @@ def stable_diffusion(folder: Path) -> tuple[Any, Any]:
     unet.save_pretrained(folder / "unet")
     encoder.save_pretrained(folder / "text_encoder")
     parts = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts}))
+    off = {key: [None, None] for key in ("scheduler", "tokenizer", "vae")}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **parts, **off}))
     return unet, encoder
 
 

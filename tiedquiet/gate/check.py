@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from tiedquiet.gate import classes, components, diffusion, from_file, load, lora, sentences
+from tiedquiet.gate import bare, classes, components, diffusion, from_file, load, lora, sentences
 from tiedquiet.gate.components import Entry
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
@@ -62,7 +62,9 @@ def check(
     file = _lora_of(how)
     entries = components.entries_of(source)
     hows = _by_variant(source, entries, how)
-    results = _all(name, [_component(source, entry, hows[entry.name]) for entry in entries])
+    results = [_component(source, entry, hows[entry.name]) for entry in entries]
+    results += [_lacking(*lacking) for lacking in components.lacking(source)]
+    results = _all(name, sorted(results, key=lambda result: result.component))
     return results if file is None else [*results, lora.check_pipeline(source, file, how)], True
 
 
@@ -73,6 +75,12 @@ def _all(name: str, results: list[Result]) -> list[Result]:
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: no part of this pipeline can be checked: {why}")
     return results
+
+
+def _lacking(part: str, cls: str, said: str, is_wrong: bool) -> Result:
+    if is_wrong:
+        return Result(part, cls, error=said)
+    return Result(part, cls, notes=[said], has_tensors=False, is_component=False)
 
 
 def _lora_of(how: How) -> Any:
@@ -100,8 +108,7 @@ def _component(source: Source, entry: Entry, how: How) -> Result:
             return load.check_model(components.part_of(source, entry, how.trust), how, kind)
         if classes.is_module(kind):
             raise CannotCheck(f"{name} is neither a model of transformers nor one of diffusers")
-        if source.is_local and not source.folder(entry.name).is_dir():
-            raise CannotCheck("model_index.json names it, but it is missing")
+        bare.check(source, entry, kind)
     except CannotCheck as error:
         return Result(entry.name, name, error=str(error).removeprefix(f"{source.name}/{entry.name} "))
     return Result(entry.name, name, has_tensors=False)

@@ -47,6 +47,30 @@ def has_diffusers() -> bool:
     return _library("diffusers") is not None
 
 
+def today(name: object) -> object:
+    """The name that transformers has today for a class of it, by diffusers' list of those that were renamed."""
+    try:
+        from diffusers.utils import _maybe_remap_transformers_class as new_name
+    except ImportError:
+        return name
+    return (isinstance(name, str) and new_name(name)) or name
+
+
+def parts_of(name: object) -> dict[str, bool] | None:
+    """The parts that a pipeline of diffusers is made of, and whether it needs each; None for any other class.
+
+    Args:
+        name: what an index calls it.
+    """
+    kind = named("diffusers", name)
+    base = None if kind is None else getattr(_library("diffusers"), "DiffusionPipeline", None)
+    if base is None or kind is base or not issubclass(kind, base):
+        return None
+    parts, _ = kind._get_signature_keys(kind)
+    # Such a pipeline is made of two, and what it lacks comes from the other.
+    return {part: part not in kind._optional_components and not kind._load_connected_pipes for part in parts}
+
+
 def is_module(kind: object) -> bool:
     """Whether it has tensors at all."""
     import torch

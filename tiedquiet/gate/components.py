@@ -13,6 +13,7 @@ from tiedquiet.gate.source import Source, entries, kernels, under
 
 _LAYERS = re.compile(r"(?:layers?|depths?|blocks)$")  # how configs end the name of their number
 _MOST_LAYERS = 10_000
+_LIBRARIES = (["diffusers"], ["transformers"])
 
 
 class Part(NamedTuple):
@@ -65,6 +66,30 @@ def entries_of(source: Source) -> list[Entry]:
     return found
 
 
+def lacking(source: Source) -> Iterator[tuple[str, str, str, bool]]:
+    """Parts of a pipeline that its index does not name although its class needs them.
+
+    Yields:
+        The name of each; that of the pipeline's class; what is to be said; and whether that is wrong. It is right to
+        switch a part off: whoever loads the pipeline passes another, or None.
+    """
+    index = source.read("model_index.json") or {}
+    name = index.get("_class_name")
+    parts = classes.parts_of(name)
+    if parts is None:
+        alike = (key for key, given in index.items() if isinstance(given, list) and given[:1] in _LIBRARIES)
+        parts = dict.fromkeys((key for key in alike if not key.startswith("_")), False)
+    for part, is_needed in sorted(parts.items()):
+        given = index.get(part)
+        if isinstance(given, list) and given[:1] == [None]:
+            if is_needed:
+                yield part, str(name), "switched off: from_pretrained has to be given one, or None", False
+        elif part in index and (not isinstance(given, list) or len(given) != 2):
+            yield part, str(name), f"model_index.json gives {given!r} for it, not its library and its class", True
+        elif part not in index and is_needed:
+            yield part, str(name), "it cannot be made without one, and model_index.json does not name it", True
+
+
 def class_of(entry: Entry) -> Any:
     """The class of a component; it is looked up, never imported by name.
 
@@ -72,7 +97,11 @@ def class_of(entry: Entry) -> Any:
         CannotCheck: there is none.
     """
     library, name = entry.library, entry.cls
-    found = classes.named(library, name) if isinstance(library, str) else None
+    found = (
+        classes.named(library, classes.today(name) if library == "transformers" else name)
+        if isinstance(library, str)
+        else None
+    )
     if found is None:
         raise CannotCheck(f"model_index.json names {name} of {library}, which is not an installed class")
     return found

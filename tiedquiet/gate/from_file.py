@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiedquiet.gate import classes, components, single
+from tiedquiet.gate import bare, classes, components, single
 from tiedquiet.gate.components import Entry, Part
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.diffusion import dtype_of
@@ -120,7 +120,9 @@ def _pipeline(file: File, source: Source, how: How, beside: Callable[[Source, En
 
 def _beside(source: Source, entry: Entry, check: Callable[[Source, Entry], Result]) -> Result:
     """What came out for a component that is not made of the file: its weights have to lie beside the configs."""
-    if not classes.is_module(components.class_of(entry)):
+    kind = components.class_of(entry)
+    if not classes.is_module(kind):
+        bare.check(source, entry, kind)
         return Result(entry.name, str(entry.cls), has_tensors=False)
     root = _config_of(source, entry.name).parent.parent
     if not any((root / entry.name).glob("*.safetensors")) and not any((root / entry.name).glob("*.bin")):

@@ -93,7 +93,7 @@ class Result:
             yield start + coloured("cannot be checked", "red") + ": " + printable(self.error)
             return
         if not self.has_tensors:
-            yield start + "has no tensors"
+            yield start + printable("; ".join(self.notes) or "has no tensors")
             return
         yield start + coloured(self._counted(), "red" if self.is_loud else "green")
         yield from (coloured(f"  {printable(line)}", "red") for line in filter(None, [self.problem]))
