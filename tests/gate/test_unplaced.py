@@ -18,6 +18,7 @@ from transformers import (
 
 from tests.checkpoints import gpt2, t5
 from tests.doors.test_from_pretrained import wan_pipeline
+from tests.gate import quantised
 from tests.gate.test_check import check, config_of
 from tests.gate.test_compare import mixtral
 from tiedquiet.gate.unplaced import of_transformers
@@ -112,3 +113,48 @@ def test_a_model_of_diffusers(extra: int, status: int, tmp_path: Path, capsys: p
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert of_transformers(GPT2LMHeadModel(gpt2()), Checkpoint(None, [str(tmp_path / "model.gguf")]), []) == ""
+
+
+@pytest.mark.parametrize("kind", ["gguf", "gguf of transformers"])
+@pytest.mark.parametrize("extra", [0, 1, 30])
+def test_what_a_gguf_file_has_and_the_model_has_not(
+    kind: str, extra: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers reads no more layers than the file's metadata says, and says nothing of the others."""
+    close = quantised.Gguf.close
+    more = [f"blk.7.{number:02}" for number in range(extra)]
+
+    def close_with_more(self: quantised.Gguf) -> None:
+        for name in more:
+            self.add(name, 256)
+        close(self)
+
+    monkeypatch.setattr(quantised.Gguf, "close", close_with_more)
+    quantised.MAKERS[kind](tmp_path / "made")
+    found = component(tmp_path / "made" / "model.gguf", int(extra == 30), capsys)
+    assert found["unexpected"] == [f"{name}.weight" for name in more]
+    count = found["tensors"] + extra
+    says = f"{extra} of {count} tensors of the file have no place in {found['class']}: is that the right class?"
+    assert found["problem"] == (says if extra == 30 else None)
+
+
+def test_experts_that_a_gguf_file_has_in_one_have_their_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers reads them by rules of their own, which its table of names does not have."""
+    file = quantised.Gguf(tmp_path / "moe", "qwen2moe", ("Q8_0",))
+    file.about(context_length=64, embedding_length=64, block_count=1, feed_forward_length=128, head_count=2, head_count_kv=2, vocab_size=64, layer_norm_rms_eps=1e-5, rope_freq_base=1e4, expert_count=2, expert_used_count=1, name="x")  # fmt: skip
+    for name, *shape in (
+        ("token_embd", 64, 64), ("output", 64, 64), ("output_norm", 64),
+        *((f"blk.0.attn_{name}", 64, 64) for name in ("q", "k", "v", "output")),
+        ("blk.0.attn_norm", 64), ("blk.0.ffn_norm", 64), ("blk.0.ffn_gate_inp", 2, 64),
+        ("blk.0.ffn_gate_exps", 2, 1408, 64), ("blk.0.ffn_up_exps", 2, 1408, 64), ("blk.0.ffn_down_exps", 2, 64, 1408),
+        ("blk.0.ffn_gate_shexp", 5632, 64), ("blk.0.ffn_up_shexp", 5632, 64), ("blk.0.ffn_down_shexp", 64, 5632),
+        ("blk.0.ffn_gate_inp_shexp", 64),
+    ):  # fmt: skip
+        file.add(name, *shape)
+    for name in ("q", "k", "v"):
+        file.writer.add_tensor(f"blk.0.attn_{name}.bias", torch.ones(64).numpy())
+    file.close()
+    found = component(tmp_path / "moe" / "model.gguf", 0, capsys)
+    assert (found["unexpected"], found["problem"]) == ([], None)

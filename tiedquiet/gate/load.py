@@ -12,7 +12,7 @@ from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import check_length
-from tiedquiet.gate.unplaced import IS_IT, of_transformers
+from tiedquiet.gate.unplaced import IS_IT, of_gguf, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
     OF_TRANSFORMERS,
@@ -100,11 +100,16 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     for form in forms:
         of_form = rivals(form, how.trust_pickle)
         findings, notes = findings + of_form[0], notes + of_form[1]
-    if info["unexpected_keys"] and not any(finding.verdict is Verdict.UNREAD for finding in findings):
+    unexpected, told = sorted(info["unexpected_keys"]), ""
+    if part.source.gguf and again is not None:
+        left, told = of_gguf(model, files, again)
+        unexpected = left or unexpected
+    elif unexpected:
         told = of_transformers(model, checkpoint, conversions)
+    if told and not any(finding.verdict is Verdict.UNREAD for finding in findings):
         if part.cls is None:
-            problem = problem or (told and told + IS_IT)
-        elif told:
+            problem = problem or told + IS_IT
+        else:
             notes.append(told)
     if kind is None and (resume := of_trainer(part, model)) is not None:
         if how.is_resume and resume.read < resume.stored:
@@ -121,7 +126,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
         findings,
         sorted(missing),
         allowed,
-        sorted(info["unexpected_keys"]),
+        unexpected,
         problem,
         notes,
         maker=settled.maker if settled is not None else "",

@@ -1,8 +1,12 @@
 """Whether a class is the one that a file was made for: at least half of the file should have a place in it."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
+
+from tiedquiet.gate.again import Again
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import is_ignored
@@ -46,3 +50,39 @@ def of_transformers(model: Any, checkpoint: Checkpoint, conversions: Sequence[An
     placed, renamed = names.targets(model, headers, survey(model).state, rules), names.renamed(model, headers, rules)
     left = [n for n in headers if n not in placed and not is_ignored(model, n) and not is_ignored(model, renamed[n])]
     return left_over(type(model).__name__, headers, left)
+
+
+def of_gguf(model: Any, files: Sequence[str], again: Again) -> tuple[list[str], str]:
+    """The names in a GGUF file that its model has no place for, and the same of them; nothing where they are not known.
+
+    Args:
+        model: it.
+        files: the one that it was read from.
+        again: the load, begun once more.
+    """
+    with suppress(Exception):  # private functions of transformers, which differ between releases
+        from gguf import GGUFReader
+
+        reader = GGUFReader(files[0])
+        stored = {one.name: one for one in reader.tensors}
+        left = _left_of_gguf(again, reader, stored)
+        headers = {key: torch.empty(int(one.n_bytes), dtype=torch.uint8, device="meta") for key, one in stored.items()}
+        return left, left_over(type(model).__name__, headers, left)
+    return [], ""
+
+
+def _left_of_gguf(again: Again, reader: Any, stored: dict[str, Any]) -> list[str]:
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    given = again.given or {}
+    if given.keys() <= stored.keys():  # some kinds are renamed like other checkpoints
+        origins = names.sources(again.model, given, survey(again.model).state, again.conversions).values()
+        return sorted(stored.keys() - {name for origin in origins for name in origin.names})
+    kind = theirs.read_field(reader, "general.architecture")[0]
+    processor = theirs.TENSOR_PROCESSORS.get(kind, theirs.TensorProcessor)(config=again.model.config.to_dict())
+    placed = theirs.get_gguf_hf_weights_map(again.model, processor)
+    left = sorted(name for name in stored if not {name, name.removesuffix(".weight")} & placed.keys())
+    read = sum(tensor.numel() for tensor in given.values())
+    # Of a few tensors transformers reads what this table does not have: then more is read than the others are.
+    is_all = sum(int(one.n_elements) for name, one in stored.items() if name not in left) == read
+    return left if is_all else []
