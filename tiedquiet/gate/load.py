@@ -60,6 +60,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
+    from tiedquiet.gate.automatic import other_class
     from tiedquiet.gate.beside import rivals
     from tiedquiet.gate.compare import compare
     from tiedquiet.gate.quantised import settle
@@ -111,6 +112,10 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
             problem = problem or told + IS_IT
         else:
             notes.append(told)
+    if kind is None and part.cls is None and part.base is None and part.config.get("architectures"):
+        said, is_wrong = other_class(model, part.config, checkpoint)
+        problem = problem or said * is_wrong
+        notes += [said] * (bool(said) and not is_wrong)
     if kind is None and (resume := of_trainer(part, model)) is not None:
         if how.is_resume and resume.read < resume.stored:
             findings.append(Finding("", Verdict.UNREAD, None, str(resume), True))
