@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tiedquiet
@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "all biases": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, bias="all"),
     "tokens besides": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, trainable_token_indices=[1, 2]),
     "the embedding": lambda: peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"]),
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 2]),
     "magnitudes": lambda: peft.LoraConfig(r=2, target_modules=PROJECTIONS, use_dora=True),
     "ranks that change": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=PROJECTIONS),
 }
@@ -71,6 +72,8 @@ def test_a_sound_one_that_transformers_loads(kind: str, base: Path) -> None:
     adapter = saved(base, KINDS[kind]())
     proof = tiedquiet.check(model := by_transformers(base, adapter))
     is_sound = are_all_in(model, adapter)  # some releases do not read all of it
+    if kind == "tokens" and is_sound and proof.unread:
+        pytest.skip("this release reads the tensor under one of its two names, and that is told")
     assert proof.ok == is_sound, proof
     assert main(["check", str(adapter)]) == (0 if is_sound else 1)
     advice = [finding.cure for finding in proof.findings if finding.broken]
@@ -106,13 +109,25 @@ def test_a_tensor_that_layers_share(base: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tokens"])
 def test_half_of_one(kind: str, base: Path) -> None:
     adapter = saved(base, KINDS[kind]())
     rename(adapter, lambda key: None if "layers.1" in key else key)
     proof = tiedquiet.check(by_transformers(base, adapter))
     assert not proof.ok
     assert proof.missing >= 4
+    assert main(["check", str(adapter)]) == 1
+
+
+@pytest.mark.parametrize("base", [True], indirect=True, ids=["tied"])
+def test_two_values_for_one_tensor(base: Path) -> None:
+    adapter = saved(base, KINDS["tokens"]())
+    tensors = load_file(adapter / FILE)
+    assert len(tensors) == 2
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] + 1}, adapter / FILE, {"format": "pt"})
+    found = [f.verdict for f in tiedquiet.check(by_transformers(base, adapter)).findings if f.broken]
+    assert found in ([tiedquiet.Verdict.AMBIGUOUS], [tiedquiet.Verdict.UNREAD]), "5.0.0 reads one of them"
     assert main(["check", str(adapter)]) == 1
 
 

@@ -212,15 +212,16 @@ def _read(
 ) -> tuple[Reading, names.Headers]:
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
-    reading = read(model, missing, checkpoint, offloaded)
+    conversions = list(config.weight_mapping or ())
+    made_of: Any = None
+    if quantised:
+        made_of = dict
+    elif names.has_converter(conversions):
+        made_of = partial(origins_in_files, model, checkpoint, conversions)
+    names_of = partial(names_in_files, model, checkpoint, conversions, {})
+    reading = read(model, missing, checkpoint, offloaded, names_of, made_of)
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
-    conversions = list(config.weight_mapping or ())
-    reading.names_of = partial(names_in_files, model, checkpoint, conversions, {})
-    if quantised:
-        reading.made_of = dict
-    elif names.has_converter(conversions):
-        reading.made_of = partial(origins_in_files, model, checkpoint, conversions)
     unread: names.Headers = {}
     if also or needs_headers(reading, info.unexpected_keys):
         try:

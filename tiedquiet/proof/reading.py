@@ -120,6 +120,8 @@ def read(
     missing: set[str],
     checkpoint: Checkpoint | None = None,
     offloaded: dict[str, Any] | None = None,
+    names_of: Callable[[str], tuple[str, ...]] = lambda name: (),
+    made_of: Callable[[], Mapping[str, names.Origin]] | None = None,
 ) -> Reading:
     """Note what has just been read into a model, and where it is.
 
@@ -128,6 +130,8 @@ def read(
         missing: the keys that the checkpoint did not deliver.
         checkpoint: its files.
         offloaded: transformers' index of what stays on disk.
+        names_of: names that the files have for those that were renamed.
+        made_of: what the loader made each tensor of, where it converted any.
     """
     now = survey(model)
     missing = now.state.keys() & missing
@@ -146,6 +150,8 @@ def read(
         },
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
+        names_of=names_of,
+        made_of=made_of,
     )
     if reading.checkpoint.closed:
         unknown = missing - reading.free - reading.tied
