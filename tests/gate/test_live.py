@@ -94,6 +94,17 @@ def test_a_file_that_lost_precision_or_a_tensor(tmp_path: Path) -> None:
     assert (proof.stored, proof.missing) == (proof.total - 2, 1)
 
 
+def test_a_file_with_a_tensor_under_two_names(tmp_path: Path) -> None:
+    model = BertModel(bert())
+    state_of(model)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["bert.pooler.dense.bias"] = stored["pooler.dense.bias"] + 1
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (finding,) = tiedquiet.check(model, tmp_path).findings
+    assert (finding.key, finding.verdict) == ("pooler.dense.bias", Verdict.AMBIGUOUS)
+
+
 def test_a_tie_that_came_apart_before_it_was_saved(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(gpt2())
     state_of(model)

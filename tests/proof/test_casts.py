@@ -78,3 +78,4 @@ def test_what_is_beyond_a_type_is_what_becomes_infinite(ours: torch.dtype) -> No
     assert is_lost.any()
     for value in near[::64]:
         assert same(value.to(ours), value) is not is_beyond(value, ours)
+    assert not is_beyond(near[:0], ours)

@@ -15,7 +15,7 @@ from transformers.core_model_loading import Chunk, MergeModulelist, WeightConver
 from tests.checkpoints import loading
 from tiedquiet import LoadError, Verdict
 from tiedquiet.doors import from_pretrained
-from tiedquiet.proof import names
+from tiedquiet.proof import judge, names
 from tiedquiet.proof.codes import Scales
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
@@ -125,6 +125,13 @@ def test_what_the_loader_merged_is_made_of_several_tensors() -> None:
     plainly = Reading(reading.checkpoint, {}, {}, set(), 0)
     assert [len(read()) for read in plainly.sources("two") or ()] == [2]
     assert plainly.sources("three") is None
+
+
+def test_of_files_that_cannot_be_opened_nothing_is_known() -> None:
+    reading = Reading(Checkpoint(None, ["gone.gguf"]), {}, {}, set(), 0)
+    assert not reading.is_in_files("weight")
+    assert reading.values("weight") is reading.sources("weight") is None
+    assert judge._stamps(["gone.gguf"]) == {}
 
 
 def test_codes_that_nothing_lies_beside_are_values() -> None:

@@ -45,11 +45,15 @@ def is_at_limit(tensor: torch.Tensor) -> bool:
 
 def is_beyond(values: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether finite values are too large for a floating type, which makes them infinite, NaN or its largest."""
-    return any(_is_part_beyond(part, torch.finfo(dtype)) for part in values.detach().reshape(-1).split(CHUNK))
+    parts = values.detach().reshape(-1).split(CHUNK) if values.numel() else ()
+    return any(_is_part_beyond(part, torch.finfo(dtype)) for part in parts)
 
 
 def _is_part_beyond(values: torch.Tensor, limit: torch.finfo) -> bool:
     # Of whole numbers and of eight bits torch does not say what is finite; and not every device has double.
     values = values.cpu().double()
+    low, high = values.aminmax()
+    if -limit.max <= float(low) and float(high) <= limit.max:
+        return False  # the usual answer, given early
     is_cut = ~values.to(getattr(torch, limit.dtype)).double().isfinite() | (values.abs() > limit.max * (1 + limit.eps))
     return bool((values.isfinite() & is_cut).any())
