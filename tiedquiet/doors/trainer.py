@@ -7,15 +7,17 @@ values. What the files would give by transformers' own rules is compared with wh
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
 from tiedquiet.doors.resumed import Inside, inside, read_folder
 from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
-from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
+from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_override
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
@@ -24,14 +26,31 @@ from tiedquiet.verdict import Finding, LoadError, Verdict
 
 @dataclass
 class _Resume:
-    """A call in progress: the folder that it reads, whether for its best model, and whether what it read was judged."""
+    """A call in progress.
+
+    Attributes:
+        folder: what it reads.
+        is_best: whether for its best model.
+        was_judged: whether what it read was judged.
+        is_telling: whether what follows from that is being carried out.
+    """
 
     folder: str
     is_best: bool = False
     was_judged: bool = False
+    is_telling: bool = False
 
 
 _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
+
+
+def _on_init(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `Trainer.__init__`: what a class of the user's overrides is guarded as well."""
+    with suppress(Exception):
+        for kind in takewhile(lambda kind: kind.__module__ != "transformers.trainer", type(trainer).__mro__):
+            for name, hook in _HOOKS.items():
+                wrap_override(kind, name, hook)
+    return wrapped(*args, **kwargs)
 
 
 def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,6 +71,9 @@ def _around(
     folder: object,
     is_best: bool = False,
 ) -> Any:
+    if (outer := _going_on.get()) is not None:  # an override has called what it overrides
+        outer.folder = str(folder)
+        return wrapped(*args, **kwargs)
     resume = _Resume(str(folder), is_best)
     adapters, failure = _versions(trainer)
     before = _going_on.set(resume)
@@ -102,17 +124,27 @@ def _leave_unproven(model: Any, folder: object, how: str) -> None:
 
 def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._issue_warnings_after_load`: the same for what is still true of the two lists."""
+    resume = _going_on.get() or _Resume("")
+    if resume.is_telling:  # an override has called what it overrides, with lists that are judged
+        return wrapped(*args, **kwargs)
 
     def decide() -> Outcome | None:
         if mode.current() == "off":
             return None
-        resume = _going_on.get() or _Resume("")
         resume.was_judged = True
         if resume.is_best and has_adapters(trainer.model):
             return None  # then peft's `load_adapter` has read it, which is a door of its own
         return _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
 
-    return carry_out(decide, wrapped, args, kwargs)
+    def tell(*given: Any, load_result: Any = None) -> Any:
+        return wrapped(*(given or (load_result,)))  # an override may call it by another name
+
+    before, resume.is_telling = _going_on.set(resume), True
+    try:
+        return carry_out(decide, tell, args, kwargs)
+    finally:
+        resume.is_telling = False
+        _going_on.reset(before)
 
 
 def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
@@ -152,13 +184,20 @@ def _leave_inside(of: Inside) -> None:
         record.leave(of.core, kept)
 
 
+_HOOKS = {
+    "_load_from_checkpoint": _on_resume,
+    "_load_best_model": _on_best_model,
+    "_issue_warnings_after_load": _on_warnings,
+}
 add(
+    Seam("transformers.trainer", "Trainer", ("__init__",), (frozenset({"model", "args"}),), _on_init),
     Seam(
         "transformers.trainer",
         "Trainer",
         ("_load_from_checkpoint",),
         (frozenset({"resume_from_checkpoint"}),),
         _on_resume,
+        has_overrides=True,
     ),
     Seam(
         "transformers.integrations.deepspeed",
@@ -167,8 +206,20 @@ add(
         (frozenset({"deepspeed_engine", "checkpoint_path"}),),
         _on_deepspeed,
     ),
-    Seam("transformers.trainer", "Trainer", ("_load_best_model",), (frozenset({"self"}),), _on_best_model),
     Seam(
-        "transformers.trainer", "Trainer", ("_issue_warnings_after_load",), (frozenset({"load_result"}),), _on_warnings
+        "transformers.trainer",
+        "Trainer",
+        ("_load_best_model",),
+        (frozenset({"self"}),),
+        _on_best_model,
+        has_overrides=True,
+    ),
+    Seam(
+        "transformers.trainer",
+        "Trainer",
+        ("_issue_warnings_after_load",),
+        (frozenset({"load_result"}),),
+        _on_warnings,
+        has_overrides=True,
     ),
 )
