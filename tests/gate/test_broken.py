@@ -148,7 +148,14 @@ def test_a_class_that_has_no_file(good: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("n_layer", 2**63), ("depths", [2, 10**6]), ("text_config", {"num_layers": 10_001})]
+    ("key", "value"),
+    [
+        ("n_layer", 2**63),
+        ("depths", [2, 10**6]),
+        ("text_config", {"num_layers": 10_001}),
+        ("layers_per_block", 10**9),
+        ("transformer_layers_per_block", [6_000, [1, 4_000]]),
+    ],
 )
 def test_layers_without_end(key: str, value: Any, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**json.loads((good / "config.json").read_text()), "n_layer": 1, key: value}
@@ -156,3 +163,14 @@ def test_layers_without_end(key: str, value: Any, good: Path, capsys: pytest.Cap
     assert check(good) == 2
     named = next(iter(value)) if isinstance(value, dict) else key
     assert capsys.readouterr().err == f"tiedquiet: {good}: config.json asks for more than 10,000 layers ({named})\n"
+
+
+def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(changed(good, num_labels=10**12)) == 2
+    assert (
+        capsys.readouterr().err == f"tiedquiet: {good}: config.json asks for more than 1,000,000 labels (num_labels)\n"
+    )
+
+
+def test_a_list_of_the_layers_that_differ_is_not_added_up(good: Path) -> None:
+    assert check(changed(good, mlp_only_layers=list(range(200)))) == 0

@@ -286,12 +286,29 @@ def test_code_that_a_pipeline_s_model_names_runs_only_if_it_is_let(zoo: Zoo, tmp
 
 def test_the_template_of_a_gguf_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The recipe of CVE-2024-34359, which ran code where a chat template was filled in."""
-    gguf = pytest.importorskip("gguf")
     mark = tmp_path / "RAN"
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_chat_template(f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}")
+    write_gguf(tmp_path, f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}")
+    assert main(["check", str(tmp_path / "model.gguf")]) == 0
+    assert "12 tensors were dequantised again from the file by the gguf package" in capsys.readouterr().out
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--class", "LlamaForCausalLM"]])
+def test_a_gguf_file_that_asks_for_layers_without_end(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path, block_count=10**8)
+    assert main(["check", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert error == f"tiedquiet: {tmp_path}: model.gguf asks for more than 10,000 layers (num_hidden_layers)\n"
+
+
+def write_gguf(folder: Path, template: str = "", **changes: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_chat_template(template)
     sizes = {"context_length": 16, "embedding_length": 8, "block_count": 1, "feed_forward_length": 16, "head_count": 2}
-    for name, size in {**sizes, "head_count_kv": 2, "vocab_size": 32, "rope_dimension_count": 4}.items():
+    for name, size in {**sizes, "head_count_kv": 2, "vocab_size": 32, "rope_dimension_count": 4, **changes}.items():
         getattr(writer, f"add_{name}")(size)
     writer.add_layer_norm_rms_eps(1e-5)
     shapes = {"token_embd": (32, 8), "output": (32, 8), "output_norm": (8,)}
@@ -304,6 +321,3 @@ def test_the_template_of_a_gguf_file_is_not_run(tmp_path: Path, capsys: pytest.C
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert main(["check", str(tmp_path / "model.gguf")]) == 0
-    assert "12 tensors were dequantised again from the file by the gguf package" in capsys.readouterr().out
-    assert not mark.exists()

@@ -11,9 +11,11 @@ from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.source import Source, entries, kernels, under
 
-_LAYERS = re.compile(r"(?:layers?|depths?|blocks)$")  # how configs end the name of their number
+_LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
+_NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_LAYERS = 10_000
 _LIBRARIES = (["diffusers"], ["transformers"])
+_MOST_LABELS = 1_000_000  # transformers makes a name for each
 
 
 class Part(NamedTuple):
@@ -225,6 +227,11 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
     """
     import transformers
 
+    if part.source.gguf:
+        asked: dict[str, Any] = {}
+        with suppress(Exception):  # loading it says what is wrong
+            asked = _config_of_gguf(part).to_dict()
+        _check_size(part, asked)
     own = part.config.get("auto_map")
     own = own if isinstance(own, dict) else {}
     name = part.cls
@@ -262,13 +269,18 @@ def _of_gguf(part: Part) -> tuple[Any, str]:
     import transformers
 
     with suppress(Exception):  # loading it says what is wrong
-        read = transformers.AutoConfig.from_pretrained
-        config = read(part.source.name, gguf_file=part.source.gguf, trust_remote_code=False)
+        config = _config_of_gguf(part)
         named = (classes.named("transformers", name) for name in config.architectures or ())
         found = [kind for kind in named if classes.is_of_transformers(kind)]
         found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
         return found[0], ""
     return transformers.AutoModel, "a GGUF file names no class"
+
+
+def _config_of_gguf(part: Part) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(part.source.name, gguf_file=part.source.gguf, trust_remote_code=False)
 
 
 def folders_of(part: Part) -> Iterator[Path]:
@@ -286,11 +298,26 @@ def _by_user(part: Part, name: str) -> Any:
 
 
 def _check_size(part: Part, config: dict[str, Any]) -> None:
-    """Raise where a config asks for layers without end: to build them takes years before any file is looked at."""
-    for key, value in entries(config):
-        counts = value if isinstance(value, list) else [value]
-        if _LAYERS.search(key) and any(type(count) is int and count > _MOST_LAYERS for count in counts):
-            raise CannotCheck(f"{part.label}: config.json asks for more than {_MOST_LAYERS:,} layers ({key})")
+    """Raise where a config asks for layers or labels without end: to make them takes years before a file is read."""
+    asks = f"{part.label}: {part.source.gguf or 'config.json'} asks for more than"
+    for key, value in ((str(key), value) for key, value in entries(config)):  # those of labels are numbers
+        add_up = sum if _NUMBERS.search(key) else max
+        if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
+            raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
+        if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
+            raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+
+
+def _numbers(value: object) -> list[int]:
+    """A number, or those of a list at any depth."""
+    found, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif type(one) is int and one > 0:
+            found.append(one)
+    return found
 
 
 def _check_names(part: Part, config: dict[str, Any]) -> None:
