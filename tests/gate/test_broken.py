@@ -174,3 +174,10 @@ def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_list_of_the_layers_that_differ_is_not_added_up(good: Path) -> None:
     assert check(changed(good, mlp_only_layers=list(range(200)))) == 0
+
+
+def test_a_shape_that_no_memory_has_room_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(changed(good, vocab_size=10**12)) == 2
+    told = "transformer.wte.weight is 64 by 16 in the file and 1000000000000 by 16 in the model"
+    error = capsys.readouterr().err
+    assert told in error or "can't allocate memory" in error  # transformers 5.0.0 makes values for it first

@@ -29,7 +29,7 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         damaged: the first of what `damage` says of the folder.
     """
     message = " ".join(str(error).split())
-    if reason := _of_the_code(error) or damaged or _of_conversion(error):
+    if reason := _of_the_code(error) or damaged or _of_conversion(error) or _of_shapes(error):
         return reason
     if "weights_only" in message or isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL ([\w.]+)", message)
@@ -137,6 +137,24 @@ def _of_conversion(error: BaseException) -> str:
         said = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(trace), re.MULTILINE)
         return f"{key} cannot be made of what the files have for it: {' '.join(said[:1] or [str(trace)])}"
     return ""
+
+
+def _of_shapes(error: BaseException) -> str:
+    """Which tensors have another shape in the files: transformers' own words point to a report."""
+    found: dict[str, Any] = {}
+    for frame in _frames(error) if "ignore_mismatched_sizes" in str(error) else ():
+        if str(frame.f_globals.get("__name__")).startswith("transformers."):
+            info = frame.f_locals.get("loading_info")
+            keys = getattr(info, "mismatched_keys", None) or frame.f_locals.get("mismatched_keys")  # of older releases
+            found |= {key: shapes for key, *shapes in keys or ()}
+    return "; ".join(
+        f"{key} is {_shape(stored)} in the file and {_shape(wanted)} in the model"
+        for key, (stored, wanted) in sorted(found.items())
+    )
+
+
+def _shape(shape: Any) -> str:
+    return " by ".join(map(str, shape)) or "a scalar"
 
 
 # Modelling files that were written for transformers 4

@@ -1,6 +1,5 @@
 """Compares a transformers model, loaded as users load it, with its files."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,13 +226,6 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
     reason = explain(error, folder, how.trust, damaged)
     if "use_safetensors" in options and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
-    if "ignore_mismatched_sizes" in str(error) and not damaged:
-        with suppress(Exception):
-            _, info = loader.from_pretrained(part.source.name, **options, ignore_mismatched_sizes=True)
-            reason = "; ".join(
-                f"{key} is {_shape(stored)} in the file and {_shape(wanted)} in the model"
-                for key, stored, wanted in sorted(info["mismatched_keys"])
-            )
     return f"{part.label} cannot be loaded as {getattr(loader, '__name__', loader)}: {reason}"
 
 
@@ -252,7 +244,3 @@ def undo_anew(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     finally:
         if used is not None:
             model._weight_conversions = used
-
-
-def _shape(shape: Any) -> str:
-    return " by ".join(map(str, shape)) or "a scalar"
