@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import tiedquiet
 from tests.checkpoints import gpt2, t5
 from tests.doors.test_from_pretrained import wan_pipeline
 from tests.gate import quantised
@@ -158,3 +159,42 @@ def test_experts_that_a_gguf_file_has_in_one_have_their_place(
     file.close()
     found = component(tmp_path / "moe" / "model.gguf", 0, capsys)
     assert (found["unexpected"], found["problem"]) == ([], None)
+
+
+def quantised_tensor() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+
+
+def nested_tensor() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def with_one_beyond_sizes(path: Path) -> None:
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:end])
+    place = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    odd = {"dtype": "F32", "shape": [0, 2**64 - 1], "data_offsets": [place, place]}
+    header = json.dumps({**entries, "x": odd}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+
+
+@pytest.mark.filterwarnings("ignore")  # such tensors are deprecated, or prototypes
+@pytest.mark.parametrize("kind", ["quantised", "nested", "beyond"])
+def test_one_tensor_that_meta_cannot_have_ends_nothing(
+    kind: str, good: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = good / "model.safetensors"
+    config_of(good, dtype="float32")  # else transformers itself reads all of the file on meta
+    if kind == "beyond":
+        with_one_beyond_sizes(path)
+    else:
+        extra = quantised_tensor() if kind == "quantised" else nested_tensor()
+        torch.save({**load_file(path), "x": extra}, good / "pytorch_model.bin")
+        path.unlink()
+    with tiedquiet.enable("on"):
+        loaded = GPT2LMHeadModel.from_pretrained(good)
+    assert tiedquiet.check(loaded).ok
+    assert not [line for line in caplog.messages if "tiedquiet failed" in line]
+    found = component(good, 0, capsys)
+    assert (found["unexpected"], found["held"]) == (["x"], WHOLE)

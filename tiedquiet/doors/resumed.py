@@ -143,7 +143,7 @@ def read_folder(
     for one in found:
         take_made(one)
     used = {name for made in found for origin in made.origins.values() for name in origin.names}
-    left = {name: checkpoint.headers[name] for name in unexpected - used}
+    left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
     origins, prefixes = find_unread(model, reading, left, cure=_REPAIR)
     if origins:
         native = _Made(names.conversions_of_native(model), "", origins)

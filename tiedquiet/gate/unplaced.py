@@ -27,7 +27,7 @@ def left_over(name: str, headers: names.Headers, unplaced: Collection[str]) -> s
         unplaced: the names in the files that the model has no place for, without those that its class says it ignores.
     """
     size = {key: header.numel() * header.element_size() for key, header in headers.items()}
-    part, whole = sum(size[key] for key in unplaced), sum(size.values())
+    part, whole = sum(size.get(key, 0) for key in unplaced), sum(size.values())
     if not unplaced or (2 * len(unplaced) < len(size) and 2 * part < whole):
         return ""
     with_bytes = "" if 2 * len(unplaced) >= len(size) else f", with {part:,} of its {whole:,} bytes,"

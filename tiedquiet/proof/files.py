@@ -58,13 +58,13 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, torch.Tensor]:
-        """Name, shape and type of each tensor, as a tensor on meta; no value is read.
+        """Name, shape and type of each tensor that can be on meta, as a tensor there; no value is read.
 
         Raises:
             Exception: a file cannot be opened.
         """
         if self.state_dict is not None or not self._is_safetensors:
-            return {key: torch.empty_like(read(), device="meta") for key, read in self.tensors.items()}
+            return {key: header for key, read in self.tensors.items() for header in _on_meta(torch.empty_like, read())}
         return {key: header for path in self.files for key, header in _headers(path)}
 
     @cached_property
@@ -202,7 +202,16 @@ def _headers(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             entry = file.get_slice(key)
-            yield key, torch.empty(entry.get_shape(), dtype=_TYPES.get(entry.get_dtype(), torch.uint8), device="meta")
+            kind = _TYPES.get(entry.get_dtype(), torch.uint8)
+            yield from ((key, header) for header in _on_meta(torch.empty, entry.get_shape(), dtype=kind))
+
+
+def _on_meta(make: Callable[..., torch.Tensor], given: Any, **more: Any) -> list[torch.Tensor]:
+    """What is made on meta; nothing where that cannot be: quantised and nested tensors, sizes beyond those of torch."""
+    try:
+        return [make(given, device="meta", **more)]
+    except Exception:
+        return []
 
 
 def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
