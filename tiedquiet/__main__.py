@@ -44,10 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         SystemExit: help or the version was asked for, and printed; its status is 0.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    options = argparse.Namespace()
     prepare(sys.stdout, sys.stderr)
     with _interrupts() as interrupts:
         try:
-            status = _main(given)
+            status = _main(given, options)
             if sys.stdout is not None:
                 sys.stdout.flush()
             return status
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             reason = f"the operating system says: {error}"
         except Exception as error:
             reason = f"internal error, please report it: {type(error).__name__}: {error}"
-        return _fail("interrupted" if interrupts else reason, given)
+        return _fail("interrupted" if interrupts else reason, given, options)
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def _interrupts() -> Iterator[list[int]]:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], options: argparse.Namespace) -> int:
     parser = _Parser(
         prog="tiedquiet", description="Proves that a loaded model holds what its checkpoint stored.", allow_abbrev=False
     )
@@ -112,7 +113,7 @@ def _main(arguments: list[str]) -> int:
         "are wrapped. Exit status: 0 all of them are wrapped as expected, 1 not all, 2 transformers is missing.",
     )
     commands.add_parser("demo", help="show before and after on tiny checkpoints in a temporary folder")
-    options = parser.parse_args(arguments)
+    parser.parse_args(arguments, options)
     if sys.flags.optimize > 1:
         raise _Misused("transformers makes its classes from docstrings, and python -OO drops these; use python -O")
     try:
@@ -129,12 +130,12 @@ def _main(arguments: list[str]) -> int:
     return _info() if options.command == "info" else gate.check(options)
 
 
-def _fail(reason: str, given: list[str]) -> int:
+def _fail(reason: str, given: list[str], options: argparse.Namespace) -> int:
     """Say in one line why nothing was checked; for machines in JSON as well."""
     try:
         if given[:1] == ["check"] and "--json" in given:
-            named = next((word for word in given[1:] if not word.startswith("-")), "")
-            print(report.as_json(2, named, gate.versions(), [], reason))
+            first = next((word for word in given[1:] if not word.startswith("-")), "")  # of a line that is wrong
+            print(report.as_json(2, getattr(options, "source", first), gate.versions(), [], reason))
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError):  # nobody reads it, or the disk is full: Python must not try again at exit

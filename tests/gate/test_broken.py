@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from tests.checkpoints import gpt2
 from tests.gate.test_check import check, config_of
+from tiedquiet.__main__ import main
 from tiedquiet.gate.diagnosis import damage, explain
 
 
@@ -34,6 +35,22 @@ def as_bin(folder: Path, extra: Any = None, keep: int | None = None) -> Path:
     path = folder / "pytorch_model.bin"
     torch.save({**stored, **(extra or {})}, path)
     return write(path, path.read_bytes()[:keep])
+
+
+def no_bin(folder: Path, content: str | bytes) -> Path:
+    (folder / "model.safetensors").unlink()
+    return write(folder / "pytorch_model.bin", content)
+
+
+def adapter_of(folder: Path) -> Path:
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(folder), "target_modules": ["c_attn"], "r": 2}
+    torch.save({}, write(folder.parent / "adapter" / "adapter_config.json", json.dumps(config)) / "adapter_model.bin")
+    return folder.parent / "adapter"
+
+
+def model_of_diffusers(folder: Path) -> Path:
+    pytest.importorskip("diffusers").AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(folder)
+    return changed(folder, norm_num_groups=0)
 
 
 class RunsCode:
@@ -82,6 +99,10 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: as_bin(g, keep=3000), "pytorch_model.bin is truncated: its end is missing"),
         (lambda g: as_bin(g, keep=0), "pytorch_model.bin is empty"),
         (lambda g: as_bin(g, {"x": RunsCode()}), "pytorch_model.bin is a pickle that wants to run code when it is read"),
+        *((lambda g, c=content: no_bin(g, c), "pytorch_model.bin is not a file of tensors that torch.save wrote")
+          for content in ("<html>404</html>", '{"error": "not found"}', bytes(20_000))),
+        (adapter_of, "it has adapter_model.bin; PeftModel reads that"),
+        (model_of_diffusers, "good cannot be loaded: ZeroDivisionError"),
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)), "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)) / "m.gguf", "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "two" / "a.gguf", b"") and write(g.parent / "two" / "b.gguf", b""), "holds 2 GGUF files; name one of them"),
@@ -181,3 +202,18 @@ def test_a_shape_that_no_memory_has_room_for(good: Path, capsys: pytest.CaptureF
     told = "transformer.wte.weight is 64 by 16 in the file and 1000000000000 by 16 in the model"
     error = capsys.readouterr().err
     assert told in error or "can't allocate memory" in error  # transformers 5.0.0 makes values for it first
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [
+        (("--class", "GPT2LMHeadModel", "./nope"), "./nope"),
+        (("--dtype", "float16", "./nope"), "./nope"),
+        (("./nope", "--no-such-option"), "./nope"),
+    ],
+)
+def test_the_json_of_a_failure_says_what_was_given(
+    given: tuple[str, ...], source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *given, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["source"] == source

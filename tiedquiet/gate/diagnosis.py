@@ -35,9 +35,15 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         wanted = re.search(r"GLOBAL ([\w.]+)", message)
         what = f" ({wanted[1]})" if wanted else ""
         names = ", ".join(path.name for path in _weights(folder) if path.suffix == ".bin") if folder else ""
+        if not wanted and not re.search("unrecognized function|allowlisted", message):
+            return f"{names or 'its file'} is not a file of tensors that torch.save wrote"
         return (
             f"{names or 'its file'} is a pickle that wants to run code when it is read{what}; it was not run. "
             "Ask its author for a safetensors file"
+        )
+    if "adapter_model.safetensors" in message and folder and (folder / "adapter_model.bin").is_file():
+        return (
+            "transformers reads adapters of safetensors files only, and it has adapter_model.bin; PeftModel reads that"
         )
     if "trust_remote_code" in message and not trust:
         return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"

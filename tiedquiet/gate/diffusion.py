@@ -59,7 +59,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:
         damaged = next(damage(folder), "") if folder.is_dir() else ""
-        raise CannotCheck(f"cannot be loaded: {explain(error, folder, how.trust, damaged)}") from error
+        raise CannotCheck(f"{part.label} cannot be loaded: {explain(error, folder, how.trust, damaged)}") from error
     state = survey(model).state
     reading = read(model, state.keys() - in_files.keys(), checkpoint)
     unread = ask_headers(model, reading, [], getattr(model, "hf_quantizer", None) is not None)
@@ -117,7 +117,7 @@ def _files(part: Part, how: How, of_kind: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if index is None and not found and unsafe and not name.endswith(".safetensors"):
-            raise CannotCheck(f"has no safetensors file, and {unsafe}")
+            raise CannotCheck(f"{part.label} has no safetensors file, and {unsafe}")
         if (index is not None or not found) and (path := part.source.file(name, part.name)) is not None:
             found.append(str(path))
     return found
