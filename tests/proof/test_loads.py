@@ -19,9 +19,10 @@ from tiedquiet.proof import judge, names
 from tiedquiet.proof.codes import Scales
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
-from tiedquiet.proof.reading import Reading, ask_headers, find_unread, read
+from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import embeddings, is_denied, is_moved
+from tiedquiet.proof.unread import ask_headers, find_unread
 
 
 def test_a_model_may_be_copied_and_pickled_in_the_middle_of_its_load() -> None:

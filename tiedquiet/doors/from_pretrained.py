@@ -15,17 +15,10 @@ from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, w
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.reading import (
-    Reading,
-    ask_headers,
-    find_unread,
-    names_in_files,
-    needs_headers,
-    origins_in_files,
-    read,
-)
+from tiedquiet.proof.reading import Reading, names_in_files, origins_in_files, read
 from tiedquiet.proof.repair import prepare
 from tiedquiet.proof.survey import survey
+from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers
 from tiedquiet.verdict import Finding, Verdict
 
 

@@ -15,10 +15,11 @@ from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.memory import plain, same, types_of
-from tiedquiet.proof.reading import Reading, ask_headers, find_unread, in_two_files, is_ignored, note_unread, read
+from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
+from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, is_ignored, note_unread
 from tiedquiet.verdict import Finding
 
 _Values = Iterator[tuple[str, torch.Tensor]]

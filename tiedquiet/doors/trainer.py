@@ -6,18 +6,18 @@ values. What the files would give by transformers' own rules is compared with wh
 """
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
 from tiedquiet.doors.resumed import Inside, inside, read_folder
 from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
-from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_override
+from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_overrides
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
@@ -47,9 +47,9 @@ _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=N
 def _on_init(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer.__init__`: what a class of the user's overrides is guarded as well."""
     with suppress(Exception):
-        for kind in takewhile(lambda kind: kind.__module__ != "transformers.trainer", type(trainer).__mro__):
-            for name, hook in _HOOKS.items():
-                wrap_override(kind, name, hook)
+        owner = sys.modules["transformers.trainer"].Trainer
+        for name, hook in _HOOKS.items():
+            wrap_overrides(type(trainer), owner, name, hook)
     return wrapped(*args, **kwargs)
 
 

@@ -25,9 +25,10 @@ from tiedquiet.gate.weights import (
     weights_of,
 )
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.reading import ask_headers, find_unread, read
+from tiedquiet.proof.reading import read
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
+from tiedquiet.proof.unread import ask_headers, find_unread
 from tiedquiet.verdict import Verdict
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -1,0 +1,172 @@
+"""What the files have and nothing read; and of what was read, whether the files have it once, and in what type.
+
+Their headers are asked, and only if a load is not plainly clean.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tiedquiet.proof import names
+from tiedquiet.proof.casts import may_lose
+from tiedquiet.proof.codes import CODES, Scales, without_scale
+from tiedquiet.proof.memory import equals, types_of
+from tiedquiet.proof.reading import Reading
+from tiedquiet.proof.rivals import has_more, judge_ways
+from tiedquiet.proof.survey import declared, survey
+from tiedquiet.verdict import Finding, Verdict
+
+_REPAIR = "Set TIEDQUIET=repair to read them"
+
+
+def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
+    """Whether the files have to be asked: where the loader did not account for all of them and of the model.
+
+    That is where it reports keys that no tie explains, where two files may have one name, where they have more than was
+    read, and where a type of the model may not hold what one of theirs does.
+    """
+    if unexpected or reading.missing - reading.free - reading.tied:
+        return True
+    checkpoint = reading.checkpoint
+    if len(checkpoint.files) > 1 and checkpoint.is_mapped:
+        return True
+    if reading.made_of is not dict and has_more(checkpoint, reading.held.values(), reading.made_of is not None):
+        return True
+    ours = set(types_of(reading.held.values()))
+    return any(
+        may_lose(theirs, own) or (theirs in CODES and theirs != own) for theirs in checkpoint.dtypes for own in ours
+    )
+
+
+def ask_headers(
+    model: Any, reading: Reading, conversions: list[Any], is_quantised: bool, also: Mapping[str, str] | None = None
+) -> names.Headers:
+    """Compare the headers of the files with what was read: two values of one name, types, and what nothing read.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        conversions: what the loader renamed and converted.
+        is_quantised: a quantiser has changed it, so that types and shapes of the two differ anyway.
+        also: names of the files that were read into keys of the model by no rule of the loader's.
+
+    Returns:
+        The tensors of the files that nothing read.
+    """
+    headers = reading.checkpoint.headers
+    state = survey(model).state
+    made = names.sources(model, headers, state, conversions)
+    came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
+    for name, first, second in reading.checkpoint.twice():
+        for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
+            reading.found[key] = in_two_files(key, first, second)
+    unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
+    if is_quantised:
+        return unread
+    scales, tensors = Scales(unread), reading.checkpoint.tensors
+    read_to: dict[str, list[str]] = {}
+    for name, key in came_from.items():
+        read_to.setdefault(key, []).append(name)
+    for key in filter(reading.held.__contains__, read_to):
+        own = {name: headers[name] for name in read_to[key]}
+        if (found := _judge_types(reading, key, own, scales)) is None and key in made and made[key].ways > 1:
+            found = judge_ways(model, key, reading.read_to[key], own, conversions, lambda name: tensors[name]())
+        if found is not None:
+            reading.found[key] = found
+    return unread
+
+
+def in_two_files(key: str, first: str, second: str) -> Finding:
+    """The finding on a key of which two files have different values; the second was read last."""
+    return Finding(key, Verdict.AMBIGUOUS, None, f"{second}, which was read last, has other values than {first}", True)
+
+
+def find_unread(
+    model: Any, reading: Reading, unread: names.Headers, conversions: Sequence[Any] = (), cure: str = ""
+) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
+    """Look for missing tensors among what the files have and nothing read, and note the findings.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        unread: what else the files have.
+        conversions: what the loader renamed and converted.
+        cure: what to do about it, if not to have `from_pretrained` read it.
+
+    Returns:
+        By transformers' renaming for the class that the model's is made from, what each is read from; and else the
+        prefix that fits.
+    """
+    now = survey(model)
+    missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
+    if not missing or not unread:
+        return {}, None
+    tied = declared(now)
+    needed = {key for key in missing if key not in tied and key not in reading.free}
+    prefixes = _prefixes(model, unread, missing, needed, now.state, conversions)
+    native = names.native_class(model)
+    made = names.origins(model, unread, now.state, names.conversions_of_native(model)) if native else {}
+    origins = {key: origin for key, origin in made.items() if key in missing}
+    mapping = prefixes.key_mapping() if prefixes else {}
+    other = f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
+    used: set[str] = set()
+    if origins:
+        ours, theirs = type(model).__name__, native.__name__
+        why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
+        other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
+        note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
+        used, prefixes = {name for origin in origins.values() for name in origin.names}, None
+    elif prefixes is not None:
+        fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
+        note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
+        used = set(prefixes.names.values())
+    rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
+    for key in sorted(missing.keys() - reading.found.keys()):
+        if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
+            reading.likely[key] = name
+    return origins, prefixes
+
+
+def _prefixes(
+    model: Any,
+    unread: names.Headers,
+    missing: names.Headers,
+    needed: set[str],
+    own: Collection[str],
+    conversions: Sequence[Any],
+) -> names.Prefixes | None:
+    """The prefix that fits: of the names that the files have, or of what transformers made of these."""
+    if (prefixes := names.by_prefix(unread, missing, needed, own)) is not None or not conversions:
+        return prefixes
+    in_files = {new: old for old, new in names.renamed(model, unread, list(conversions)).items()}
+    prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed, own)
+    if prefixes is None:
+        return None
+    of_files = {key: in_files[name] for key, name in prefixes.names.items()}
+    return replace(prefixes, names=of_files, is_of_files=False)
+
+
+def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str, cure: str) -> None:
+    """Note that nothing read what the files have for these keys."""
+    for key, origin in origins.items():
+        reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], why, True, cure)
+
+
+def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales) -> Finding | None:
+    """A finding if the type that a tensor was read into cannot hold what is stored, or says nothing of it."""
+    ours = reading.held[key].dtype
+    for name, header in own.items():
+        if found := without_scale(key, name, header.dtype, ours, scales):
+            return found
+    (name, header), *others = own.items()
+    if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
+        return None
+    kinds = [str(kind).removeprefix("torch.") for kind in (header.dtype, ours)]
+    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {kinds[1]}: the file has it as {kinds[0]}", True)
+
+
+def is_ignored(model: Any, name: str) -> bool:
+    """Whether the class says that the files may have a name for which the model has no place."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
