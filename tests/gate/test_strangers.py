@@ -195,3 +195,19 @@ def test_a_generation_config_is_looked_at_before_it_is_read(
 def test_a_gguf_file_that_was_found_may_not_be_a_link_to_elsewhere(good: Path, refused: Callable[[Path], str]) -> None:
     link(as_gguf(good) / "m.gguf")
     assert "m.gguf points outside the folder" in refused(good)
+
+
+def test_a_backbone_is_not_fetched_from_the_hub(
+    good: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[[Path], str]
+) -> None:
+    from huggingface_hub import constants
+
+    asked = list[Any]()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 1)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *given, **_: asked.append(given) or [])
+    config = {"architectures": ["DetrForObjectDetection"], "model_type": "detr", "use_timm_backbone": False}
+    config |= {"backbone": "some/model", "backbone_config": None, "use_pretrained_backbone": True}
+    (good / "config.json").write_text(json.dumps(config))
+    assert "it names a model that transformers gets from the hub, and for a folder nothing is fetched" in refused(good)
+    assert (asked, constants.HF_HUB_OFFLINE) == ([], False)

@@ -10,7 +10,7 @@ from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
-from tiedquiet.gate.source import check_length
+from tiedquiet.gate.source import check_length, without_hub
 from tiedquiet.gate.unplaced import IS_IT, of_gguf, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
@@ -170,7 +170,7 @@ def _begin_again(part: Part, loader: Any, how: How, model: Any) -> Any:
         return None
     from tiedquiet.gate.again import begin
 
-    again = begin(partial(loader.from_pretrained, part.source.name, **_options(part, how)))
+    again = begin(partial(_from_pretrained, part, loader, how))
     if again is None:
         raise CannotCheck(f"{part.label}: it is quantised, and its values cannot be read a second time")
     return again if again.quantiser is not None or again.given is not None else None
@@ -182,16 +182,20 @@ def _names_quantiser(config: Any) -> bool:
 
 
 def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
-    options = _options(part, how)
     try:
-        loaded = loader.from_pretrained(part.source.name, **options)
+        loaded = _from_pretrained(part, loader, how)
     except Exception as error:
-        raise CannotCheck(_reason(part, loader, how, options, error)) from error
+        raise CannotCheck(_reason(part, loader, how, error)) from error
     import torch
 
     if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
         raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is not a model")
     return loaded
+
+
+def _from_pretrained(part: Part, loader: Any, how: How) -> Any:
+    with without_hub(part.source.is_local and (part.base is None or part.base.is_local) and not how.trust):
+        return loader.from_pretrained(part.source.name, **_options(part, how))
 
 
 def _options(part: Part, how: How) -> dict[str, Any]:
@@ -213,7 +217,7 @@ def _options(part: Part, how: How) -> dict[str, Any]:
     return options
 
 
-def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: Exception) -> str:
+def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if part.source.gguf:
         kind = f"{Path(part.source.name, part.source.gguf)} is a GGUF file, which cannot be loaded here"
         return f"{kind}: {explain(error, None, how.trust)}"
@@ -224,8 +228,12 @@ def _reason(part: Part, loader: Any, how: How, options: dict[str, Any], error: E
     if _names_quantiser(part.config) and folder is not None and not damaged:
         damaged = lacking_in(folder)
     reason = explain(error, folder, how.trust, damaged)
-    if "use_safetensors" in options and "use_safetensors" in str(error):
+    if "use_safetensors" in _options(part, how) and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
+    if part.source.is_local and any(
+        words in str(error) for words in ("offline mode is enabled", "couldn't connect to")
+    ):
+        reason = f"it names a model that transformers gets from the hub, and for a folder nothing is fetched ({reason})"
     return f"{part.label} cannot be loaded as {getattr(loader, '__name__', loader)}: {reason}"
 
 

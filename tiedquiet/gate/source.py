@@ -6,6 +6,7 @@ Whoever made it may have put anything there: a link to another place, a pipe tha
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -134,6 +135,19 @@ def own_files(folder: Path, *ends: str) -> list[Path]:
     """The files of a folder whose names end so; no pipe and no device, and nothing to which a link leads outside."""
     named = (path for path in folder.iterdir() if path.name.endswith(ends))
     return sorted(path for path in named if path.is_file() and _outside(folder, path) is None)
+
+
+@contextmanager
+def without_hub(is_wanted: bool) -> Iterator[None]:
+    """Nothing is asked of the hub meanwhile, where that is wanted: a config may have any model fetched (`backbone`)."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or is_wanted
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def is_inside(name: str) -> bool:
