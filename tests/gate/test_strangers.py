@@ -132,6 +132,9 @@ def test_an_adapter_that_has_another_model_read(good: Path, tmp_path: Path, refu
         assert "adapter_config.json makes transformers read its base model in place of" in refused(folder)
     for base in (str(other), "some/model", None):
         assert "makes transformers read its base model in place of" in refused(adapter(as_gguf(good), base))
+    (good / "adapter_config.json").write_text(json.dumps(LORA))
+    assert "makes transformers read its base model in place of" in refused(good)
+    assert "adapter_config.json names no base model" in refused(adapter(tmp_path / "alone", None))
 
 
 def test_an_adapter_on_top_of_a_sentence_transformers_folder(good: Path, refused: Callable[[Path], str]) -> None:
