@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from tests.doors.test_from_pretrained import wan_pipeline
 from tests.gate import quantised
 from tests.gate.test_check import check, config_of
 from tests.gate.test_compare import mixtral
-from tiedquiet.gate.unplaced import of_transformers
+from tiedquiet.gate.again import Again
+from tiedquiet.gate.unplaced import of_gguf, of_transformers
 from tiedquiet.proof.files import Checkpoint
 
 WHOLE = 16  # tensors of this GPT-2 in a file
@@ -198,3 +200,8 @@ def test_one_tensor_that_meta_cannot_have_ends_nothing(
     assert not [line for line in caplog.messages if "tiedquiet failed" in line]
     found = component(good, 0, capsys)
     assert (found["unexpected"], found["held"]) == (["x"], WHOLE)
+
+
+def test_a_gguf_file_whose_names_are_not_known() -> None:
+    model = GPT2LMHeadModel(gpt2())
+    assert of_gguf(model, [], Again(model, {}, SimpleNamespace(hf_quantizer=None, weight_mapping=None))) == ([], "")
