@@ -82,7 +82,8 @@ SAYS = {
     "shard_fifo": "is not a regular file",
     "long_header": "has a header of 3,221,225,472 bytes, and the format allows 100,000,000",
     "bin_as_shard": "which is not a safetensors file",
-    "bin_archive_reduce_system": "pytorch_model.bin is a pickle that wants to run code when it is read",
+    "bin_archive_name_subprocess": "pytorch_model.bin is a pickle that wants to run code when it is read (subproc",
+    "bin_archive_reduce_system": "pytorch_model.bin is not a file of tensors that torch.save wrote",  # by its protocol
 }
 
 
