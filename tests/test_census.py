@@ -265,9 +265,9 @@ def test_the_census_sees_a_repair_that_only_says_so(monkeypatch: pytest.MonkeyPa
 def test_the_census_sees_a_repair_that_leaves_the_optimizer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     read = trainer.read_folder
 
-    def anew(model: Any, *more: Any) -> Any:
-        found = read(model, *more)
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    def anew(of: Any, *more: Any) -> Any:
+        found = read(of, *more)
+        of.model.lm_head.weight = torch.nn.Parameter(of.model.lm_head.weight.detach().clone())
         return found
 
     monkeypatch.setattr(trainer, "read_folder", anew)
