@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers import initialization as init
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import qwen2, verdicts, written, wrong
+from tests.doors.renamed import SMALL, mapping_of, qwen2, verdicts, written, wrong
+from tests.gate.test_compare import mixtral
 from tests.idioms import Idiom, Part, Tiny
 from tiedquiet import LoadError, Verdict
+
+
+def qwen3_moe() -> Any:
+    more = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **more, tie_word_embeddings=True))
 
 
 def test_a_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> None:
@@ -32,6 +39,34 @@ def test_a_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> N
     )
     assert not tiedquiet.check(model).ok
     assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_a_prefix_before_what_is_converted_while_it_is_read(
+    build: Any, prefix: str, tmp_path: Path, printed: Printed
+) -> None:
+    truth = written(build(), tmp_path, lambda key: prefix + key)
+    kind = type(build())
+    model = kind.from_pretrained(tmp_path)
+    found = verdicts(model)
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == truth.keys() - {"lm_head.weight"} | (
+        {"lm_head.weight"} - set(model.all_tied_weights_keys)
+    )
+    assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth), "the cure cures"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        kind.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = kind.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+def test_what_has_no_place_under_its_prefix_is_no_other_name(tmp_path: Path) -> None:
+    written(mixtral(), tmp_path, lambda key: "module." + key.replace("experts", "others").replace("self_attn", "mixer"))
+    found = verdicts(MixtralForCausalLM.from_pretrained(tmp_path))
+    assert Verdict.UNREAD not in found.values()
+    assert Verdict.MISSING in found.values()
 
 
 class InitialisesNothing(Tiny):

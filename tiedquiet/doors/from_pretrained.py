@@ -238,10 +238,12 @@ def _read_again(
         The names in the files that were read.
     """
     model, config = bound["model"], bound["load_config"]
-    if prefixes is None:
-        mapping = names.conversions_of_native(model)
-        given = {name: checkpoint.tensors[name]() for origin in origins.values() for name in origin.names}
-    else:
+    if origins:
+        start = prefixes.old if prefixes else ""
+        mapping = list(config.weight_mapping) if prefixes else names.conversions_of_native(model)
+        came = {name for origin in origins.values() for name in origin.names}
+        given = {name.removeprefix(start): checkpoint.tensors[name]() for name in came}
+    elif prefixes:
         mapping = []
         given = {key: checkpoint.tensors[name]() for key, name in prefixes.names.items()}
     used = list(getattr(model, "_weight_conversions", None) or ())

@@ -4,7 +4,6 @@ What the files would give by transformers' own rules is compared with what was r
 the rest is read here.
 """
 
-import itertools
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -221,7 +220,9 @@ def _made_under_a_prefix(
 
     A prefix says less than a name: everything under it that nothing read has to find its place.
     """
-    prefixes = dict.fromkeys([of.path + of.at, *_common(checkpoint.headers)]) if unread and missing else {}
+    prefixes = (
+        dict.fromkeys([of.path + of.at, *names.common_prefixes(checkpoint.headers)]) if unread and missing else {}
+    )
     for prefix in filter(None, prefixes):
         needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
         for conversions in filter(None, _conversions(of) if needed else ()):
@@ -230,13 +231,6 @@ def _made_under_a_prefix(
             if needed <= {name for origin in made.values() for name in origin.names}:
                 return _Made(conversions, prefix, made)
     return None
-
-
-def _common(all_of: Collection[str]) -> list[str]:
-    """The prefixes that all of these names have, the shortest first."""
-    parts = zip(*(name.split(".")[:-1] for name in (min(all_of), max(all_of))), strict=False)
-    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
-    return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
 
 
 def _conversions(of: Inside) -> tuple[list[Any], list[Any]]:

@@ -4,6 +4,7 @@ Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -289,6 +290,13 @@ def likely(key: str, alike: Sequence[str]) -> str | None:
 
 def _fits(header: torch.Tensor, tensor: torch.Tensor | None) -> bool:
     return tensor is not None and header.shape == tensor.shape
+
+
+def common_prefixes(all_of: Collection[str]) -> list[str]:
+    """The prefixes that all of these names have, the shortest first."""
+    parts = zip(*(name.split(".")[:-1] for name in (min(all_of), max(all_of))), strict=False)
+    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
+    return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
 
 
 def renamed(model: Any, headers: Headers, conversions: list[Any]) -> dict[str, str]:

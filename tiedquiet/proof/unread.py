@@ -95,8 +95,8 @@ def find_unread(
         cure: what to do about it, if not to have `from_pretrained` read it.
 
     Returns:
-        By transformers' renaming for the class that the model's is made from, what each is read from; and else the
-        prefix that fits.
+        What each is read from, by transformers' renaming for the class that the model's is made from, or by its own
+        once the prefix is gone that comes with it; and else the prefix that fits.
     """
     now = survey(model)
     missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
@@ -117,6 +117,12 @@ def find_unread(
         other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
         note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
         used, prefixes = {name for origin in origins.values() for name in origin.names}, None
+    elif prefixes is None and names.has_converter(list(conversions)):
+        origins, prefixes = _under_a_prefix(model, unread, missing, needed, now.state, list(conversions))
+        if prefixes is not None:
+            mapped = f"pass key_mapping={prefixes.key_mapping()} to from_pretrained"
+            note_unread(reading, origins, prefixes.why, cure or f"{_REPAIR}, or {mapped}")
+            used = set(unread)
     elif prefixes is not None:
         fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
@@ -145,6 +151,24 @@ def _prefixes(
         return None
     of_files = {key: in_files[name] for key, name in prefixes.names.items()}
     return replace(prefixes, names=of_files, is_of_files=False)
+
+
+def _under_a_prefix(
+    model: Any,
+    unread: names.Headers,
+    missing: names.Headers,
+    needed: set[str],
+    state: names.Headers,
+    conversions: list[Any],
+) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
+    """What transformers would convert if the files' names were without the prefix that all of them have."""
+    for start in names.common_prefixes(unread):
+        short = {name.removeprefix(start): header for name, header in unread.items()}
+        made = {key: o for key, o in names.origins(model, short, state, conversions).items() if key in missing}
+        if needed <= made.keys():
+            of_files = {key: o._replace(names=tuple(start + name for name in o.names)) for key, o in made.items()}
+            return of_files, names.Prefixes(start, "", {})
+    return {}, None
 
 
 def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str, cure: str) -> None:
