@@ -171,7 +171,7 @@ def test_the_census_sees_a_shim_that_does_not_look_into_the_files(monkeypatch: p
     (right,) = lines_of(cls, monkeypatch, "a user's subclass, shards")
     assert right["verdicts"]["unread"]
     assert wrong([right]) == []
-    monkeypatch.setattr("tiedquiet.proof.reading.note_unread", lambda *_: None)
+    monkeypatch.setattr("tiedquiet.proof.unread.note_unread", lambda *_: None)
     (line,) = lines_of(cls, monkeypatch, "a user's subclass, shards")
     assert {true for _, _, true in line["missed"]} == {"unread"}
     assert len(line["missed"]) == right["verdicts"]["unread"]

@@ -142,6 +142,9 @@ class Truth:
         # Memory that nobody wrote reads as true.
         if ours == "unwritten" and self.everything[key].dtype == torch.bool:
             return bool(self.everything[key].all())
+        # What nothing wrote and the files have is both.
+        if ours == "unread" and key in self.unread and never_written(self.everything[key]):
+            return True
         # Under a name that only this census gives it: then all that can be said is that it may be that one.
         if ours == "missing" and hint and self.way.tensors is under_a_target_s_name:
             return self.unread.get(key) == hint

@@ -69,6 +69,15 @@ def test_what_has_no_place_under_its_prefix_is_no_other_name(tmp_path: Path) -> 
     assert Verdict.MISSING in found.values()
 
 
+def test_where_ties_alone_are_missing_a_prefix_that_fits_nothing_claims_nothing(
+    tmp_path: Path, printed: Printed
+) -> None:
+    written(qwen3_moe(), tmp_path, lambda key: key.replace("embed_tokens", "table"))
+    model = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    assert verdicts(model) == dict.fromkeys(["lm_head.weight", "model.embed_tokens.weight"], Verdict.MISSING)
+    assert any("model.embed_tokens.weight may be model.table.weight" in line for line in printed.loud)
+
+
 class InitialisesNothing(Tiny):
     """What the files do not deliver stays memory that nobody wrote."""
 

@@ -165,7 +165,8 @@ def _under_a_prefix(
     for start in names.common_prefixes(unread):
         short = {name.removeprefix(start): header for name, header in unread.items()}
         made = {key: o for key, o in names.origins(model, short, state, conversions).items() if key in missing}
-        if needed <= made.keys():
+        used = {name for origin in made.values() for name in origin.names}
+        if made and (short.keys() <= used or (needed and needed <= made.keys())):
             of_files = {key: o._replace(names=tuple(start + name for name in o.names)) for key, o in made.items()}
             return of_files, names.Prefixes(start, "", {})
     return {}, None
