@@ -85,7 +85,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     "any zeroed row is padding": (Seam(f"{_PROOF}.stored", "is_padding", _always(True)),),
     "no cast loses anything": (
         Seam(f"{_PROOF}.memory", "may_lose", _always(False)),
-        Seam(f"{_PROOF}.reading", "may_lose", _always(False)),
+        Seam(f"{_PROOF}.unread", "may_lose", _always(False)),
         Seam(f"{_PROOF}.reading", "narrows", _always(False)),
         Seam(f"{_PROOF}.memory", "narrows", _always(False)),
     ),
@@ -107,7 +107,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     "no count of other threads' writes": (Seam(f"{_PROOF}.watch", "Watch.written_elsewhere", _always([])),),
     "the watch ends with the report": (Seam("tiedquiet.doors.from_pretrained", "_filter", _until_the_report),),
     "a class's own from_pretrained is not looked at": (
-        Seam("tiedquiet.doors.from_pretrained", "wrap_override", _always(None)),
+        Seam("tiedquiet.doors.from_pretrained", "wrap_overrides", _always(None)),
     ),
     "a twin is made of the config alone": (Seam(f"{_PROOF}.repair", "_buffers_of_twins", _plain_arguments),),
     "no value is too large for its type": (Seam(f"{_PROOF}.stored", "is_at_limit", _always(False)),),

@@ -119,6 +119,20 @@ class Static(Tiny):
         return model
 
 
+class AsksAStaticOne(Tiny):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.other = Static.from_pretrained(*args, **kwargs)
+        return model
+
+
+def test_a_static_one_that_another_class_asks_has_a_call_of_its_own(tmp_path: Path) -> None:
+    model = AsksAStaticOne.from_pretrained(saved(tmp_path))
+    assert verdicts(model) == {}
+    assert verdicts(model.other) == {"lin.weight": Verdict.OVERWRITTEN}
+
+
 @pytest.mark.parametrize("kind", [WithMixin, Picks, Static])
 def test_a_from_pretrained_of_a_mixin_or_a_factory_is_watched_until_it_returns(kind: Any, tmp_path: Path) -> None:
     assert verdicts(kind.from_pretrained(saved(tmp_path))) == {"lin.weight": Verdict.OVERWRITTEN}

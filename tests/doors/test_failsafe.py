@@ -81,6 +81,7 @@ ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded"}  # of adapters
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
+ELSEWHERE |= {"common_prefixes", "_beside"}  # of what is converted under a prefix, and of `check`
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 HOOKS = {
     "_on_load",
@@ -91,6 +92,8 @@ HOOKS = {
     "_leave_watch",
     "_modes",
     "current",
+    "includes",
+    "_see_to_copy",
     "end",
     "_on_subclass",
     "wrap_overrides",
@@ -103,6 +106,7 @@ HOOKS = {
     "_close",
     "carry_out",
     "say",
+    "escaped",
     "bind",
     "add",
     "stand_aside",

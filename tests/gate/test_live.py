@@ -105,6 +105,20 @@ def test_a_file_with_a_tensor_under_two_names(tmp_path: Path) -> None:
     assert (finding.key, finding.verdict) == ("pooler.dense.bias", Verdict.AMBIGUOUS)
 
 
+def test_a_file_that_has_it_under_the_other_name_alone(tmp_path: Path) -> None:
+    """What it has under the model's own name is something else."""
+    model = GPT2LMHeadModel(gpt2())
+    state_of(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.0.ln_1.weight"
+    tensors["h.0.ln_1.weight"], tensors[name] = tensors[name], tensors[name] + 1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    proof = tiedquiet.check(model, tmp_path)
+    assert not proof.ok
+    assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [(name, Verdict.AMBIGUOUS)]
+
+
 def test_a_tie_that_came_apart_before_it_was_saved(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(gpt2())
     state_of(model)

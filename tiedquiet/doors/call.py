@@ -41,7 +41,7 @@ class Call:
 
         A composite loads models of other classes, each by a call of its own. A static method has no class.
         """
-        return not isinstance(self.kind, type) or issubclass(kind, self.kind)
+        return not isinstance(self.kind, type) or (isinstance(kind, type) and issubclass(kind, self.kind))
 
     def run(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call; judge what was loaded in it once it has returned.
@@ -56,7 +56,8 @@ class Call:
             _CURRENT.reset(token)
         self._leave_watch(self._modes)
         failures = [failure for load, model in self._open if (failure := end(load, model)) is not None]
-        self._see_to_copy(result[0] if isinstance(result, tuple) and result else result)
+        with suppress(Exception):
+            self._see_to_copy(result[0] if isinstance(result, tuple) and result else result)
         if failures:
             raise failures[0]
         return result

@@ -243,9 +243,9 @@ def _read_again(
         mapping = list(config.weight_mapping) if prefixes else names.conversions_of_native(model)
         came = {name for origin in origins.values() for name in origin.names}
         given = {name.removeprefix(start): checkpoint.tensors[name]() for name in came}
-    elif prefixes:
-        mapping = []
-        given = {key: checkpoint.tensors[name]() for key, name in prefixes.names.items()}
+    else:
+        mapping, of_prefix = [], prefixes.names if prefixes else {}
+        given = {key: checkpoint.tensors[name]() for key, name in of_prefix.items()}
     used = list(getattr(model, "_weight_conversions", None) or ())
     more = wrapped(
         **{
