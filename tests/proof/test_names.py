@@ -44,6 +44,11 @@ def test_what_the_model_has_itself_is_no_other_name_of_something_else() -> None:
     files, wanted = under("encoder.layer.5.", LAYER), under("decoder.layer.5.", LAYER)
     assert fitting(files, wanted) is not None
     assert fitting(files, wanted, own=("encoder.layer.0.q.weight", *wanted)) is None
+    # An adapter of one layer for another, which has a weight of its own.
+    files = under("q_proj.", {"lora_A.weight": (2, 4), "lora_B.weight": (4, 2)})
+    wanted = {name.replace("q_proj", "v_proj"): shape for name, shape in files.items()}
+    assert fitting(files, wanted) is not None
+    assert fitting(files, wanted, own=("q_proj.weight", *wanted)) is None
     # A language model's weights in a model that sees as well: both begin with `model.`, and it has no `model.layers.`.
     files, wanted = under("model.layers.", LAYER), under("model.language_model.layers.", LAYER)
     assert fitting(files, wanted, own=("model.vision_tower.layers.q.weight", *wanted)) is not None

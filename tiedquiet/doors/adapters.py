@@ -156,7 +156,8 @@ def _judge(before: _Before, result: Any) -> Outcome:
     unexpected = {_as_given(adapter, name, checkpoint.headers) for name in others}
     unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
     key_of = {in_files[key]: key for key in missing}
-    prefixes = names.by_prefix(unread, {name: state[key] for name, key in key_of.items()}, key_of)
+    by_name = {name: state[key] for name, key in key_of.items()}
+    prefixes = names.by_prefix(unread, by_name, key_of, [prefix + key for key in state])
     repaired = []
     for expected, name in (prefixes.names if prefixes else {}).items():
         key = key_of[expected]

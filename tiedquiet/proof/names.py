@@ -257,7 +257,8 @@ def _is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[st
         return True
     depth = len(theirs) + 1
     places = {tuple(name.split(".")[:depth]) for name in names} if theirs else set()
-    return bool(places) and any(tuple(key.split(".")[:depth]) in places for key in own)
+    taken = (tuple(key.split(".")) for key in own if places)
+    return any(parts[:depth] in places or parts[:-1] == tuple(theirs) for parts in taken)
 
 
 def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:

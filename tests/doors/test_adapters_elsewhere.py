@@ -1,4 +1,4 @@
-"""Adapters that take a part of the base model over: peft takes it out of the base before it reads them."""
+"""Adapters that take a part of the base model over, and one that was made for another part of it."""
 
 from pathlib import Path
 from typing import Any
@@ -36,3 +36,19 @@ def test_what_peft_prepares_is_left_to_it(kind: str, mode: Any, tmp_path: Path, 
     assert Verdict.OVERWRITTEN not in found.values()
     assert found.pop("lm_head.weight") is Verdict.TIED
     assert list(found.values()) == [Verdict.UNPROVEN] * 2, "in each of two layers the base is no longer the file's"
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_the_adapter_of_one_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> None:
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace("q_proj", "o_proj"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with tiedquiet.enable("repair"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not tiedquiet.check(loaded).ok
+    assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
+    assert any("0 of 2 tensors of the adapter were read" in line for line in printed.loud)
