@@ -1,6 +1,8 @@
 """The files that a Trainer resumes from: shards, pickles, an index that lies, names of another class."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,21 @@ def test_shards_and_pickles(kind: str, runs: Any, tmp_path: Path) -> None:
         model = resumed(mixtral, folder, checkpoint)
     assert differing(model, right(mixtral, folder / "checkpoint-2")) == set()
     assert tiedquiet.check(model).ok
+
+
+def test_an_older_file_beside_a_newer_pickle(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    folder = runs(llama)
+    checkpoint = shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
+    tensors = load_file(checkpoint / "model.safetensors")
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+    os.utime(checkpoint / "model.safetensors", (0, 0))
+    printed.records.clear()
+    assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok, "the two hold the same"
+    assert not printed.loud
+    torch.save({key: value + 1 for key, value in tensors.items()}, checkpoint / "pytorch_model.bin")
+    proof = tiedquiet.check(resumed(llama, folder, checkpoint))
+    assert [(f.key, f.verdict) for f in proof.findings if f.verdict is not Verdict.TIED] == [("", Verdict.AMBIGUOUS)]
+    assert any("pytorch_model.bin beside it is newer and was not" in line for line in printed.loud)
 
 
 def test_an_index_that_promises_what_no_shard_has(runs: Any, tmp_path: Path, printed: Printed) -> None:

@@ -7,7 +7,6 @@ adapters need are here, for both.
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -18,11 +17,11 @@ from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, without
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import same
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
+from tiedquiet.proof.unread import out_of_date
 from tiedquiet.verdict import Finding, Verdict
 
 _BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
@@ -192,31 +191,11 @@ def _judge(before: _Before, result: Any) -> Outcome:
 def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:
     """What there is to say about an adapter as a whole: tensors without a place, or files that are out of date."""
     if not rest:
-        return {"": older} if (older := _older(checkpoint)) else {}
+        return {"": older} if (older := out_of_date(checkpoint)) else {}
     total = len(checkpoint.headers)
     of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
     why = f"{of}; the model has no place for {words.few(rest, fold)}"
     return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
-
-
-def _older(checkpoint: Checkpoint) -> Finding | None:
-    """A finding on a `.safetensors` that was read although a later `.bin` next to it has other values."""
-    for path in map(Path, checkpoint.files):
-        rival = path.with_suffix(".bin")
-        is_newer = rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1
-        if path.suffix == ".safetensors" and is_newer and not _is_equal(checkpoint, Checkpoint(None, [str(rival)])):
-            why = f"{path.name} was read; {rival.name} beside it is newer and was not"
-            return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
-    return None
-
-
-def _is_equal(checkpoint: Checkpoint, other: Checkpoint) -> bool:
-    """Whether another file is known to hold the same: some must not be opened."""
-    try:
-        ours, theirs = checkpoint.tensors, other.tensors
-        return ours.keys() == theirs.keys() and all(same(ours[name](), theirs[name]()) for name in ours)
-    except Exception:
-        return False
 
 
 def _checkpoint(where: str) -> Checkpoint:

@@ -18,7 +18,7 @@ from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import Survey, survey
-from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, is_ignored, note_unread
+from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, is_ignored, note_unread, out_of_date
 from tiedquiet.verdict import Finding
 
 _Values = Iterator[tuple[str, torch.Tensor]]
@@ -117,6 +117,8 @@ def read_folder(
     for name, files in twice.items():
         if (key := name.removeprefix(of.path)) in reading.held:
             reading.found[key] = in_two_files(key, *files)
+    if (older := out_of_date(checkpoint)) is not None:
+        reading.found[""] = older
     if _has_cast(of, reading):
         also = {of.path + key: key for key in reading.held}
         ask_headers(model, reading, [], bool(getattr(of.core, "hf_quantizer", None)), also)

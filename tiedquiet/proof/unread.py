@@ -6,12 +6,14 @@ Their headers are asked, and only if a load is not plainly clean.
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tiedquiet.proof import names
 from tiedquiet.proof.casts import may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
-from tiedquiet.proof.memory import equals, types_of
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import declared, survey
@@ -80,6 +82,26 @@ def ask_headers(
 def in_two_files(key: str, first: str, second: str) -> Finding:
     """The finding on a key of which two files have different values; the second was read last."""
     return Finding(key, Verdict.AMBIGUOUS, None, f"{second}, which was read last, has other values than {first}", True)
+
+
+def out_of_date(checkpoint: Checkpoint) -> Finding | None:
+    """A finding on a `.safetensors` that was read although a later `.bin` next to it has other values."""
+    for path in map(Path, checkpoint.files):
+        rival = path.with_name("pytorch_model.bin") if path.stem == "model" else path.with_suffix(".bin")
+        is_newer = rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1
+        if path.suffix == ".safetensors" and is_newer and not _is_equal(checkpoint, Checkpoint(None, [str(rival)])):
+            why = f"{path.name} was read; {rival.name} beside it is newer and was not"
+            return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
+    return None
+
+
+def _is_equal(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether another file is known to hold the same: some must not be opened."""
+    try:
+        ours, theirs = checkpoint.tensors, other.tensors
+        return ours.keys() == theirs.keys() and all(same(ours[name](), theirs[name]()) for name in ours)
+    except Exception:
+        return False
 
 
 def find_unread(
