@@ -36,6 +36,7 @@ from tiedquiet.proof import (
     stored,
     survey,
     ties,
+    unread,
     watch,
 )
 
@@ -58,6 +59,7 @@ MODULES = (
     stored,
     survey,
     ties,
+    unread,
     watch,
     words,
 )
@@ -81,7 +83,8 @@ ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded"}  # of adapters
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
-ELSEWHERE |= {"common_prefixes", "_beside"}  # of what is converted under a prefix, and of `check`
+ELSEWHERE |= {"common_prefixes", "_under_a_prefix"}  # of what is converted under a prefix
+ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 HOOKS = {
     "_on_load",
