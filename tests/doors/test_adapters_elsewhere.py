@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.renamed import qwen2, verdicts
-from tiedquiet import Verdict
+from tiedquiet import LoadError, Verdict
 
 peft = pytest.importorskip("peft")
 
@@ -36,6 +36,22 @@ def test_what_peft_prepares_is_left_to_it(kind: str, mode: Any, tmp_path: Path, 
     assert Verdict.OVERWRITTEN not in found.values()
     assert found.pop("lm_head.weight") is Verdict.TIED
     assert list(found.values()) == [Verdict.UNPROVEN] * 2, "in each of two layers the base is no longer the file's"
+
+
+class Merges(Qwen2ForCausalLM):
+    """Merges an adapter of its own as peft does, in the last step of the load."""
+
+    def eval(self) -> "Merges":
+        if not self.model.layers[0].mlp.up_proj.weight.is_meta:
+            config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+            peft.get_peft_model(self, config).merge_and_unload()
+        return super().eval()
+
+
+def test_what_else_peft_writes_to_the_base_is_a_loss(tmp_path: Path) -> None:
+    qwen2().save_pretrained(tmp_path)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"up_proj\.weight.* by .*merge"):
+        Merges.from_pretrained(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")

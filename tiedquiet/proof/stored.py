@@ -14,7 +14,7 @@ from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, lies_at, pl
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, is_moved, survey
-from tiedquiet.proof.watch import PEFT, TRANSFORMERS, Watch, Write
+from tiedquiet.proof.watch import TRANSFORMERS, Watch, Write
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
 Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
@@ -68,8 +68,7 @@ def judge_stored(
                 grown.add(name)
             elif not is_equal:
                 altered.add(name)
-        elif write and write.package == PEFT:
-            # PiSSA and its like put a part of the base into the adapter, and take it out of the base.
+        elif write and write.prepares_adapter:
             found[name] = Finding(name, Verdict.UNPROVEN, None, f"peft prepared it for its adapter, {write.by}")
         elif write and write.package == TRANSFORMERS and is_padding(model, name, current, before):
             altered.add(name)

@@ -29,7 +29,7 @@ from tiedquiet.proof.operations import (
 from tiedquiet.proof.placeholders import Placeholders, addresses_of, version_of, versions_of
 
 _MOST_KEPT = 1 << 30  # bytes of main memory for copies of what somebody reaches for; anything beyond counts as lost
-PEFT, TRANSFORMERS = "peft", "transformers"
+TRANSFORMERS = "transformers"
 _NOT_THE_CULPRIT = {"torch", "tiedquiet", "contextlib", "copy", "functools", "accelerate"}
 
 
@@ -53,6 +53,11 @@ class Write:
     def was_seen(self) -> bool:
         """Whether a write was seen."""
         return self.size > 0
+
+    @property
+    def prepares_adapter(self) -> bool:
+        """Whether it was an initialiser of peft's, which takes a part of the base out of it for an adapter."""
+        return _prepares_adapter(self.by, self.package)
 
 
 class Watch(TorchDispatchMode):
@@ -203,7 +208,7 @@ class Watch(TorchDispatchMode):
             is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
             for name in names:
                 self._note(name, tensor.numel() if is_written and not is_kept else 0)
-            if names and is_written and self._protect and not is_kept and _culprit()[1] != PEFT:
+            if names and is_written and self._protect and not is_kept and not _prepares_adapter(*_culprit()):
                 protected.append(tensor)
         return protected
 
@@ -276,6 +281,11 @@ def _culprit() -> tuple[str, str]:
     name = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has the second alone
     package = frame.f_globals.get("__name__", "").partition(".")[0]
     return f"by {name.rpartition('<locals>.')[2]} ({code.co_filename}:{frame.f_lineno})", package
+
+
+def _prepares_adapter(by: str, package: str) -> bool:
+    # `LoraLayer.pissa_init` and its like: what else peft writes to a base model, such as a merge, is a write as any.
+    return package == "peft" and "_init (" in by
 
 
 def _is_on_the_way(module: str) -> bool:
