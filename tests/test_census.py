@@ -240,7 +240,7 @@ def test_what_a_resume_loses_is_told_and_repaired(cls: Any, has_lost: bool, writ
 
 
 def test_the_census_sees_a_trainer_s_door_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumed, "_checkpoint", lambda *_: Checkpoint({}))
+    monkeypatch.setattr(resumed, "found_in", lambda *_: Checkpoint({}))
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
     assert len(line["missed"]) == line["lost"] == 6
     assert line["told"] == 0

@@ -69,6 +69,7 @@ ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is
 ELSEWHERE |= {
     "_itself",
     "of_folder",
+    "found_in",
     "after",
     "copy_in_place",
     "names_of",

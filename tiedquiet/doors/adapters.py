@@ -15,7 +15,7 @@ from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, without
-from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
@@ -141,7 +141,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
     where, adapter = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")])), given["adapter_name"]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
-    checkpoint = _checkpoint(where)
+    checkpoint = found_in(where, kind="adapter_model")
     state = survey(base).state
     in_files = {key: prefix + name for key, name in names_in_files(base, adapter).items()}
     whole, unseen = survey(model).state, set(result.missing_keys)
@@ -196,18 +196,6 @@ def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[
     of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
     why = f"{of}; the model has no place for {words.few(rest, fold)}"
     return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
-
-
-def _checkpoint(where: str) -> Checkpoint:
-    """The adapter's files, if it is a folder."""
-    nothing = Checkpoint({})
-    try:
-        checkpoint = of_folder(where, kind="adapter_model")
-        nothing.closed = checkpoint.closed
-        checkpoint.headers  # noqa: B018 (it opens the files)
-    except Exception:
-        return nothing
-    return checkpoint
 
 
 def _as_given(adapter: str, name: str, headers: names.Headers) -> str:

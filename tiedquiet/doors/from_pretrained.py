@@ -132,8 +132,9 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
         named = bound if "pretrained_model_name_or_path" in bound else vars(bound["load_config"])
         load.where = named.get("pretrained_model_name_or_path")
         if not load.is_in_call:
-            earlier, lines = adapters.read_earlier(load, bound["model"], _reported(bound))
-            load.reported = _reported(bound) - earlier
+            reported = _reported(bound)
+            earlier, lines = adapters.read_earlier(load, bound["model"], reported)
+            load.reported = reported - earlier
             with load.watch.aside():
                 outcome = conclude(load, bound["model"], load.where, load.reported)
             outcome.lines += lines

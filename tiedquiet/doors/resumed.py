@@ -12,7 +12,7 @@ import torch
 
 from tiedquiet import mode
 from tiedquiet.proof import names
-from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import plain, same, types_of
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
@@ -105,7 +105,7 @@ def read_folder(
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
     """
     model = of.model
-    checkpoint = _checkpoint(folder, of.path.rstrip(".") or getattr(model, "base_model_prefix", ""))
+    checkpoint = found_in(folder, of.path.rstrip(".") or getattr(model, "base_model_prefix", ""))
     in_files, now = {name for name, _ in checkpoint.names}, survey(model)
     # The Trainer believes the index.
     missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & now.state.keys()
@@ -243,11 +243,10 @@ def _origins(
     of: Inside, checkpoint: Checkpoint, conversions: list[Any], prefix: str, now: Survey
 ) -> dict[str, names.Origin]:
     """What each tensor of the judged model is made of, of the files' names under a prefix."""
-    own, start = of.names(now), len(prefix)
-    headers = {name[start:]: header for name, header in checkpoint.headers.items() if name.startswith(prefix)}
+    own = of.names(now)
     state = {name: now.state[key] for name, key in own.items()}
-    found = names.origins(of.core, headers, state, conversions)
-    return {own[n]: o._replace(names=tuple(prefix + short for short in o.names)) for n, o in found.items()}
+    found = names.origins(of.core, checkpoint.headers, state, conversions, prefix)
+    return {own[name]: origin for name, origin in found.items()}
 
 
 def _renames_itself(model: Any, key: str) -> bool:
@@ -258,15 +257,3 @@ def _renames_itself(model: Any, key: str) -> bool:
             return True
         module = module._modules[part]
     return bool(module._load_state_dict_pre_hooks)
-
-
-def _checkpoint(folder: str, base: str) -> Checkpoint:
-    """The files that Trainer has just read; none if they cannot be identified."""
-    nothing = Checkpoint({})
-    try:
-        checkpoint = of_folder(folder, base)
-        nothing.closed = checkpoint.closed
-        checkpoint.names  # noqa: B018 (it opens the files)
-    except Exception:
-        return nothing
-    return checkpoint

@@ -16,6 +16,7 @@ from tiedquiet.proof import record
 from tiedquiet.proof.adapted import names_in_files
 from tiedquiet.proof.files import Checkpoint, of_folder
 from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
@@ -43,9 +44,7 @@ def versions(model: Any) -> Versions:
     adapters = (name for name, config in model.peft_config.items() if not config.is_prompt_learning)
     found = {name: names_in_files(base, name) for name in adapters}  # prompts are no part of the base model
     return {
-        name: {key: (id(state[key]), 0 if state[key].is_inference() else state[key]._version) for key in keys}
-        for name, keys in found.items()
-        if keys
+        name: {key: (id(state[key]), version_of(state[key])) for key in keys} for name, keys in found.items() if keys
     }
 
 

@@ -48,8 +48,8 @@ def _on_init(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], k
     """Around `Trainer.__init__`: what a class of the user's overrides is guarded as well."""
     with suppress(Exception):
         owner = sys.modules["transformers.trainer"].Trainer
-        for name, hook in _HOOKS.items():
-            wrap_overrides(type(trainer), owner, name, hook)
+        for seam in _READS:
+            wrap_overrides(type(trainer), owner, seam.names[0], seam.hook)
     return wrapped(*args, **kwargs)
 
 
@@ -184,42 +184,22 @@ def _leave_inside(of: Inside) -> None:
         record.leave(of.core, kept)
 
 
-_HOOKS = {
-    "_load_from_checkpoint": _on_resume,
-    "_load_best_model": _on_best_model,
-    "_issue_warnings_after_load": _on_warnings,
-}
+_READS = tuple(
+    Seam("transformers.trainer", "Trainer", (name,), (frozenset({parameter}),), hook, has_overrides=True)
+    for name, parameter, hook in (
+        ("_load_from_checkpoint", "resume_from_checkpoint", _on_resume),
+        ("_load_best_model", "self", _on_best_model),
+        ("_issue_warnings_after_load", "load_result", _on_warnings),
+    )
+)
 add(
     Seam("transformers.trainer", "Trainer", ("__init__",), (frozenset({"model", "args"}),), _on_init),
-    Seam(
-        "transformers.trainer",
-        "Trainer",
-        ("_load_from_checkpoint",),
-        (frozenset({"resume_from_checkpoint"}),),
-        _on_resume,
-        has_overrides=True,
-    ),
+    *_READS,
     Seam(
         "transformers.integrations.deepspeed",
         "",
         ("deepspeed_load_checkpoint",),
         (frozenset({"deepspeed_engine", "checkpoint_path"}),),
         _on_deepspeed,
-    ),
-    Seam(
-        "transformers.trainer",
-        "Trainer",
-        ("_load_best_model",),
-        (frozenset({"self"}),),
-        _on_best_model,
-        has_overrides=True,
-    ),
-    Seam(
-        "transformers.trainer",
-        "Trainer",
-        ("_issue_warnings_after_load",),
-        (frozenset({"load_result"}),),
-        _on_warnings,
-        has_overrides=True,
     ),
 )

@@ -178,6 +178,18 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     return checkpoint
 
 
+def found_in(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
+    """The same; without any tensor where there is none, or it cannot be read."""
+    nothing = Checkpoint({})
+    try:
+        checkpoint = of_folder(folder, base, kind)
+        nothing.closed = checkpoint.closed
+        checkpoint.names  # noqa: B018 (it opens the files)
+    except Exception:
+        return nothing
+    return checkpoint
+
+
 def _names_of_types(path: str) -> list[bytes]:
     """What a safetensors header calls the type of each tensor: only the header is read, and it is not parsed."""
     with open(path, "rb") as file:

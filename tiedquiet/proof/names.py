@@ -109,7 +109,9 @@ def sources(model: Any, headers: Headers, state: Headers, conversions: list[Any]
     return found
 
 
-def origins(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, Origin]:
+def origins(
+    model: Any, headers: Headers, state: Headers, conversions: list[Any], prefix: str = ""
+) -> dict[str, Origin]:
     """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
 
     Args:
@@ -117,12 +119,15 @@ def origins(model: Any, headers: Headers, state: Headers, conversions: list[Any]
         headers: what the files hold.
         state: the model's tensors by name.
         conversions: transformers' own for its class.
+        prefix: what the files' names have before those that the conversions know; all others are left out.
 
     Returns:
         For each of the model's names that the files have something for: what. What does not fit its shape is left out.
     """
-    made = converted(model, headers, state, conversions, headers.__getitem__)
-    return {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
+    short = {name[len(prefix) :]: header for name, header in headers.items() if name.startswith(prefix)}
+    made = converted(model, short, state, conversions, short.__getitem__)
+    fits = {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
+    return {key: o._replace(names=tuple(prefix + name for name in o.names)) for key, o in fits.items()}
 
 
 def converted(

@@ -130,25 +130,22 @@ def find_unread(
     native = names.native_class(model)
     made = names.origins(model, unread, now.state, names.conversions_of_native(model)) if native else {}
     origins = {key: origin for key, origin in made.items() if key in missing}
+    is_native = bool(origins)
+    if not is_native and prefixes is None and names.has_converter(list(conversions)):
+        origins, prefixes = _under_a_prefix(model, unread, missing, needed, now.state, list(conversions))
     mapping = prefixes.key_mapping() if prefixes else {}
     other = f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
     used: set[str] = set()
-    if origins:
+    if is_native:
         ours, theirs = type(model).__name__, native.__name__
         why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
         other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
         note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
         used, prefixes = {name for origin in origins.values() for name in origin.names}, None
-    elif prefixes is None and names.has_converter(list(conversions)):
-        origins, prefixes = _under_a_prefix(model, unread, missing, needed, now.state, list(conversions))
-        if prefixes is not None:
-            mapped = f"pass key_mapping={prefixes.key_mapping()} to from_pretrained"
-            note_unread(reading, origins, prefixes.why, cure or f"{_REPAIR}, or {mapped}")
-            used = set(unread)
     elif prefixes is not None:
-        fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
+        fits = origins or {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
-        used = set(prefixes.names.values())
+        used = {name for origin in fits.values() for name in origin.names}
     rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
@@ -185,12 +182,10 @@ def _under_a_prefix(
 ) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
     """What transformers would convert if the files' names were without the prefix that all of them have."""
     for start in names.common_prefixes(unread):
-        short = {name.removeprefix(start): header for name, header in unread.items()}
-        made = {key: o for key, o in names.origins(model, short, state, conversions).items() if key in missing}
+        made = {key: o for key, o in names.origins(model, unread, state, conversions, start).items() if key in missing}
         used = {name for origin in made.values() for name in origin.names}
-        if made and (short.keys() <= used or (needed and needed <= made.keys())):
-            of_files = {key: o._replace(names=tuple(start + name for name in o.names)) for key, o in made.items()}
-            return of_files, names.Prefixes(start, "", {})
+        if made and (unread.keys() <= used or (needed and needed <= made.keys())):
+            return made, names.Prefixes(start, "", {})
     return {}, None
 
 
