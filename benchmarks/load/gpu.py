@@ -215,6 +215,7 @@ def hooks(folder: Path, device: str, rounds: int) -> dict[str, Any]:
         "later": spread([load["own"] for load in later]),
         "operations": loads[0]["watched"],
         "watching": spread([load["watching"] for load in later]),
+        "loop": spread([load["loop"] for load in later]),
     }
 
 
@@ -229,8 +230,17 @@ def time_hooks(folder: Path, device: str, rounds: int) -> None:
     for _ in range(rounds + 1):
         clocks.clear()
         load(folder, device)
-        loads.append({"own": 1e6 * clocks.own, "watched": clocks.watched, "watching": 1e6 * clocks.watching})
+        seconds = {"own": clocks.own, "watching": clocks.watching, "loop": plain_loop()}
+        loads.append({"watched": clocks.watched, **{what: 1e6 * took for what, took in seconds.items()}})
     print(json.dumps(loads))
+
+
+def plain_loop() -> float:
+    """Seconds of 10,000 additions in Python: one process after another, a shared host runs them at half the speed."""
+    start, total = time.perf_counter(), 0
+    for number in range(10_000):
+        total += number
+    return time.perf_counter() - start
 
 
 def pinned_bandwidth() -> float:
@@ -324,6 +334,7 @@ def report(path: Path, results: dict[str, Any]) -> None:
     print(
         f"tiedquiet's own part of a load: {show(own['later'], digits=0)} µs, of a process's first {own['first']:.0f} µs"
     )
+    print(f"10,000 additions in Python: {show(own['loop'], digits=0)} µs")
     print(f"operations watched: {own['operations']}, {show(own['watching'], digits=0)} µs in all")
     if bandwidth := results["pinned_host_to_device_bytes_per_s"]:
         print(f"pinned host-to-device: {bandwidth / 1e9:.1f} GB/s")
