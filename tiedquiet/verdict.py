@@ -91,7 +91,10 @@ class Proof:
         said += [f"{count[verdict]} {verdict}" for verdict in Verdict if verdict not in WELL and count[verdict]]
         proven = any(finding.verdict not in {*WELL, Verdict.UNPROVEN} for finding in self.findings)
         said.append(f"the load was {'sound' if self.ok else 'not sound' if proven else 'not proven to be sound'}")
-        lines = [f"{self.model}: {'; '.join(said) if self.total or self.ok else 'nothing is known about its load'}"]
+        if not self.total and not self.ok:  # of what code of somebody else's read, no more is known than what it left
+            left = [f"{n} {verdict}" for verdict, n in count.items() if verdict is not Verdict.UNPROVEN]
+            said = [*left, f"nothing {'else ' if left else ''}is known about its load"]
+        lines = [f"{self.model}: {'; '.join(said)}"]
         for finding in self.findings:
             parts = [finding.verdict.value, finding.key, f"({finding.source})" if finding.source else "", finding.why]
             lines.append("  " + escaped(" ".join(filter(None, parts))))

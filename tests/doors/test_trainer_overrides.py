@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import DATA, differing, llava, right
-from tiedquiet import LoadError
+from tests.doors.training import DATA, LOSSY, differing, llava, mixtral, right
+from tiedquiet import LoadError, Verdict
 
 
 class IsSilent(Trainer):
@@ -27,6 +27,35 @@ class Reads(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         tensors = load_file(Path(resume_from_checkpoint, "model.safetensors"))
         self._issue_warnings_after_load((model or self.model).load_state_dict(tensors, strict=False))
+
+
+class SaysNothing(Trainer):
+    """Reads the file itself, and tells nobody what was missing."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), False)
+
+
+class RenamesItself(Trainer):
+    """Reads what it finds, and then the rest under the names that `from_pretrained` would give it."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = model or self.model
+        model.load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), strict=False)
+        loaded = type(model).from_pretrained(resume_from_checkpoint)
+        model.load_state_dict(loaded.state_dict())
+
+
+class CopiesTheRest(Trainer):
+    """The same, past `load_state_dict`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = model or self.model
+        model.load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), strict=False)
+        loaded = type(model).from_pretrained(resume_from_checkpoint).state_dict()
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(loaded[name])
 
 
 class Adds(Trainer):
@@ -48,8 +77,8 @@ class Adds(Trainer):
 KINDS = [IsSilent, Reads, Adds]
 
 
-def resumed(kind: type[Trainer], folder: Path, way: str = "resume") -> Any:
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+def resumed(kind: type[Trainer], folder: Path, way: str = "resume", build: Any = llava) -> Any:
+    model = type(build()).from_pretrained(folder / "base")
     arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
     trainer = kind(model, arguments, train_dataset=DATA)
     if way == "resume":
@@ -92,3 +121,40 @@ def test_an_override_is_called_once_and_put_back(runs: Any) -> None:
         assert torch.is_tensor(resumed(Adds, runs(llava)).lm_head.weight)
     finally:
         tiedquiet.enable()
+
+
+@pytest.mark.parametrize("build", [llava, mixtral])
+def test_what_an_override_that_says_nothing_leaves_unread(build: Any, runs: Any, printed: Printed) -> None:
+    folder = runs(build)
+    truth = right(build, folder / "checkpoint-2")
+    printed.records.clear()
+    model = resumed(SaysNothing, folder, build=build)
+    proof = tiedquiet.check(model)
+    unread = {f.key for f in proof.findings if f.verdict is Verdict.UNREAD}
+    assert unread == {key for key in truth if LOSSY[build](key)}
+    assert not proof.ok
+    assert f": {len(unread)} unread; nothing else is known about its load" in str(proof)
+    (line,) = printed.loud
+    assert f"unread, {len(unread)} of {len(truth)} tensors were NOT read" in line
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        resumed(SaysNothing, folder, build=build)
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        model = resumed(SaysNothing, folder, build=build)
+    assert differing(model, truth) == set()
+    assert not model._load_state_dict_post_hooks
+    proof = tiedquiet.check(model)
+    assert [f.verdict for f in proof.findings] == [Verdict.UNPROVEN], "what else that code did was not seen"
+    assert not printed.loud
+
+
+@pytest.mark.parametrize("kind", [RenamesItself, CopiesTheRest])
+def test_what_an_override_reads_in_two_steps_is_read(kind: Any, runs: Any, printed: Printed) -> None:
+    folder = runs(mixtral)
+    truth = right(mixtral, folder / "checkpoint-2")
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = resumed(kind, folder, build=mixtral)
+    assert differing(model, truth) == set()
+    assert [f.verdict for f in tiedquiet.check(model).findings] == [Verdict.UNPROVEN]
+    assert not printed.loud

@@ -7,14 +7,15 @@ values. What the files would give by transformers' own rules is compared with wh
 
 import logging
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tiedquiet import mode, words
-from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, told
 from tiedquiet.doors.resumed import Inside, inside, read_folder
 from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_overrides
@@ -33,12 +34,20 @@ class _Resume:
         is_best: whether for its best model.
         was_judged: whether what it read was judged.
         is_telling: whether what follows from that is being carried out.
+        said: what the model's own `load_state_dict` has said in it: the keys that no call of it found, and the names
+            that one of them had no place for.
     """
 
     folder: str
     is_best: bool = False
     was_judged: bool = False
     is_telling: bool = False
+    said: tuple[set[str], set[str]] | None = None
+
+    def hear(self, _: object, keys: Any) -> None:
+        """Take in what a call of it says; torch calls this."""
+        missing, unexpected = set(keys.missing_keys), set(keys.unexpected_keys)
+        self.said = (missing, unexpected) if self.said is None else (self.said[0] & missing, self.said[1] | unexpected)
 
 
 _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
@@ -78,11 +87,14 @@ def _around(
     adapters, failure = _versions(trainer)
     before = _going_on.set(resume)
     try:
-        result = wrapped(*args, **kwargs)
+        with _listening(trainer, resume):
+            result = wrapped(*args, **kwargs)
     finally:
         _going_on.reset(before)
     if not resume.was_judged:
-        _leave_unproven(trainer.model, folder, "FSDP" if getattr(trainer, "is_fsdp_enabled", False) else "code")
+        is_fsdp = getattr(trainer, "is_fsdp_enabled", False)
+        _leave_unproven(trainer.model, folder, "FSDP" if is_fsdp else f"{type(trainer).__name__}'s own code")
+        carry_out(partial(_judge_said, trainer.model, resume), lambda: None, (), {})
     if failure is not None:
         raise failure
     if not adapters:
@@ -94,11 +106,29 @@ def _around(
     return carry_out(decide, lambda: result, (), {})
 
 
+@contextmanager
+def _listening(trainer: Any, resume: _Resume) -> Iterator[None]:
+    """Hear what the model's `load_state_dict` says, since an override of the user's may call it and pass nothing on."""
+    hook: Any = None
+    with suppress(Exception):
+        if mode.current() != "off" and not _is_parted(trainer) and not has_adapters(trainer.model):
+            hook = inside(trainer.model).model.register_load_state_dict_post_hook(resume.hear)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def _is_parted(trainer: Any) -> bool:
+    """Whether FSDP or DeepSpeed have parted the model's tensors."""
+    return any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
+
+
 def _versions(trainer: Any) -> tuple[Versions, LoadError | None]:
     """What shows whether anything is read into an adapter; nothing where FSDP or DeepSpeed have parted its tensors."""
     try:
-        is_parted = any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
-        return ({} if is_parted else versions(trainer.model)), None
+        return ({} if _is_parted(trainer) else versions(trainer.model)), None
     except Exception as error:
         return {}, stand_aside(error)
 
@@ -111,11 +141,11 @@ def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
     return result
 
 
-def _leave_unproven(model: Any, folder: object, how: str) -> None:
+def _leave_unproven(model: Any, folder: object, by: str) -> None:
     """Leave the record of a resume that went another way; adapters have their own door."""
     try:
         if mode.current() != "off" and model is not None and not has_adapters(model):
-            why = f"{folder} was read by {how}, which tiedquiet does not inspect"
+            why = f"{folder} was read by {by}, which tiedquiet does not inspect"
             record.leave(model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
             words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
     except Exception as error:
@@ -173,6 +203,19 @@ def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
     unexpected = [name for name in loaded.unexpected_keys if name not in names_read]
     outcome.arguments = {"load_result": loaded._replace(missing_keys=left, unexpected_keys=unexpected)}
     return outcome
+
+
+def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
+    """What an override has left unread, by what `load_state_dict` said in it; of all else nothing is known."""
+    if resume.said is None or not all(resume.said):
+        return None
+    of, known = inside(whole), record.of(whole)
+    missing = {key.removeprefix(of.path) for key in resume.said[0]}
+    reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1])
+    unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+    if known is not None:
+        known.lasting.update(unread)
+    return told(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
 
 
 def _leave_inside(of: Inside) -> None:
