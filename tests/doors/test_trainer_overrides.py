@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralForCausalLM, Trainer, TrainingArguments
 
 import tiedquiet
 from tests.checkpoints import Printed
@@ -146,6 +146,27 @@ def test_what_an_override_that_says_nothing_leaves_unread(build: Any, runs: Any,
     proof = tiedquiet.check(model)
     assert [f.verdict for f in proof.findings] == [Verdict.UNPROVEN], "what else that code did was not seen"
     assert not printed.loud
+
+
+class ReadsAnAverage(Trainer):
+    """Reads another file of the same names, beside the one that a Trainer reads."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+        averaged = {name: tensor / 2 for name, tensor in tensors.items()}
+        (model or self.model).load_state_dict(averaged, strict=False)
+
+
+def test_repair_puts_nothing_beside_what_came_from_another_file(runs: Any, printed: Printed) -> None:
+    folder = runs(mixtral)
+    before = MixtralForCausalLM.from_pretrained(folder / "base").state_dict()
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        model = resumed(ReadsAnAverage, folder, build=mixtral)
+    left = [key for key in before if LOSSY[mixtral](key)]
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in left)
+    assert tiedquiet.check(model).unread == len(left)
+    assert "unread" in printed.loud[0]
 
 
 @pytest.mark.parametrize("kind", [RenamesItself, CopiesTheRest])

@@ -91,7 +91,7 @@ class _Made(NamedTuple):
 
 
 def read_folder(
-    of: Inside, folder: str, missing: set[str], unexpected: set[str]
+    of: Inside, folder: str, missing: set[str], unexpected: set[str], may_write: bool = True
 ) -> tuple[Reading, list[Finding], set[str]]:
     """What was read from a folder, and what it has but nothing read; in `repair`, that is read now.
 
@@ -100,6 +100,7 @@ def read_folder(
         folder: where the files are.
         missing: the names of the judged model that were reported missing.
         unexpected: the files' names that were reported to have no place.
+        may_write: whether it is certain that these are the files which were read.
 
     Returns:
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
@@ -132,7 +133,7 @@ def read_folder(
         # Just one of them first: if there is something to report, it costs no more than that one.
         if names_of and all(_are_held(now, keys, values(keys)) for keys in ({*list(names_of)[:1]}, names_of.keys())):
             held.update(names_of)
-        elif mode.current() == "repair":
+        elif may_write and mode.current() == "repair":
             copied = [k for k, value in values(names_of) if k in names_of and copy_in_place(now.state[k], value)]
             done.update((key, names_of[key]) for key in copied)
 
@@ -164,6 +165,22 @@ def read_folder(
     again.likely, again.narrowed = reading.likely, reading.narrowed
     again.names_of = lambda key: came.get(key, ())
     return again, mended, set(held)
+
+
+def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) -> bool:
+    """Whether a folder's files have all that somebody's code was seen to read, each value to the bit.
+
+    Args:
+        of: the model.
+        folder: where the files are.
+        missing: the names of the judged model that nothing was read into.
+        unexpected: the names of what was read and had no place.
+    """
+    tensors, now = found_in(folder).tensors, survey(of.model)
+    read_into = {key: of.path + key for key in now.state.keys() - missing}
+    if not tensors.keys() >= unexpected.union(read_into.values()):
+        return False
+    return _are_held(now, read_into.keys(), ((key, tensors[name]()) for key, name in read_into.items()))
 
 
 def _has_cast(of: Inside, reading: Reading) -> bool:

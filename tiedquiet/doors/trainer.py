@@ -16,7 +16,7 @@ from typing import Any
 
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, told
-from tiedquiet.doors.resumed import Inside, inside, read_folder
+from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
 from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_overrides
 from tiedquiet.proof import record
@@ -211,7 +211,9 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
         return None
     of, known = inside(whole), record.of(whole)
     missing = {key.removeprefix(of.path) for key in resume.said[0]}
-    reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1])
+    # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
+    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, resume.said[1])
+    reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1], may_write)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
     if known is not None:
         known.lasting.update(unread)
