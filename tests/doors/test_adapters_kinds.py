@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tiedquiet
+from tests.checkpoints import Printed
 from tests.doors.test_adapters import FILE, SMALL, rename
 from tiedquiet.__main__ import main
 
@@ -147,3 +148,29 @@ def test_the_base_beside_tokens(base: Path) -> None:
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.token_adapter.base_layer.weight[5, 5] += 1
     assert not tiedquiet.check(model, base).ok
+
+
+OUTSIDE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases": ("LoraConfig", {"r": 2, "target_modules": PROJECTIONS, "bias": "all"}, "k_proj.bias"),
+    "in the attention": ("AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 1}, "adaption_gate"),
+    "one vector": ("UniLoraConfig", {"target_modules": PROJECTIONS}, "theta_d"),
+    "vectors": ("TinyLoraConfig", {"target_modules": PROJECTIONS}, "tinylora_v.0"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_what_peft_does_not_call_missing(kind: str, tmp_path: Path, printed: Printed) -> None:
+    """It names only what has its layers' prefix and the adapter's name."""
+    name, how, part = OUTSIDE[kind]
+    if not hasattr(peft, name):
+        pytest.skip("this release of peft has no such kind")
+    base = tmp_path / "base"
+    LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": False}, attention_bias=True)).save_pretrained(base)
+    adapter = saved(base, getattr(peft, name)(task_type="CAUSAL_LM", **how))
+    assert tiedquiet.check(peft.PeftModel.from_pretrained(base_of(base), adapter)).ok
+    printed.records.clear()
+    rename(adapter, lambda key: None if part in key else key)
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(base_of(base), adapter))
+    assert proof.missing
+    assert all(part.partition(".")[0] in f.key for f in proof.findings if f.verdict is tiedquiet.Verdict.MISSING)
+    assert any("not in its files, and kept the values that the model had" in line for line in printed.loud)

@@ -1,19 +1,20 @@
 """Adapters of a Trainer's model, which it looks for in one place only: in best models, and on resume."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import EVALUATED, llama, trainer_of
+from tests.doors.training import EVALUATED, SMALL, llama, state, trainer_of
 from tiedquiet import LoadError, Verdict
-from tiedquiet.doors import resumed_adapters, trainer
+from tiedquiet.doors import trainer
 
 peft = pytest.importorskip("peft")
 FILE = "adapter_model.safetensors"
@@ -129,10 +130,88 @@ def test_files_that_lack_a_tensor(runs: Any, tmp_path: Path) -> None:
     assert all("k_proj" in key for key in wrong)
 
 
-def test_prompts_are_no_part_of_the_model(runs: Any, tmp_path: Path) -> None:
-    base = LlamaForCausalLM.from_pretrained(runs(llama) / "base")
-    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert resumed_adapters.versions(model) == {}
+KINDS: dict[str, Any] = {
+    "magnitudes": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "use_dora": True}),
+    "biases": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "bias": "all"}),
+    "ranks that change": (
+        "AdaLoraConfig",
+        {"init_r": 3, "target_r": 2, "total_step": 10, "target_modules": ["q_proj"]},
+    ),
+    "made from a seed": ("VeraConfig", {"r": 2, "target_modules": ["q_proj"], "save_projection": False}),
+    "one bank": (
+        "VBLoRAConfig",
+        {"r": 2, "target_modules": ["q_proj"], "num_vectors": 8, "vector_length": 4, "topk": 2},
+    ),
+    "one vector": ("UniLoraConfig", {"target_modules": ["q_proj"]}),
+    "vectors": ("TinyLoraConfig", {"target_modules": ["q_proj"]}),
+    "in the attention": ("AdaptionPromptConfig", {"adapter_len": 2, "adapter_layers": 1}),
+    "prompts": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+}
+
+
+def of_kind(runs: Any, kind: str, adapter: str) -> Any:
+    """A model with an adapter of some kind; the base has biases, which some kinds train."""
+    name, how = KINDS[kind]
+    if not hasattr(peft, name):
+        pytest.skip("this release of peft has no such kind")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM.from_pretrained(runs(with_biases) / "base")
+    config = getattr(peft, name)(task_type="CAUSAL_LM", **how)
+    return peft.get_peft_model(base, config, adapter_name=adapter)
+
+
+def with_biases() -> Any:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, attention_bias=True))
+
+
+def changed(model: Any) -> dict[str, torch.Tensor]:
+    """What an adapter is once it was trained: every tensor has other values than one that begins."""
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value)
+    return state(model)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_that_peft_saves_of_a_best_model(kind: str, runs: Any, tmp_path: Path) -> None:
+    """Under the names that the files have for it: what has no adapter's name, too, and not what no file has."""
+    with tiedquiet.enable("off"):
+        truth = changed(model := of_kind(runs, kind, "mine"))
+        model.save_pretrained(tmp_path)
+    for how in ("on", "strict", "repair"):
+        model = of_kind(runs, kind, "mine")
+        run = trainer_of(model, tmp_path)
+        run.state.best_model_checkpoint = str(tmp_path)
+        raises = pytest.raises(LoadError, match="unread") if how == "strict" else nullcontext()
+        with tiedquiet.enable(how), raises:
+            run._load_best_model()
+        proof = tiedquiet.check(model)
+        lost = {key for key, value in model.state_dict().items() if not torch.equal(value, truth[key])}
+        assert bool(lost) == (how != "repair")
+        in_base = {key.removeprefix("base_model.model.") for key in lost if key.startswith("base_model.model.")}
+        assert in_base <= {f.key for f in proof.findings if f.verdict is Verdict.UNREAD}
+        assert proof.unread or not lost
+        assert not proof.missing
+    assert proof.ok or kind == "prompts", "of the base model nothing is known here"
+
+
+def test_prompts_that_an_encoder_computes(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """What it computes is saved, the encoder is not; and that is read into what goes in."""
+    KINDS["computed"] = ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_hidden_size": 4})
+    for adapter, is_best in (("default", False), ("mine", True)):
+        with tiedquiet.enable("off"):
+            changed(model := of_kind(runs, "computed", adapter))
+            model.save_pretrained(tmp_path / adapter)
+        run = trainer_of(model := of_kind(runs, "computed", adapter), tmp_path)
+        run.state.best_model_checkpoint = str(tmp_path / adapter)
+        with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, prompt_embeddings of the adapter"):
+            run._load_best_model() if is_best else run._load_from_checkpoint(str(tmp_path / adapter))
+        assert not tiedquiet.check(model).ok
+    del KINDS["computed"]
+    with tiedquiet.enable("strict"):  # without an encoder they are what the files have
+        base = LlamaForCausalLM.from_pretrained(runs(with_biases) / "base")
+        assert tiedquiet.check(peft.PeftModel.from_pretrained(base, tmp_path / "default")).ok
 
 
 def breaks(*_: Any) -> Any:

@@ -6,7 +6,7 @@ adapters need are here, for both.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -14,9 +14,10 @@ from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import names_in_files, without
+from tiedquiet.proof.adapted import names_in_files, saved, without
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.memory import equals
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
@@ -26,6 +27,8 @@ from tiedquiet.verdict import Finding, Verdict
 
 _BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+
+FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"
 
 
 def is_loading(model: Any) -> bool:
@@ -40,22 +43,12 @@ def leave_out_others(model: Any, reading: Reading) -> None:
     """
     keys = {adapter: names_in_files(model, adapter) for adapter in model.peft_config}
     loaded = [adapter for adapter, own in keys.items() if own.keys() & reading.held.keys()] or list(keys)[-1:]
-    own = {key for adapter in loaded for key in keys[adapter]}
+    in_files = {key for adapter in loaded for key in saved(model, adapter)}
+    own = in_files.union(*(keys[adapter] for adapter in loaded))
     reading.found = {key: finding for key, finding in reading.found.items() if key in own or key not in reading.missing}
     reading.missing &= own
     reading.total = len(reading.held) + len(reading.missing)
-    if reading.missing:
-        reading.free |= reading.missing.difference(*(_saved(model, adapter, keys[adapter]) for adapter in loaded))
-
-
-def _saved(model: Any, adapter: str, in_files: dict[str, str]) -> set[str]:
-    """Those of an adapter's tensors that peft saves: not AdaLoRA's `ranknum`."""
-    from peft import get_peft_model_state_dict
-
-    state = model.state_dict(keep_vars=True)
-    saved = get_peft_model_state_dict(model, state, adapter_name=adapter, save_embedding_layers=False)
-    same = set(map(id, saved.values()))  # some have other names there, others are cut to size
-    return {key for key, name in in_files.items() if name in saved or id(state.get(key)) in same}
+    reading.free |= reading.missing - in_files
 
 
 def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], list[tuple[int, str]]]:
@@ -82,8 +75,7 @@ def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], 
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
     state, missing = survey(model).state, reading.missing - reading.found.keys()
-    by_peft = [pair for adapter in model.peft_config for pair in names_in_files(model, adapter).items()]
-    for key, own in by_peft:
+    for key, own in ((key, own) for adapter in model.peft_config for key, own in saved(model, adapter).items()):
         # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
         names_there = (f"base_model.model.{one}" for one in (own, own.removesuffix(".weight")))
         name = next((one for one in names_there if one in unread), None)
@@ -107,7 +99,11 @@ def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], 
         before = _note(wrapped, instance, args, kwargs)
     except Exception as error:
         failure = stand_aside(error)
-    result = wrapped(*args, **kwargs)
+    try:
+        result = wrapped(*args, **kwargs)
+    finally:
+        if before is not None:
+            before.hook.remove()
     if before is not None:
         try:
             outcome = _judge(before, result)
@@ -122,32 +118,42 @@ def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], 
 
 
 class _Before(NamedTuple):
-    """What is known before the call: the model, the call's arguments, and each parameter's count of writes."""
+    """What is known before the call: the model, the call's arguments, and each parameter's count of writes.
+
+    Attributes:
+        unseen: takes the names of all tensors that `load_state_dict` finds no values for; peft hands on only those with
+            its layers' prefix.
+        hook: what puts them there.
+    """
 
     model: Any
     given: dict[str, Any]
     versions: dict[str, tuple[int, int]]
+    unseen: set[str]
+    hook: Any
 
 
 def _note(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Before:
     # PeftMixedModel calls `PeftModel.load_adapter(self, ...)` without being one; what it is wrapt then does not say.
     model, args = (args[0], args[1:]) if instance is None else (instance, args)
     versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
-    return _Before(model, bind(wrapped, args, kwargs), versions)
+    given, unseen = bind(wrapped, args, kwargs), set[str]()
+    hook = model.register_load_state_dict_post_hook(lambda _, keys: unseen.update(keys.missing_keys))
+    return _Before(model, given, versions, unseen, hook)
 
 
 def _judge(before: _Before, result: Any) -> Outcome:
-    model, given, versions = before
+    model, given, versions, unseen, _ = before
     where, adapter = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")])), given["adapter_name"]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
     checkpoint = found_in(where, kind="adapter_model")
-    state = survey(base).state
-    in_files = {key: prefix + name for key, name in names_in_files(base, adapter).items()}
-    whole, unseen = survey(model).state, set(result.missing_keys)
+    state, whole = survey(base).state, survey(model).state
+    own = saved(model, adapter)
+    in_files = {key: own[prefix + key] for key in state if prefix + key in own}
     # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
-    read = {id(whole[name]) for name in names_in_files(model, adapter) if name not in unseen}
-    missing = {key for key in in_files if prefix + key in unseen and id(state[key]) not in read}
+    read = {id(whole[name]) for name in own.keys() - unseen}
+    missing = {key for key in in_files if id(state[key]) not in read}
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
     known.tensors = {key: ref(state[key]) for key in known.stored}
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
@@ -169,14 +175,18 @@ def _judge(before: _Before, result: Any) -> Outcome:
         else:
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))
+    if wrong := altered_prompts(model, adapter, checkpoint):
+        known.lasting[""] = _of_prompts(wrong)
     left = known.missing - known.lasting.keys()
     if checkpoint.closed:
         known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in sorted(left)})
         left = set()
     findings = [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in sorted(left))]
     outcome = told(model, where, findings, repaired, set(), known.total)
-    own = set(in_files.values()) | {prefix + key for key in in_files}
-    now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions and name not in own}
+    if left:
+        outcome.lines.append((logging.WARNING, f"{words.name_of(model, where)}: {of_missing(left, known.total)}"))
+    put_in = names_in_files(model, adapter)
+    now = {name: (id(t), t._version) for name, t in model.named_parameters() if name in versions.keys() - put_in.keys()}
     if changed := sorted(n for n, seen in now.items() if n.startswith(prefix) and seen != versions[n]):
         of_base = words.few(changed, fold)
         line = f"{words.name_of(model, where)}: loading it also changed tensors of the base model: {of_base}"
@@ -196,6 +206,30 @@ def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[
     of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
     why = f"{of}; the model has no place for {words.few(rest, fold)}"
     return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
+
+
+def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
+    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+    from peft import get_peft_model_state_dict
+
+    if not model.peft_config[adapter].is_prompt_learning or checkpoint.closed:
+        return []
+    now = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return sorted(n for n, read in checkpoint.tensors.items() if n in now and not equals(now[n], read()))
+
+
+def _of_prompts(names_there: list[str]) -> Finding:
+    why = (
+        f"{words.few(names_there)} of the adapter was read, but the model makes other values of it: peft saves what a "
+        "prompt encoder computes, not the encoder, and has read it into what goes into a new one"
+    )
+    return Finding("", Verdict.UNREAD, names_there[0], why, True, FOR_INFERENCE)
+
+
+def of_missing(keys: Collection[str], total: int) -> str:
+    """What there is to say of an adapter's tensors that its files do not have: no report of peft's names them all."""
+    of = f"{len(keys):,} of {total:,} tensors of the adapter {'is' if len(keys) == 1 else 'are'}"
+    return f"missing, {of} not in its files, and kept the values that the model had: {words.few(keys, fold)}"
 
 
 def _as_given(adapter: str, name: str, headers: names.Headers) -> str:

@@ -6,16 +6,18 @@ looks for one in the checkpoint's folder itself.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 from tiedquiet import mode, words
+from tiedquiet.doors.adapters import FOR_INFERENCE, altered_prompts, of_missing
 from tiedquiet.doors.outcome import Outcome, told
 from tiedquiet.proof import record
-from tiedquiet.proof.adapted import names_in_files
+from tiedquiet.proof.adapted import names_in_files, saved
 from tiedquiet.proof.files import Checkpoint, of_folder
-from tiedquiet.proof.memory import plain, same
+from tiedquiet.proof.memory import equals
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
@@ -39,10 +41,10 @@ def versions(model: Any) -> Versions:
     """For each adapter the versions of its tensors, by which is seen whether anything is written to them."""
     if mode.current() == "off" or not has_adapters(model):
         return {}
-    base = model.get_base_model()
-    state = survey(base).state
-    adapters = (name for name, config in model.peft_config.items() if not config.is_prompt_learning)
-    found = {name: names_in_files(base, name) for name in adapters}  # prompts are no part of the base model
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    state = survey(model).state
+    # What has no adapter's name may be several adapters' (biases of the base model).
+    found = {name: names_in_files(model, name) or saved(model, name) for name in model.peft_config}
     return {
         name: {key: (id(state[key]), version_of(state[key])) for key in keys} for name, keys in found.items() if keys
     }
@@ -57,43 +59,55 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
         before: the versions of the adapters' tensors before Trainer read it.
         is_best: whether it reads its best model: then it gives what it finds in the folder to the active adapter.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)
     now = versions(model)
     rest = [name for name in before if now.get(name) == before[name] or (is_best and name != "default")]
     if not rest:
         return None
     base = model.get_base_model()
     prefix = next(name for name, module in model.named_modules() if module is base) + "."
-    state, earlier = survey(base).state, record.of(base)
+    state, earlier = survey(model).state, record.of(base)
+    own = {adapter: saved(model, adapter) for adapter in before}
+    read = {id(state[key]) for adapter in before.keys() - set(rest) for key in own[adapter]}
+    in_base = {id(tensor) for key, tensor in state.items() if key.startswith(prefix)}
     known, repaired, lines = Record(set(), set(), 0), [], []
     for adapter in rest:
-        keys = names_in_files(base, adapter)
+        # What the layers share has a name above them as well.
+        names = {key: n for key, n in own[adapter].items() if key.startswith(prefix) or id(state[key]) not in in_base}
         checkpoint = _files(folder, adapter)
-        if checkpoint is None and earlier is not None and keys.keys() <= earlier.stored:
+        if checkpoint is None and earlier is not None and {key.removeprefix(prefix) for key in names} <= earlier.stored:
             continue  # it came from somewhere else
         if checkpoint is None:
             what = f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had"
             lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {what}"))
         known.files += checkpoint.files if checkpoint else []
-        for key, own in keys.items():
-            values = checkpoint.tensors.get(prefix + own) if checkpoint else None
+        missing = []
+        if checkpoint is not None and not names and (wrong := altered_prompts(model, adapter, checkpoint)):
+            why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
+            known.settled[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
+        for name, own_name in ((name, n) for name, n in names.items() if id(state[name]) not in read):
+            key, values = name.removeprefix(prefix), checkpoint.tensors.get(own_name) if checkpoint else None
             finding = Finding(key, Verdict.MISSING)
             if values is not None:
-                finding = Finding(key, Verdict.UNREAD, prefix + own, _WHY, True, _CURE)
-            pieces = plain(state[key])
-            if values is not None and len(pieces) == 1 and same(pieces[0], values()):
-                known.stored.add(key)
-            elif values is not None and mode.current() == "repair" and copy_in_place(state[key], values()):
-                known.stored.add(key)
-                repaired.append(finding)
-            else:
-                known.missing.add(key)
-                known.settled[key] = finding
-    if not known.stored and not known.missing:
-        return None
+                finding = Finding(key, Verdict.UNREAD, own_name, _WHY, True, _CURE)
+            is_held = values is not None and bool(equals(state[name], values()))
+            if values is not None and not is_held and mode.current() == "repair":
+                is_held = copy_in_place(state[name], values())
+                repaired += [finding] if is_held else []
+            if name.startswith(prefix):
+                (known.stored if is_held else known.missing).add(key)
+            elif not is_held:  # prompts are no part of the base model, whose record this is
+                finding = replace(finding, key="", why=f"{own_name} of the adapter {adapter} was not read, {_WHY}")
+            if not is_held:
+                known.settled[finding.key] = finding
+                missing += [key] if values is None else []
+        if checkpoint is not None and missing:
+            lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {of_missing(missing, len(names))}"))
     known.total = len(known.stored) + len(known.missing)
-    known.lasting = {key: finding for key, finding in known.settled.items() if finding.verdict is Verdict.UNREAD}
-    known.tensors = {key: ref(state[key]) for key in known.stored}
+    if not known.total and not known.settled and not repaired:
+        return None
+    known.lasting = {key: f for key, f in known.settled.items() if f.verdict is Verdict.UNREAD or not key}
+    known.tensors = {key: ref(state[prefix + key]) for key in known.stored}
     outcome = told(model, folder, list(known.settled.values()), repaired, set(), known.total)
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))

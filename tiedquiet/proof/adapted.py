@@ -1,7 +1,10 @@
 """Which of a model's tensors belong to an adapter that peft put into it."""
 
+from typing import Any
+
 import torch
 
+from tiedquiet.proof.memory import equals
 from tiedquiet.proof.survey import survey
 
 
@@ -20,6 +23,27 @@ def names_in_files(base: torch.nn.Module, adapter: str) -> dict[str, str]:
             if _is_peft_s(owner) and adapter in getattr(holder, "keys", tuple)():
                 found[key] = without(parts, place)
     return found
+
+
+def saved(model: Any, adapter: str) -> dict[str, str]:
+    """What peft saves of an adapter: each tensor under all of its names in a model, with its name in the files.
+
+    That is more than what lies under the adapter's name, and less: biases of the base model are trained with it, what
+    the layers share lies above them, and AdaLoRA's `ranknum` is in no file. Of what computes prompts only those are.
+    """
+    from peft import get_peft_model_state_dict
+
+    is_prompts, state = model.peft_config[adapter].is_prompt_learning, model.state_dict(keep_vars=True)
+    given = None if is_prompts else state  # prompts are computed
+    theirs = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
+    by_tensor = {id(tensor): name for name, tensor in theirs.items()}
+    by_name = names_in_files(model, adapter)  # for what peft cuts to size
+    if is_prompts:
+        by_name = {
+            key: name for key in by_name for name in theirs if len(by_name) == 1 and equals(state[key], theirs[name])
+        }
+    names = {key: by_tensor.get(id(tensor), by_name.get(key, "")) for key, tensor in state.items()}
+    return {key: name for key, name in names.items() if name in theirs}
 
 
 def _is_peft_s(module: torch.nn.Module) -> bool:
