@@ -208,6 +208,37 @@ def test_what_deepspeed_reads_is_unproven(runs: Any, tmp_path: Path) -> None:
         module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path / "nowhere"))
 
 
+def test_what_deepspeed_reads_into_adapters_is_unproven_too(runs: Any, tmp_path: Path) -> None:
+    from transformers import trainer as module
+
+    peft = pytest.importorskip("peft")
+    base = LlamaForCausalLM.from_pretrained(runs(llama) / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    (tmp_path / "global_step2").mkdir()
+    module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path))
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.verdict, "was read by DeepSpeed" in finding.why) == (Verdict.UNPROVEN, True)
+
+
+class _ReadsByADoor(Trainer):
+    """Makes the best model anew."""
+
+    def _load_best_model(self) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(self.state.best_model_checkpoint)
+
+
+def test_what_another_door_has_seen_stays_known(runs: Any, tmp_path: Path) -> None:
+    folder = runs(llama)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    for kind, best, is_known in ((_ReadsByADoor, folder / "checkpoint-2", True), (Trainer, tmp_path, False)):
+        run = kind(LlamaForCausalLM.from_pretrained(folder / "base"), arguments)
+        run.state.best_model_checkpoint = str(best)
+        run._load_best_model()
+        proof = tiedquiet.check(run.model)
+        assert proof.ok is is_known
+    assert "has no file that Trainer reads" in proof.findings[0].why
+
+
 def test_a_record_that_cannot_be_left_does_not_stop_the_run(
     runs: Any, printed: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

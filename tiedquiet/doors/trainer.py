@@ -20,6 +20,7 @@ from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
 from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_overrides
 from tiedquiet.proof import record
+from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
 from tiedquiet.verdict import Finding, LoadError, Verdict
@@ -84,6 +85,7 @@ def _around(
         outer.folder = str(folder)
         return wrapped(*args, **kwargs)
     resume = _Resume(str(folder), is_best)
+    known = _record(trainer)
     adapters, failure = _versions(trainer)
     before = _going_on.set(resume)
     try:
@@ -91,9 +93,10 @@ def _around(
             result = wrapped(*args, **kwargs)
     finally:
         _going_on.reset(before)
-    if not resume.was_judged:
+    if not resume.was_judged and _record(trainer) is known:  # nor did another door judge it
         is_fsdp = getattr(trainer, "is_fsdp_enabled", False)
-        _leave_unproven(trainer.model, folder, "FSDP" if is_fsdp else f"{type(trainer).__name__}'s own code")
+        by = "FSDP" if is_fsdp else f"{type(trainer).__name__}'s own code"
+        _leave_unproven(trainer.model, folder, by, is_parted=is_fsdp)
         carry_out(partial(_judge_said, trainer.model, resume), lambda: None, (), {})
     if failure is not None:
         raise failure
@@ -125,6 +128,12 @@ def _is_parted(trainer: Any) -> bool:
     return any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
 
 
+def _record(trainer: Any) -> Record | None:
+    """What is known of the trainer's model."""
+    model: Any = getattr(trainer, "model", None)
+    return record.of(model) if hasattr(model, "named_modules") else None
+
+
 def _versions(trainer: Any) -> tuple[Versions, LoadError | None]:
     """What shows whether anything is read into an adapter; nothing where FSDP or DeepSpeed have parted its tensors."""
     try:
@@ -141,13 +150,17 @@ def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
     return result
 
 
-def _leave_unproven(model: Any, folder: object, by: str) -> None:
-    """Leave the record of a resume that went another way; adapters have their own door."""
+def _leave_unproven(model: Any, folder: object, by: str, is_parted: bool = True) -> None:
+    """Leave the record of a resume that went another way; adapters have their own door, if their files were read."""
     try:
-        if mode.current() != "off" and model is not None and not has_adapters(model):
-            why = f"{folder} was read by {by}, which tiedquiet does not inspect"
-            record.leave(model, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
-            words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
+        if mode.current() == "off" or model is None or (not is_parted and has_adapters(model)):
+            return
+        why = f"{folder} was read by {by}, which tiedquiet does not inspect"
+        if not is_parted and not found_in(str(folder)).files:
+            why = f"{folder} has no file that Trainer reads; what else was read of it, tiedquiet does not inspect"
+        base = model.get_base_model() if has_adapters(model) else model
+        record.leave(base, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
+        words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
     except Exception as error:
         stand_aside(error)  # the resume is through; under `strict` there is nothing more to stop
 
