@@ -8,11 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.test_adapters import FILE, SMALL, rename
+from tests.doors.training import differing, llava, state
 from tiedquiet.__main__ import main
 
 peft = pytest.importorskip("peft")
@@ -173,4 +181,68 @@ def test_what_peft_does_not_call_missing(kind: str, tmp_path: Path, printed: Pri
     proof = tiedquiet.check(peft.PeftModel.from_pretrained(base_of(base), adapter))
     assert proof.missing
     assert all(part.partition(".")[0] in f.key for f in proof.findings if f.verdict is tiedquiet.Verdict.MISSING)
-    assert any("not in its files, and kept the values that the model had" in line for line in printed.loud)
+    assert any(
+        "not in its files under their names, and kept the values that the model had" in line for line in printed.loud
+    )
+
+
+def test_a_prefix_before_names_that_peft_renames(runs: Any) -> None:
+    """What it has renamed, and then found no place for, is told under the name that the file has."""
+    folder = runs(llava)
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False))
+    model.save_pretrained(folder / "adapter")
+    truth = state(model)
+    rename(folder / "adapter", lambda key: f"module.{key}")
+    with tiedquiet.enable("off"):
+        try:
+            peft.PeftModel.from_pretrained(
+                LlavaForConditionalGeneration.from_pretrained(folder / "base"), folder / "adapter"
+            )
+        except ValueError:
+            pytest.skip("this release of peft does not read it at all")
+    names = set(load_file(folder / "adapter" / FILE))
+    for mode in ("on", "repair"):
+        base = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+        with tiedquiet.enable(mode):
+            model = peft.PeftModel.from_pretrained(base, folder / "adapter")
+        found = [f for f in tiedquiet.check(model).findings if f.verdict is tiedquiet.Verdict.UNREAD]
+        assert {f.source for f in found} == (names if mode == "on" else set())
+    assert not differing(model, truth)
+
+
+def test_numbers_that_are_too_large_for_the_type_of_the_layers(base: Path) -> None:
+    adapter = saved(base, KINDS["magnitudes"]())
+    tensors = load_file(adapter / FILE)
+    name = min(tensors)
+    tensors[name][0] = 1e6
+    save_file(tensors, adapter / FILE, {"format": "pt"})
+    for dtype, is_sound in ((torch.float16, False), (torch.bfloat16, True)):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        raises = nullcontext() if is_sound else pytest.raises(tiedquiet.LoadError, match="by the cast to float16")
+        with tiedquiet.enable("strict"), raises:
+            peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+        proof = tiedquiet.check(model)
+        assert [f.key for f in proof.findings if f.broken] == ([] if is_sound else [proof.findings[-1].key])
+        assert proof.ok is is_sound
+
+
+@pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])
+def test_digits_that_were_lost_on_the_way(base: Path) -> None:
+    """Peft casts what it has read to the type of the layer, and that back to float32."""
+    adapter = saved(base, KINDS["tokens besides"]())
+
+    def load() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        return peft.PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+
+    proof = tiedquiet.check(model := load())
+    lost = {f.key for f in proof.findings if f.why == "by a cast to bfloat16 and back"}
+    assert len(lost) == sum(value.dtype is torch.float32 for value in model.parameters()) > 0
+    assert not tiedquiet.check(model, adapter).ok
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="by a cast to bfloat16 and back"):
+        load()
+    with tiedquiet.enable("repair"):
+        model = load()
+    assert are_all_in(model, adapter)
+    assert tiedquiet.check(model).ok

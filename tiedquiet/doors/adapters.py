@@ -6,7 +6,7 @@ adapters need are here, for both.
 
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -17,12 +17,12 @@ from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved, without
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import equals
+from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import out_of_date
+from tiedquiet.proof.unread import cast_finding, out_of_date
 from tiedquiet.verdict import Finding, Verdict
 
 _BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
@@ -159,6 +159,10 @@ def _judge(before: _Before, result: Any) -> Outcome:
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
     others = [] if model.peft_config[adapter].is_prompt_learning else result.unexpected_keys
     unexpected = {_as_given(adapter, name, checkpoint.headers) for name in others}
+    by_their_names = {in_files[key] for key in known.stored}
+    left_over = checkpoint.headers.keys() - by_their_names
+    if by_their_names <= checkpoint.headers.keys() and len(left_over) == len(others):
+        unexpected = set(left_over)  # peft may have renamed what it then found no place for
     unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
     key_of = {in_files[key]: key for key in missing}
     by_name = {name: state[key] for name, key in key_of.items()}
@@ -175,6 +179,12 @@ def _judge(before: _Before, result: Any) -> Outcome:
         else:
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))
+    for finding in _lost_in_casts(known, in_files, state, checkpoint):
+        values = checkpoint.tensors[in_files[finding.key]]
+        if mode.current() == "repair" and copy_in_place(state[finding.key], values()):
+            repaired.append(finding)
+        else:
+            known.lasting[finding.key] = finding
     if wrong := altered_prompts(model, adapter, checkpoint):
         known.lasting[""] = _of_prompts(wrong)
     left = known.missing - known.lasting.keys()
@@ -208,6 +218,27 @@ def _of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[
     return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
 
 
+def _lost_in_casts(
+    known: Record, in_files: dict[str, str], state: names.Headers, checkpoint: Checkpoint
+) -> Iterator[Finding]:
+    """Findings on what was read into a type that cannot hold it, or went through one: that of the layer, for one."""
+    types = set(types_of(state.values()))
+    if len(types | checkpoint.dtypes) < 2:
+        return
+    for key in sorted(known.stored):
+        header, tensor = checkpoint.headers.get(in_files[key]), state[key]
+        if header is None or header.shape != tensor.shape:
+            continue
+        if equals(tensor, values := checkpoint.tensors[in_files[key]]()) is not False:
+            continue
+        if header.dtype != tensor.dtype:
+            yield cast_finding(key, header.dtype, tensor.dtype)
+            continue
+        through = next((kind for kind in types if equals(tensor, values.to(kind).to(values.dtype))), None)
+        by = f"by a cast to {str(through).removeprefix('torch.')} and back" if through else "by what read it"
+        yield Finding(key, Verdict.OVERWRITTEN, key, by, True)
+
+
 def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
     """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
     from peft import get_peft_model_state_dict
@@ -229,7 +260,8 @@ def _of_prompts(names_there: list[str]) -> Finding:
 def of_missing(keys: Collection[str], total: int) -> str:
     """What there is to say of an adapter's tensors that its files do not have: no report of peft's names them all."""
     of = f"{len(keys):,} of {total:,} tensors of the adapter {'is' if len(keys) == 1 else 'are'}"
-    return f"missing, {of} not in its files, and kept the values that the model had: {words.few(keys, fold)}"
+    what = "not in its files under their names, and kept the values that the model had"
+    return f"missing, {of} {what}: {words.few(keys, fold)}"
 
 
 def _as_given(adapter: str, name: str, headers: names.Headers) -> str:

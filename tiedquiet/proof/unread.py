@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tiedquiet.proof import names
 from tiedquiet.proof.casts import may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
@@ -204,7 +206,12 @@ def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales)
     (name, header), *others = own.items()
     if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
         return None
-    kinds = [str(kind).removeprefix("torch.") for kind in (header.dtype, ours)]
+    return cast_finding(key, header.dtype, ours)
+
+
+def cast_finding(key: str, theirs: torch.dtype, ours: torch.dtype) -> Finding:
+    """The finding on a key that the type of the model's tensor cannot hold as the file has it."""
+    kinds = [str(kind).removeprefix("torch.") for kind in (theirs, ours)]
     return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {kinds[1]}: the file has it as {kinds[0]}", True)
 
 
