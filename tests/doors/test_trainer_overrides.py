@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import LlavaForConditionalGeneration, MixtralForCausalLM, Trainer, TrainingArguments
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import DATA, LOSSY, differing, llava, mixtral, right
+from tests.doors.training import DATA, LOSSY, differing, llava, mixtral, right, state
 from tiedquiet import LoadError, Verdict
 
 
@@ -107,6 +107,35 @@ def test_what_an_override_leaves_unread_is_told(kind: Any, make: Any, way: str, 
     assert differing(model, truth) == set()
     assert tiedquiet.check(model).ok
     assert not printed.loud
+
+
+def test_another_model_than_the_trainer_s(runs: Any) -> None:
+    """What is read into that one is judged and repaired, and the trainer's own is left alone."""
+    folder, truth = runs(llava), right(llava, runs(llava) / "checkpoint-2")
+    own, other = (LlavaForConditionalGeneration.from_pretrained(folder / "base") for _ in range(2))
+    before = state(own)
+    trainer = Trainer(own, TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True))
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        trainer._load_from_checkpoint(str(folder / "checkpoint-2"), other)
+    assert (tiedquiet.check(own).ok, tiedquiet.check(other).ok) == (True, False)
+    with tiedquiet.enable("repair"):
+        trainer._load_from_checkpoint(str(folder / "checkpoint-2"), model=other)
+    assert not differing(own, before)
+    assert not differing(other, truth)
+
+
+def test_lists_without_a_folder(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in the current one is no checkpoint of theirs."""
+    folder = runs(llava)
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "base")
+    before = state(model)
+    trainer = Trainer(model, TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True))
+    monkeypatch.chdir(folder / "checkpoint-2")
+    with tiedquiet.enable("repair"):
+        tensors = load_file(folder / "checkpoint-2" / "model.safetensors")
+        trainer._issue_warnings_after_load(model.load_state_dict(tensors, strict=False))
+    assert not differing(model, before)
+    assert not tiedquiet.check(model).ok
 
 
 def test_an_override_is_called_once_and_put_back(runs: Any) -> None:

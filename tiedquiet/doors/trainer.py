@@ -35,12 +35,14 @@ class _Resume:
         is_best: whether for its best model.
         was_judged: whether what it read was judged.
         is_telling: whether what follows from that is being carried out.
+        other: the model that it is read into, if not into the trainer's own.
         said: what the model's own `load_state_dict` has said in it: the keys that no call of it found, and the names
             that one of them had no place for.
     """
 
     folder: str
     is_best: bool = False
+    other: Any = None
     was_judged: bool = False
     is_telling: bool = False
     said: tuple[set[str], set[str]] | None = None
@@ -49,6 +51,15 @@ class _Resume:
         """Take in what a call of it says; torch calls this."""
         missing, unexpected = set(keys.missing_keys), set(keys.unexpected_keys)
         self.said = (missing, unexpected) if self.said is None else (self.said[0] & missing, self.said[1] | unexpected)
+
+    def model(self, trainer: Any) -> Any:
+        """What it is read into; an override may have given the trainer another model since."""
+        return getattr(trainer, "model", None) if self.other is None else self.other
+
+    def known_by(self, trainer: Any) -> Any:
+        """What has the record of that: the trainer's own model has it itself, and not what wraps it."""
+        model = self.model(trainer)
+        return trainer.model if model is getattr(trainer, "model_wrapped", None) else model
 
 
 _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
@@ -65,46 +76,44 @@ def _on_init(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], k
 
 def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._load_from_checkpoint`."""
-    return _around(wrapped, trainer, args, kwargs, args[0] if args else kwargs.get("resume_from_checkpoint"))
+    folder, other = [*args, None, None][:2]
+    folder, other = kwargs.get("resume_from_checkpoint", folder), kwargs.get("model", other)
+    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), other=other))
 
 
 def _on_best_model(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._load_best_model`."""
-    return _around(wrapped, trainer, args, kwargs, getattr(trainer.state, "best_model_checkpoint", None), is_best=True)
+    folder = getattr(trainer.state, "best_model_checkpoint", None)
+    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), is_best=True))
 
 
 def _around(
-    wrapped: Callable[..., Any],
-    trainer: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    folder: object,
-    is_best: bool = False,
+    wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resume: _Resume
 ) -> Any:
     if (outer := _going_on.get()) is not None:  # an override has called what it overrides
-        outer.folder = str(folder)
+        outer.folder, outer.other = resume.folder, resume.other
         return wrapped(*args, **kwargs)
-    resume = _Resume(str(folder), is_best)
-    known = _record(trainer)
-    adapters, failure = _versions(trainer)
+    known = _record(resume.known_by(trainer))
+    adapters, failure = _versions(trainer, resume.known_by(trainer))
     before = _going_on.set(resume)
     try:
         with _listening(trainer, resume):
             result = wrapped(*args, **kwargs)
     finally:
         _going_on.reset(before)
-    if not resume.was_judged and _record(trainer) is known:  # nor did another door judge it
+    model = resume.known_by(trainer)
+    if not resume.was_judged and _record(model) is known:  # nor did another door judge it
         is_fsdp = getattr(trainer, "is_fsdp_enabled", False)
         by = "FSDP" if is_fsdp else f"{type(trainer).__name__}'s own code"
-        _leave_unproven(trainer.model, folder, by, is_parted=is_fsdp)
-        carry_out(partial(_judge_said, trainer.model, resume), lambda: None, (), {})
+        _leave_unproven(model, resume.folder, by, is_parted=is_fsdp)
+        carry_out(partial(_judge_said, model, resume), lambda: None, (), {})
     if failure is not None:
         raise failure
     if not adapters:
         return result
 
     def decide() -> Outcome | None:
-        return judge_rest(trainer.model, resume.folder, adapters, is_best)
+        return judge_rest(model, resume.folder, adapters, resume.is_best)
 
     return carry_out(decide, lambda: result, (), {})
 
@@ -114,8 +123,9 @@ def _listening(trainer: Any, resume: _Resume) -> Iterator[None]:
     """Hear what the model's `load_state_dict` says, since an override of the user's may call it and pass nothing on."""
     hook: Any = None
     with suppress(Exception):
-        if mode.current() != "off" and not _is_parted(trainer) and not has_adapters(trainer.model):
-            hook = inside(trainer.model).model.register_load_state_dict_post_hook(resume.hear)
+        model = resume.known_by(trainer)
+        if mode.current() != "off" and not _is_parted(trainer) and not has_adapters(model):
+            hook = inside(model).model.register_load_state_dict_post_hook(resume.hear)
     try:
         yield
     finally:
@@ -128,16 +138,15 @@ def _is_parted(trainer: Any) -> bool:
     return any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
 
 
-def _record(trainer: Any) -> Record | None:
-    """What is known of the trainer's model."""
-    model: Any = getattr(trainer, "model", None)
+def _record(model: Any) -> Record | None:
+    """What is known of a model."""
     return record.of(model) if hasattr(model, "named_modules") else None
 
 
-def _versions(trainer: Any) -> tuple[Versions, LoadError | None]:
+def _versions(trainer: Any, model: Any) -> tuple[Versions, LoadError | None]:
     """What shows whether anything is read into an adapter; nothing where FSDP or DeepSpeed have parted its tensors."""
     try:
-        return ({} if _is_parted(trainer) else versions(trainer.model)), None
+        return ({} if _is_parted(trainer) else versions(model)), None
     except Exception as error:
         return {}, stand_aside(error)
 
@@ -174,10 +183,10 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
     def decide() -> Outcome | None:
         if mode.current() == "off":
             return None
-        resume.was_judged = True
-        if resume.is_best and has_adapters(trainer.model):
+        resume.was_judged, model = True, resume.model(trainer)
+        if resume.is_best and has_adapters(model):
             return None  # then peft's `load_adapter` has read it, which is a door of its own
-        return _judge(trainer.model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
+        return _judge(model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
 
     def tell(*given: Any, load_result: Any = None) -> Any:
         return wrapped(*(given or (load_result,)))  # an override may call it by another name

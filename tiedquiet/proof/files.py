@@ -181,6 +181,8 @@ def of_folder(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
 def found_in(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
     """The same; without any tensor where there is none, or it cannot be read."""
     nothing = Checkpoint({})
+    if not folder:
+        return nothing  # no folder is named; the current one is another
     try:
         checkpoint = of_folder(folder, base, kind)
         nothing.closed = checkpoint.closed
