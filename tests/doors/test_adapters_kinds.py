@@ -246,3 +246,28 @@ def test_digits_that_were_lost_on_the_way(base: Path) -> None:
         model = load()
     assert are_all_in(model, adapter)
     assert tiedquiet.check(model).ok
+
+
+def test_what_changes_after_the_adapter_was_loaded(base: Path) -> None:
+    """It is told of the base model's tensors and of the adapter's; those that only have another name did not change."""
+    model = peft.PeftModel.from_pretrained(base_of(base), saved(base, KINDS["magnitudes"]()))
+    assert tiedquiet.check(model).ok
+    norm = model.get_base_model().model.norm
+    norm.weight = torch.nn.Parameter(norm.weight + 1)
+    model.delete_adapter("default")
+    found = {f.key: f.why for f in tiedquiet.check(model).findings if f.verdict is tiedquiet.Verdict.UNPROVEN}
+    assert "replaced by another tensor" in found.pop("model.norm.weight")
+    assert found
+    assert all("default" in key and "removed from the model" in why for key, why in found.items())
+
+
+def test_another_rank(base: Path, printed: Printed) -> None:
+    """What peft leaves out, and says so, is in the file."""
+    adapter = saved(base, KINDS["biases of the layers"]())
+    model = peft.get_peft_model(base_of(base), peft.LoraConfig(r=4, target_modules=PROJECTIONS))
+    with pytest.warns(UserWarning, match="being ignored because you passed"):
+        model.load_adapter(adapter, "default", ignore_mismatched_sizes=True)
+    missing = [f for f in tiedquiet.check(model).findings if f.verdict is tiedquiet.Verdict.MISSING]
+    assert len(missing) == 8
+    assert all(f.why == "the file has it in another shape" for f in missing)
+    assert not any("not in its files" in line for line in printed.loud)

@@ -154,7 +154,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
     # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
     read = {id(whole[name]) for name in own.keys() - unseen}
     missing = {key for key in in_files if id(state[key]) not in read}
-    known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files)
+    known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files, model=ref(base))
     known.tensors = {key: ref(state[key]) for key in known.stored}
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
     others = [] if model.peft_config[adapter].is_prompt_learning else result.unexpected_keys
@@ -187,6 +187,11 @@ def _judge(before: _Before, result: Any) -> Outcome:
             known.lasting[finding.key] = finding
     if wrong := altered_prompts(model, adapter, checkpoint):
         known.lasting[""] = _of_prompts(wrong)
+    # Of these peft speaks itself, if it was told to go on in spite of them.
+    there = {k: checkpoint.headers.get(in_files[k]) for k in known.missing - known.lasting.keys()}
+    too_other = [k for k, header in there.items() if header is not None and header.shape != state[k].shape]
+    why = "the file has it in another shape"
+    known.lasting.update({key: Finding(key, Verdict.MISSING, None, why) for key in too_other})
     left = known.missing - known.lasting.keys()
     if checkpoint.closed:
         known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in sorted(left)})

@@ -70,7 +70,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     own = {adapter: saved(model, adapter) for adapter in before}
     read = {id(state[key]) for adapter in before.keys() - set(rest) for key in own[adapter]}
     in_base = {id(tensor) for key, tensor in state.items() if key.startswith(prefix)}
-    known, repaired, lines = Record(set(), set(), 0), [], []
+    known, repaired, lines = Record(set(), set(), 0, model=ref(base)), [], []
     for adapter in rest:
         # What the layers share has a name above them as well.
         names = {key: n for key, n in own[adapter].items() if key.startswith(prefix) or id(state[key]) not in in_base}
