@@ -271,3 +271,15 @@ def test_another_rank(base: Path, printed: Printed) -> None:
     assert len(missing) == 8
     assert all(f.why == "the file has it in another shape" for f in missing)
     assert not any("not in its files" in line for line in printed.loud)
+
+
+@pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])
+def test_a_mapping_that_exchanges_two_layers(base: Path) -> None:
+    """Then the file has other values under a tensor's name, and nothing is lost."""
+    adapter = saved(base, KINDS["magnitudes"]())
+    mapping = {r"layers\.0\.": "layers.1.", r"layers\.1\.": "layers.0."}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(model, adapter, key_mapping=mapping)
+    assert are_all_in(model, adapter)
+    assert tiedquiet.check(model).ok

@@ -179,7 +179,9 @@ def _judge(before: _Before, result: Any) -> Outcome:
         else:
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))
-    for finding in _lost_in_casts(known, in_files, state, checkpoint):
+    # A mapping of the caller's may have exchanged names.
+    lost = () if given.get("key_mapping") else _lost_in_casts(known, in_files, state, checkpoint)
+    for finding in lost:
         values = checkpoint.tensors[in_files[finding.key]]
         if mode.current() == "repair" and copy_in_place(state[finding.key], values()):
             repaired.append(finding)
