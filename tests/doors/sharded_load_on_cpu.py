@@ -51,6 +51,7 @@ def main(path: str, mode: str, kind: str) -> None:
             "stored": proof.stored,
             "verdicts": {finding.key: finding.verdict.value for finding in proof.findings},
         }
+        model.to(torch.bfloat16)  # of a DTensor torch swaps the content, which a weak reference to it would forbid
         if torch.distributed.get_rank() == 0:
             print(json.dumps(line), flush=True)
     torch.distributed.barrier()

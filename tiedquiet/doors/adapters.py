@@ -155,7 +155,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
     read = {id(whole[name]) for name in own.keys() - unseen}
     missing = {key for key in in_files if id(state[key]) not in read}
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files, model=ref(base))
-    known.tensors = {key: ref(state[key]) for key in known.stored}
+    known.tensors = record.refs_to({key: state[key] for key in known.stored})
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
     others = [] if model.peft_config[adapter].is_prompt_learning else result.unexpected_keys
     unexpected = {_as_given(adapter, name, checkpoint.headers) for name in others}
@@ -175,7 +175,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
         if mode.current() == "repair" and copy_in_place(state[key], checkpoint.tensors[name]()):
             repaired.append(finding)
             known.stored, known.missing = known.stored | {key}, known.missing - {key}
-            known.tensors[key] = ref(state[key])
+            known.tensors.update(record.refs_to({key: state[key]}))
         else:
             known.lasting[key] = finding
     known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))

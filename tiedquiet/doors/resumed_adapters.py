@@ -107,7 +107,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     if not known.total and not known.settled and not repaired:
         return None
     known.lasting = {key: f for key, f in known.settled.items() if f.verdict is Verdict.UNREAD or not key}
-    known.tensors = {key: ref(state[prefix + key]) for key in known.stored}
+    known.tensors = record.refs_to({key: state[prefix + key] for key in known.stored})
     outcome = told(model, folder, list(known.settled.values()), repaired, set(), known.total)
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))

@@ -15,7 +15,7 @@ import torch
 from tiedquiet.proof import record
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.files import stamp
-from tiedquiet.proof.memory import ORDINARY
+from tiedquiet.proof.memory import ORDINARY, by_object
 from tiedquiet.proof.missing import Values, judge_missing, judge_two_ends
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
@@ -76,7 +76,7 @@ def judge(
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
         stamps=_stamps(reading.checkpoint.files),
-        tensors={name: ref(tensor) for name, tensor in only(now.state, stored).items()},
+        tensors=record.refs_to(only(now.state, stored)),
         model=ref(model),
     )
     if is_strict:
@@ -130,6 +130,7 @@ def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
+    known = _followed(known, now)
     judge_casts(known, now, sources_since(model, known, now))
     # A tie is declared under the names that its ends had before PEFT wrapped one of them.
     before = set(map(record.loaded_name, known.stored)) - known.missing
@@ -141,6 +142,26 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _followed(known: Record, now: Survey) -> Record:
+    """The same where tensors that were read have other names since, which are given their old ones beside these.
+
+    A layer may have been put around one, or taken away from it. What was missing under such a name is there now, unless
+    the two were tied.
+    """
+    names_of = by_object(now.state) if known.tensors.keys() - now.state.keys() else {}
+    arrived: set[str] = set()
+    for name in known.tensors.keys() - now.state.keys() if names_of else ():
+        tensor = known.tensors[name]()
+        if tensor is not None and (names := names_of.get(id(tensor))):
+            now.state[name] = tensor
+            arrived.update(own for own in names if own in known.missing and not _were_tied(known, own, name))
+    return replace(known, missing=known.missing - arrived, total=known.total - len(arrived)) if arrived else known
+
+
+def _were_tied(known: Record, key: str, source: str) -> bool:
+    return (finding := known.settled.get(key)) is not None and finding.source == source
 
 
 def _stamps(files: list[str]) -> dict[str, tuple[int, int]]:
@@ -189,7 +210,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
             yield Finding(
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
-        elif known.tensors[name]() is not tensor:
+        elif name in known.tensors and known.tensors[name]() is not tensor:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"

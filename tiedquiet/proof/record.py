@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 
+from tiedquiet.proof.memory import ORDINARY
 from tiedquiet.verdict import Finding, Verdict
 
 _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
@@ -36,7 +37,8 @@ class Record:
         is_resumed: whether the checkpoint is one of this very model.
         files: where the checkpoint lies.
         stamps: size and time that each of these files had then.
-        tensors: the tensors when the load had ended, for as long as anybody else keeps them.
+        tensors: the tensors when the load had ended, for as long as anybody else keeps them; not those that torch may
+            swap with others.
         model: the model itself, in the same way: a copy of it has this record, too.
     """
 
@@ -77,8 +79,8 @@ class Record:
         Args:
             state: the model's tensors by name.
         """
-        gone = self.tensors.keys() - state.keys()
-        tensors = {name: ref(state[name]) for name in self.tensors if name not in gone}
+        gone = self.stored - state.keys()
+        tensors = refs_to({name: state[name] for name in self.tensors if name not in gone})
         return replace(self, gone=self.gone | gone, tensors=tensors)
 
     def renamed(self, model: torch.nn.Module, name: Callable[[str], str | None]) -> "Record":
@@ -131,6 +133,17 @@ class Record:
         self.files = earlier.files + self.files
         self.stamps = earlier.stamps | self.stamps
         return self
+
+
+def refs_to(tensors: Mapping[str, torch.Tensor]) -> "dict[str, ref[torch.Tensor]]":
+    """Weak references to tensors, but for those that `Module.to` swaps with converted ones.
+
+    Torch refuses to swap a tensor that there is a weak reference to, and the program would stop. It swaps those of
+    types that consist of other tensors (DTensor, torchao's), and all of them where it is told to.
+    """
+    if torch.__future__.get_swap_module_params_on_conversion():
+        return {}
+    return {name: ref(tensor) for name, tensor in tensors.items() if type(tensor) in ORDINARY}
 
 
 def leave(model: torch.nn.Module, record: Record) -> None:

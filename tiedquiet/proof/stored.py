@@ -89,9 +89,10 @@ def judge_casts(known: Record, now: Survey, sources: Sources, and_on_disk: bool 
         sources: gives what reads the files' tensors that one of the model's was made of, or None.
         and_on_disk: look at what will be cast when it is read from there, too.
     """
-    for name in sorted(known.narrowed & known.tensors.keys() - known.lasting.keys()):
-        tensor = now.state.get(name)
-        if tensor is None or tensor is not known.tensors[name]() or (tensor.is_meta and not and_on_disk):
+    for name in sorted(known.narrowed - known.lasting.keys()):
+        tensor, then = now.state.get(name), known.tensors.get(name)
+        is_another = then is not None and then() is not tensor
+        if tensor is None or is_another or (tensor.is_meta and not and_on_disk):
             continue
         if tensor.is_meta or any(map(is_at_limit, plain(tensor))):
             if (own := sources(name)) is None:

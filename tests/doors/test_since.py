@@ -1,0 +1,90 @@
+"""What `check` says of what a program has done with a model since it was loaded, and that it may do so."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2ForCausalLM
+
+import tiedquiet
+from tests.doors.renamed import qwen2, written
+from tiedquiet import Verdict
+
+
+def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+
+    def after(change: Callable[[Any], Any]) -> dict[str, str]:
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        assert tiedquiet.check(model).ok
+        change(model)
+        return {f.key: f.why for f in tiedquiet.check(model).findings if f.verdict is Verdict.UNPROVEN}
+
+    def replace(model: Any) -> None:
+        model.model.norm.weight = nn.Parameter(torch.ones(32))
+
+    assert after(replace) == {"model.norm.weight": "it was read, and has since been replaced by another tensor"}
+    assert after(lambda model: delattr(model.model, "norm")) == {
+        "model.norm.weight": "it was read, and has since been removed from the model"
+    }
+    assert after(lambda model: model.model.norm.to("meta")) == {
+        "model.norm.weight": "it was read, and has since been moved to meta, where nothing has values"
+    }
+    for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
+        assert after(harmless) == {}
+
+
+class Around(nn.Module):
+    """A layer written by hand around another."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_layer_around_one_that_was_read_removes_nothing(tied: bool, tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=tied), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.model.embed_tokens, model.model.norm = Around(model.model.embed_tokens), Around(model.model.norm)
+    proof = tiedquiet.check(model)
+    assert proof.ok
+    assert [(f.key, f.verdict) for f in proof.findings] == [("lm_head.weight", Verdict.TIED)] * tied
+    model.model.norm = Around(nn.LayerNorm(32))
+    assert [f.why for f in tiedquiet.check(model).findings if f.key == "model.norm.weight"] == [
+        "it was read, and has since been removed from the model"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # what peft thinks of tied layers
+def test_a_head_that_an_adapter_brought_is_no_tie_that_came_apart(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    written(qwen2(tie_word_embeddings=True), tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], r=2)
+    adapted = peft.get_peft_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    assert tiedquiet.check(merged).ok
+    merged.lm_head = nn.Linear(32, 64, bias=False)
+    assert not tiedquiet.check(merged).ok
+
+
+def test_a_model_can_be_converted_where_torch_swaps_what_tensors_hold(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=True), tmp_path)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        weight = model.model.norm.weight
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.model.norm.weight is weight
+    assert weight.dtype is torch.bfloat16
+    assert tiedquiet.check(model).ok
