@@ -108,11 +108,10 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
 
 def hints(findings: list[Finding], fold: Fold) -> list[str]:
     """What is missing and may be in the checkpoint under another name: likely, but not claimed."""
-    some = [f for f in findings if f.verdict is Verdict.MISSING and f.source]
-    if not some:
+    if not findings:
         return []
     return [
-        f"missing, but perhaps in the checkpoint under another name: {_pairs(some, 'may be', fold)}, which was not "
+        f"missing, but perhaps in the checkpoint under another name: {_pairs(findings, 'may be', fold)}, which was not "
         "read. If so, pass from_pretrained a key_mapping that maps it"
     ]
 

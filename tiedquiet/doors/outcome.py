@@ -9,6 +9,7 @@ from typing import Any
 from tiedquiet import mode, words
 from tiedquiet.doors.wrapping import stand_aside
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.missing import is_another_head_s
 from tiedquiet.proof.repair import repair
 from tiedquiet.verdict import WELL, Finding, LoadError, Verdict
 
@@ -87,7 +88,8 @@ def told(
     if confirmed := words.confirmation([f for f in proven if f.key not in mended], repaired, fold):
         lines.append((logging.INFO, confirmed))
     loud = [f for f in findings if f not in broken]
-    lines += [(logging.WARNING, line) for line in (*words.explanations(loud, fold, total), *words.hints(loud, fold))]
+    perhaps = [f for f in loud if f.verdict is Verdict.MISSING and f.source and not is_another_head_s(model, f.source)]
+    lines += [(logging.WARNING, line) for line in (*words.explanations(loud, fold, total), *words.hints(perhaps, fold))]
     failure = None
     if broken:
         failure = LoadError(f"{name}: {'; '.join(words.explanations(broken, fold, total))}", tuple(broken))

@@ -1,7 +1,7 @@
 """The verdict on missing keys: ties that hold or came apart, and keys that nothing supplies."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import compress
 from typing import Any
 
@@ -158,11 +158,29 @@ def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:
     the head had a value, and the file lacks it. Nor if it is no head: the flag of the config is about heads, and
     two input embeddings that are one by the model's design (UMT5's) cannot part.
     """
-    saved_by = getattr(getattr(model, "config", None), "architectures", None) or ()
-    if is_resumed or any(kind.__name__ in saved_by for kind in type(model).__mro__):
+    if is_resumed or _is_one_of(model, _saved_by(model)):
         return False
     head = embeddings(model, "output")
     return isinstance(head, torch.nn.Module) and any(parameter is tensor for parameter in head.parameters())
+
+
+def is_another_head_s(model: Any, name: str) -> bool:
+    """Whether a tensor of the files is of the head of another class, which saved them.
+
+    That is what lies outside the base model then: a masked language model's `lm_head.dense` is no `classifier.dense`.
+    """
+    saved_by, base = _saved_by(model), getattr(model, "base_model_prefix", "")
+    return bool(saved_by and base) and not _is_one_of(model, saved_by) and not name.startswith(f"{base}.")
+
+
+def _saved_by(model: Any) -> Collection[str]:
+    """The classes that the checkpoint's config names."""
+    return getattr(getattr(model, "config", None), "architectures", None) or ()
+
+
+def _is_one_of(model: Any, names: Collection[str]) -> bool:
+    """Whether a model's class, or one that it inherits from, has one of these names."""
+    return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
