@@ -63,6 +63,20 @@ def test_two_that_transformers_loads(saved: Path, printed: Printed) -> None:
     assert any("reported missing but read by an earlier load: model.layers." in line for line in printed.confirmed)
 
 
+def test_an_adapter_that_is_deleted_leaves_a_sound_model(saved: Path) -> None:
+    model = two(saved)
+    for name in ("one", "two"):
+        for module in model.modules():  # as `delete_adapter` does, which transformers 5.24.0 keeps from peft 0.21
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                module.delete_adapter(name)
+        assert f"model.layers.0.self_attn.q_proj.lora_A.{name}.weight" not in model.state_dict()
+        assert tiedquiet.check(model).ok
+    del model.model.norm
+    assert [finding.key for finding in tiedquiet.check(model).findings if finding.verdict is Verdict.UNPROVEN] == [
+        "model.norm.weight"
+    ]
+
+
 def test_of_two_that_transformers_loads_one_is_broken(saved: Path, printed: Printed) -> None:
     rename(saved / "one", lambda key: None if "lora_A" in key else key)
     rename(saved / "two", lambda key: None if "lora_B" in key else key)

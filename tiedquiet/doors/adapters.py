@@ -47,6 +47,7 @@ def leave_out_others(model: Any, reading: Reading) -> None:
     own = in_files.union(*(keys[adapter] for adapter in loaded))
     reading.found = {key: finding for key, finding in reading.found.items() if key in own or key not in reading.missing}
     reading.missing &= own
+    reading.is_of_adapter = True
     reading.total = len(reading.held) + len(reading.missing)
     reading.free |= reading.missing - in_files
 
@@ -155,7 +156,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
     read = {id(whole[name]) for name in own.keys() - unseen}
     missing = {key for key in in_files if id(state[key]) not in read}
     known = Record(in_files.keys() - missing, missing, len(in_files), files=checkpoint.files, model=ref(base))
-    known.tensors = record.refs_to({key: state[key] for key in known.stored})
+    known.tensors, known.adapted = record.refs_to({key: state[key] for key in known.stored}), set(in_files)
     # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
     others = [] if model.peft_config[adapter].is_prompt_learning else result.unexpected_keys
     unexpected = {_as_given(adapter, name, checkpoint.headers) for name in others}

@@ -108,6 +108,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
         return None
     known.lasting = {key: f for key, f in known.settled.items() if f.verdict is Verdict.UNREAD or not key}
     known.tensors = record.refs_to({key: state[prefix + key] for key in known.stored})
+    known.adapted = known.stored | known.missing
     outcome = told(model, folder, list(known.settled.values()), repaired, set(), known.total)
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))

@@ -70,6 +70,7 @@ def judge(
         grown=grown,
         altered=altered,
         narrowed=set(reading.narrowed),
+        adapted=stored if reading.is_of_adapter else set(),
         places=reading.offloaded,
         likely=reading.likely,
         reported=reported,
@@ -198,10 +199,8 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
     """Findings on what is seen to have changed since the load; none for a copy."""
     if known.model is None or known.model() is not model:
         return  # a copy has tensors of its own
-    by_object = {id(tensor): tensor for tensor in now.state.values()}
-    for name in sorted(known.stored - known.gone):
-        # What was put around its module may have given it another name.
-        tensor = now.state.get(name, by_object.get(id(known.tensors[name]())))
+    for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
+        tensor = now.state.get(name)
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
         if tensor is None:

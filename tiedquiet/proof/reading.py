@@ -37,6 +37,7 @@ class Reading:
         buffers: names of the buffers that are in no state dict.
         names_of: the names that the files have for one of the model's; none where that is not known.
         made_of: what the loader made each tensor of, where it converted any; None where it converted none.
+        is_of_adapter: whether an adapter was read into a model that is there already.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +53,7 @@ class Reading:
     buffers: list[str] = field(default_factory=list)
     names_of: Callable[[str], tuple[str, ...]] = lambda name: ()
     made_of: Callable[[], Mapping[str, names.Origin]] | None = None
+    is_of_adapter: bool = False
 
     @property
     def stored(self) -> set[str]:

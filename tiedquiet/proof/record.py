@@ -31,6 +31,7 @@ class Record:
         altered: names of tensors that were turned, or whose own row for padding transformers zeroed again: no loss.
         narrowed: names of what may have been cast to a type with a smaller range, and has not been looked at.
         gone: names of those of which the quantiser made other tensors when all was read.
+        adapted: names of those that an adapter brought: to delete it again takes them away.
         places: where what stays on disk is, by name.
         likely: for missing keys, an unread tensor of the files that fits their shape.
         reported: the keys that the loader was about to report missing.
@@ -53,6 +54,7 @@ class Record:
     altered: set[str] = field(default_factory=set)
     narrowed: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
+    adapted: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
     likely: dict[str, str] = field(default_factory=dict)
     reported: set[str] = field(default_factory=set)
@@ -100,7 +102,7 @@ class Record:
         known = self.stored | self.missing | self.lasting.keys() | self.settled.keys()
         new = {key: own for key in known if (own := name(key) if key else key) is not None}
         changed: dict[str, Any] = {"model": ref(model)}
-        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "reported"):
+        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted", "reported"):
             changed[what] = {new[key] for key in getattr(self, what) if key in new}
         for what in ("places", "likely", "tensors"):
             changed[what] = {new[key]: value for key, value in getattr(self, what).items() if key in new}
@@ -125,7 +127,7 @@ class Record:
             setattr(
                 self, kept, {**{k: v for k, v in getattr(earlier, kept).items() if k not in own}, **getattr(self, kept)}
             )
-        for kept in ("grown", "altered", "narrowed", "free", "gone"):
+        for kept in ("grown", "altered", "narrowed", "free", "gone", "adapted"):
             setattr(self, kept, getattr(self, kept) | (getattr(earlier, kept) - own))
         self.stored = self.stored | (earlier.stored - own)
         self.missing = self.missing | (earlier.missing - own)
