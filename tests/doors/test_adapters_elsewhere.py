@@ -1,15 +1,22 @@
 """Adapters that take a part of the base model over, and one that was made for another part of it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    Qwen2ForCausalLM,
+)
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import qwen2, verdicts
+from tests.doors.renamed import BERT, qwen2, verdicts
 from tiedquiet import LoadError, Verdict
 
 peft = pytest.importorskip("peft")
@@ -36,6 +43,24 @@ def test_what_peft_prepares_is_left_to_it(kind: str, mode: Any, tmp_path: Path, 
     assert Verdict.OVERWRITTEN not in found.values()
     assert found.pop("lm_head.weight") is Verdict.TIED
     assert list(found.values()) == [Verdict.UNPROVEN] * 2, "in each of two layers the base is no longer the file's"
+
+
+def test_the_head_that_an_adapter_brought_is_the_head(tmp_path: Path) -> None:
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    trained = peft.get_peft_model(base(), config)
+    assert not tiedquiet.check(trained).ok, "it was drawn"
+    trained.save_pretrained(tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")
+    assert tiedquiet.check(model).ok
+    with model.disable_adapter():
+        assert not tiedquiet.check(model).ok
+    assert not tiedquiet.check(copy.deepcopy(model).unload()).ok
+    assert tiedquiet.check(model.merge_and_unload()).ok
 
 
 class Merges(Qwen2ForCausalLM):

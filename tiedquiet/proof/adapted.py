@@ -1,5 +1,6 @@
 """Which of a model's tensors belong to an adapter that peft put into it."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -44,6 +45,26 @@ def saved(model: Any, adapter: str) -> dict[str, str]:
         }
     names = {key: by_tensor.get(id(tensor), by_name.get(key, "")) for key, tensor in state.items()}
     return {key: name for key, name in names.items() if name in theirs}
+
+
+def replaced(model: torch.nn.Module, missing: Collection[str], read: Collection[str]) -> set[str]:
+    """Those of the missing tensors in whose place the model uses what its adapters brought: a head that was trained.
+
+    peft keeps the module of the base model beside those, and uses it where the adapters are disabled.
+
+    Args:
+        model: the base model, with the layers that peft put into it.
+        missing: names that they had before.
+        read: names of what was read.
+    """
+    found: set[str] = set()
+    for name, module in model.named_modules() if missing else ():
+        if isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict) and _is_peft_s(module):
+            used = [] if module.disable_adapters else list(module.active_adapters)
+            for key in (key for key in missing if key.startswith(f"{name}.")):
+                own = {f"{name}.modules_to_save.{adapter}{key[len(name) :]}" for adapter in used}
+                found.update([key] if own and own.issubset(read) else [])
+    return found
 
 
 def _is_peft_s(module: torch.nn.Module) -> bool:

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof import record
+from tiedquiet.proof.adapted import replaced
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.files import stamp
 from tiedquiet.proof.memory import ORDINARY, by_object
@@ -132,6 +133,8 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
     now = _as_loaded(survey(model))
     known = _followed(known, now)
+    if set_aside := replaced(model, known.missing, known.stored - known.lasting.keys()):
+        known = replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside))
     judge_casts(known, now, sources_since(model, known, now))
     # A tie is declared under the names that its ends had before PEFT wrapped one of them.
     before = set(map(record.loaded_name, known.stored)) - known.missing
