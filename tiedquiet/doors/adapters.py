@@ -164,6 +164,12 @@ def _judge(before: _Before, result: Any) -> Outcome:
     left_over = checkpoint.headers.keys() - by_their_names
     if by_their_names <= checkpoint.headers.keys() and len(left_over) == len(others):
         unexpected = set(left_over)  # peft may have renamed what it then found no place for
+    # VeRA's projections are drawn from a seed that is saved as well: peft 0.18 has no place for those in the file.
+    drawn = [(key, name) for key, name in names_in_files(model, adapter).items() if name in unexpected]
+    drawn_again = {
+        name for key, name in drawn if name in checkpoint.tensors and equals(whole[key], checkpoint.tensors[name]())
+    }
+    unexpected -= drawn_again
     unread = {name: checkpoint.headers[name] for name in unexpected & checkpoint.headers.keys()}
     key_of = {in_files[key]: key for key in missing}
     by_name = {name: state[key] for name, key in key_of.items()}
@@ -179,7 +185,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
             known.tensors.update(record.refs_to({key: state[key]}))
         else:
             known.lasting[key] = finding
-    known.lasting.update(_of_the_whole(checkpoint, len(others), sorted(unexpected)))
+    known.lasting.update(_of_the_whole(checkpoint, len(others) - len(drawn_again), sorted(unexpected)))
     # A mapping of the caller's may have exchanged names.
     lost = () if given.get("key_mapping") else _lost_in_casts(known, in_files, state, checkpoint)
     for finding in lost:

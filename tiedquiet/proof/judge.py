@@ -202,6 +202,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
     """Findings on what is seen to have changed since the load; none for a copy."""
     if known.model is None or known.model() is not model:
         return  # a copy has tensors of its own
+    merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
         tensor = now.state.get(name)
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
@@ -212,7 +213,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
             yield Finding(
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
-        elif name in known.tensors and known.tensors[name]() is not tensor:
+        elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
