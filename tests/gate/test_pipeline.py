@@ -126,6 +126,24 @@ def test_missing_and_unexpected_tensors(wan: Path, capsys: pytest.CaptureFixture
     assert found["held"] == found["tensors"]
 
 
+def test_a_part_of_several_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"block_out_channels": (4,), "norm_num_groups": 2, "cross_attention_dim": 8, "attention_head_dim": 2}
+    sizes["down_block_types"] = ("CrossAttnDownBlock2D",)
+    unet = diffusers.UNet2DConditionModel(**sizes, up_block_types=("CrossAttnUpBlock2D",))
+    singles = [diffusers.ControlNetModel(**sizes, conditioning_embedding_out_channels=(4,)) for _ in range(2)]
+    several = diffusers.MultiControlNetModel(singles)
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": diffusers.DDIMScheduler()}
+    parts |= {"unet": unet, "controlnet": several, "safety_checker": None, "feature_extractor": None}
+    diffusers.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert check(tmp_path, "--json") == 0
+    found = components(capsys)
+    assert found["controlnet"]["held"] == found["controlnet_1"]["held"] == len(several.nets[0].state_dict())
+    change(file_of(tmp_path / "controlnet_1"), conv_in__bias=None)
+    assert check(tmp_path, "--quiet") == 1
+    assert capsys.readouterr().out.startswith("controlnet_1: ControlNetModel: ")
+
+
 def test_names_of_older_releases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Diffusers renames them while it reads one file."""
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=2)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,12 @@ _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has 
 _MOST_LAYERS = 10_000
 _LIBRARIES = (["diffusers"], ["transformers"])
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
+# The classes of diffusers that are read from several folders (`controlnet`, `controlnet_1`, ...), and of what they are.
+_SEVERAL = {
+    "MultiAdapter": "T2IAdapter",
+    "MultiControlNetModel": "ControlNetModel",
+    "MultiControlNetUnionModel": "ControlNetUnionModel",
+}
 
 
 class Part(NamedTuple):
@@ -57,6 +64,8 @@ def is_pipeline(source: Source) -> bool:
 def entries_of(source: Source) -> list[Entry]:
     """The components that a pipeline's index names, by name; a component that is switched off is none.
 
+    One that consists of several models is each of these, by the folder that it is read from.
+
     Raises:
         CannotCheck: the index cannot be read, or names nothing.
     """
@@ -65,7 +74,15 @@ def entries_of(source: Source) -> list[Entry]:
     named = [Entry(name, *value) for name, value in sorted(pairs.items()) if value != [None, None]]
     if not (found := [entry for entry in named if not entry.name.startswith("_")]):
         raise CannotCheck(f"{source.name} is a pipeline, and its model_index.json names no component")
-    return found
+    return [single for entry in found for single in _singly(source, entry)]
+
+
+def _singly(source: Source, entry: Entry) -> Iterator[Entry]:
+    single = _SEVERAL.get(entry.cls) if entry.library == "diffusers" and isinstance(entry.cls, str) else None
+    yield entry if single is None else entry._replace(cls=single)
+    if single is not None and source.is_local:
+        names = (f"{entry.name}_{number}" for number in count(1))
+        yield from (Entry(n, entry.library, single) for n in takewhile(lambda n: source.folder(n).is_dir(), names))
 
 
 def lacking(source: Source) -> Iterator[tuple[str, str, str, bool]]:
