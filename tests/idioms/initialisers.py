@@ -138,6 +138,18 @@ class InPlaceUnderNoGrad(Tiny):
 
 
 @idiom()
+class SharesAndDraws(Tiny):
+    """For other processes the memory is moved, and then written to where it lies now."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            self.get_input_embeddings().weight.detach()
+            module.weight.share_memory_()
+            module.weight.data.normal_()
+
+
+@idiom()
 class SwapsData(Tiny):
     """Mamba and others: `.data` becomes another tensor."""
 

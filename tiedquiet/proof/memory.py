@@ -76,7 +76,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class Memory:
-    """Which tensors lie where."""
+    """Which tensors lie where. Sharing a tensor with other processes moves it: then another one has to be made."""
 
     def __init__(self, tensors: Mapping[str, Place]) -> None:
         self._pieces = sorted(
@@ -87,14 +87,21 @@ class Memory:
         self._reach: list[int] = []  # the furthest end of all pieces up to this one: pieces can lie inside one another
         for _, end, _, _ in self._pieces:
             self._reach.append(max(end, self._reach[-1]) if self._reach else end)
+        storages = [piece.untyped_storage() for _, _, _, piece in self._pieces]
+        self._places = {storage._cdata: storage.data_ptr() for storage in storages}
+
+    def has_moved(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a plain tensor, in which others lie as well, is elsewhere by now."""
+        storage = tensor.untyped_storage()
+        return self._places.get(storage._cdata, place := storage.data_ptr()) != place
 
     def meeting(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Names, and their plain tensors, whose addresses meet those of a plain tensor."""
         start, end = _extent(tensor)
         place = bisect_left(self._starts, end) - 1
         while place >= 0 and self._reach[place] > start:
-            _, its_end, name, piece = self._pieces[place]
-            if its_end > start and piece.device == tensor.device:
+            its_start, its_end, name, piece = self._pieces[place]
+            if its_end > start and piece.device == tensor.device and piece.data_ptr() == its_start:
                 yield name, piece
             place -= 1
 

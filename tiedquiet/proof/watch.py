@@ -202,9 +202,10 @@ class Watch(TorchDispatchMode):
             reached += [(tensor, False) for tensor in read_by(operation, args, kwargs)]
         protected = []
         for tensor, is_written in reached:
-            if self._memory is None:
+            pieces = plain(tensor)
+            if self._memory is None or any(map(self._memory.has_moved, pieces)):
                 self._memory = Memory(self._stored)
-            names = [name for piece in plain(tensor) for name, _ in self._memory.meeting(piece)]
+            names = [name for piece in pieces for name, _ in self._memory.meeting(piece)]
             is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
             for name in names:
                 self._note(name, tensor.numel() if is_written and not is_kept else 0)
