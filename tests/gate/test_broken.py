@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from tests.checkpoints import gpt2
+from tests.checkpoints import T5, gpt2
 from tests.gate.test_check import check, config_of
 from tiedquiet.__main__ import main
 from tiedquiet.gate.diagnosis import damage, explain
@@ -191,6 +191,18 @@ def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (
         capsys.readouterr().err == f"tiedquiet: {good}: config.json asks for more than 1,000,000 labels (num_labels)\n"
     )
+
+
+def test_experts_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tiedquiet.gate.bounds._MOST_TENSORS", 1_000)
+    sizes = {**T5, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+    SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes)).save_pretrained(tmp_path)
+    assert check(tmp_path) == 0
+    capsys.readouterr()
+    assert check(changed(tmp_path, num_experts=10**9)) == 2
+    assert capsys.readouterr().err.endswith(": its config asks for more than 1,000 tensors\n")
 
 
 def test_a_list_of_the_layers_that_differ_is_not_added_up(good: Path) -> None:

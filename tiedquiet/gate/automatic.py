@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.unplaced import left_over
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
@@ -33,7 +34,7 @@ def other_class(model: Any, config: dict[str, Any], checkpoint: Checkpoint) -> t
             return "", False
         auto, other = next((auto, made[0]) for auto, ours, made in makers if kind in ours and made)
         said = f"config.json has the model_type {named}, of which {auto.__name__} makes {other.__name__}"
-        with torch.device("meta"):
+        with torch.device("meta"), bounded():
             built = other(theirs.from_dict(dict(config)))
         placed = names.targets(built, checkpoint.headers, survey(built).state, names.conversions_of(built))
         told = left_over(other.__name__, checkpoint.headers, checkpoint.headers.keys() - set(placed))

@@ -1,6 +1,5 @@
 """The models in what `check` is given, and the class to load each as."""
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count, takewhile
@@ -8,15 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
+from tiedquiet.gate.bounds import check_size
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
-from tiedquiet.gate.source import Source, entries, kernels, under
+from tiedquiet.gate.source import Source, kernels, under
 
-_LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
-_NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
-_MOST_LAYERS = 10_000
 _LIBRARIES = (["diffusers"], ["transformers"])
-_MOST_LABELS = 1_000_000  # transformers makes a name for each
 # The classes of diffusers that are read from several folders (`controlnet`, `controlnet_1`, ...), and of what they are.
 _SEVERAL = {
     "MultiAdapter": "T2IAdapter",
@@ -230,7 +226,7 @@ def _with_base(part: Part, adapter: dict[str, Any], trust: bool) -> Part:
 
 
 def _with_config(part: Part, config: dict[str, Any], trust: bool) -> Part:
-    _check_size(part, config)
+    check_size(part.label, "config.json", config)
     if not trust:
         _check_names(part, config)
     return part._replace(config=config)
@@ -248,7 +244,7 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
         asked: dict[str, Any] = {}
         with suppress(Exception):  # loading it says what is wrong
             asked = _config_of_gguf(part).to_dict()
-        _check_size(part, asked)
+        check_size(part.label, part.source.gguf, asked)
     own = part.config.get("auto_map")
     own = own if isinstance(own, dict) else {}
     name = part.cls
@@ -312,29 +308,6 @@ def _by_user(part: Part, name: str) -> Any:
         return classes.by_user(name)
     except CannotCheck as error:
         raise CannotCheck(f"{part.label}: {error}") from error
-
-
-def _check_size(part: Part, config: dict[str, Any]) -> None:
-    """Raise where a config asks for layers or labels without end: to make them takes years before a file is read."""
-    asks = f"{part.label}: {part.source.gguf or 'config.json'} asks for more than"
-    for key, value in ((str(key), value) for key, value in entries(config)):  # those of labels are numbers
-        add_up = sum if _NUMBERS.search(key) else max
-        if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
-            raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
-        if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
-            raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
-
-
-def _numbers(value: object) -> list[int]:
-    """A number, or those of a list at any depth."""
-    found, waiting = [], [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        elif type(one) is int and one > 0:
-            found.append(one)
-    return found
 
 
 def _check_names(part: Part, config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from tiedquiet.gate import progress
 from tiedquiet.gate.beside import rivals
+from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
@@ -55,7 +56,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
             options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
-        with silent():
+        with silent(), bounded():
             model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:

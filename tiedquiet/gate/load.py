@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate import progress
+from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.lacking import lacking_in
@@ -194,7 +195,8 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
 
 
 def _from_pretrained(part: Part, loader: Any, how: How) -> Any:
-    with without_hub(part.source.is_local and (part.base is None or part.base.is_local) and not how.trust):
+    is_local = part.source.is_local and (part.base is None or part.base.is_local)
+    with without_hub(is_local and not how.trust), bounded():
         return loader.from_pretrained(part.source.name, **_options(part, how))
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 import tiedquiet
 from tiedquiet.gate import classes, components, report
+from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.diagnosis import CannotCheck, explain
 from tiedquiet.gate.diffusion import silent
@@ -150,7 +151,7 @@ def _empty(part: Part, entry: components.Entry) -> Any:
     kind = components.class_of(entry)
     config = part.source.file("config.json", part.name)
     folder = config.parent if config else None
-    with init_empty_weights():
+    with init_empty_weights(), bounded():
         if classes.is_of_diffusers(kind):
             model = kind.from_config(kind.load_config(folder))
         else:

@@ -14,6 +14,7 @@ import torch
 
 import tiedquiet
 from tiedquiet.gate import progress, report
+from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import CannotCheck, damage_of, explain
 from tiedquiet.gate.diffusion import dtype_of, silent
@@ -156,7 +157,7 @@ def make(component: str, file: File, way: Way, how: How) -> Made:
     except Exception as error:
         moves, state, lost = Moves({}), {}, _reason(error, how)
     try:
-        with silent(), tiedquiet.enable("off"):
+        with silent(), bounded(), tiedquiet.enable("off"):
             model = way.load()
     except Exception as error:
         absent = sorted(key for key, tensor in state.items() if tensor.is_meta and not moves.of(tensor))
@@ -216,7 +217,7 @@ def _follow(file: File, way: Way, without: Collection[str] = ()) -> tuple[Moves,
         if name not in without
     }
     moves = Moves(given)
-    with silent(), tiedquiet.enable("off"), moves:
+    with silent(), bounded(), tiedquiet.enable("off"), moves:
         model = way.follow({**file.others, **given})
     return moves, survey(model).state
 

@@ -1,0 +1,66 @@
+"""What a config may ask for: to make a model of layers without end takes years before a file is read."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from torch.nn.modules import module as hooks
+
+from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.source import entries
+
+_LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
+_NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
+_MOST_LAYERS = 10_000
+_MOST_LABELS = 1_000_000  # transformers makes a name for each
+_MOST_TENSORS = 250_000  # the published models with the most experts have half as many
+
+
+def check_size(label: str, file: str, config: dict[str, Any]) -> None:
+    """Raise where a config asks for layers or labels without end.
+
+    Args:
+        label: how a line about the model begins.
+        file: where its config is.
+        config: it.
+
+    Raises:
+        CannotCheck: it does.
+    """
+    asks = f"{label}: {file} asks for more than"
+    for key, value in ((str(key), value) for key, value in entries(config)):  # those of labels are numbers
+        add_up = sum if _NUMBERS.search(key) else max
+        if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
+            raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
+        if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
+            raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Stop what makes modules without end: a config asks for experts, codebooks or stages by any name."""
+    made = count(1)
+
+    def look(*_: object) -> None:
+        if next(made) > _MOST_TENSORS:
+            raise RuntimeError(f"its config asks for more than {_MOST_TENSORS:,} tensors")
+
+    handle = hooks.register_module_parameter_registration_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _numbers(value: object) -> list[int]:
+    """A number, or those of a list at any depth."""
+    found, waiting = [], [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif type(one) is int and one > 0:
+            found.append(one)
+    return found
