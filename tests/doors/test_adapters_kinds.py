@@ -297,3 +297,16 @@ def test_a_mapping_that_exchanges_two_layers(base: Path) -> None:
         model = peft.PeftModel.from_pretrained(model, adapter, key_mapping=mapping)
     assert are_all_in(model, adapter)
     assert tiedquiet.check(model).ok
+
+
+@pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])
+def test_what_each_layer_makes_from_a_seed_is_held(base: Path) -> None:
+    """The file has it once, above the layers, where transformers finds no place for it."""
+    adapter = saved(base, peft.RandLoraConfig(r=4, target_modules=PROJECTIONS))
+    with tiedquiet.enable("strict"):
+        model = by_transformers(base, adapter)
+    assert tiedquiet.check(model).ok
+    tensors = load_file(adapter / FILE)
+    save_file({**tensors, "base_model.randlora_A": tensors["base_model.randlora_A"] + 1}, adapter / FILE)
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match=r"no place for base_model\.randlora_A\."):
+        by_transformers(base, adapter)

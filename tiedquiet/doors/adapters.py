@@ -86,8 +86,17 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
             )
             reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
-    rest = sorted(name for name in unread if name not in claimed)
-    reading.found.update(_of_the_whole(reading.checkpoint, len(unread), rest))
+    rest = sorted(name for name in unread if name not in claimed and not _is_held(model, name, reading.checkpoint))
+    count = len(rest) + len(claimed & unread.keys())
+    reading.found.update(_of_the_whole(reading.checkpoint, count, rest))
+
+
+def _is_held(model: Any, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether every layer has made from a seed what the files have once, above all of them (RandLora's bases)."""
+    last, now = name.rpartition(".")[-1], survey(model)
+    tensors = {**now.state, **now.others}
+    own = [key for adapter in model.peft_config for key in tensors if key.endswith(f".{last}.{adapter}")]
+    return bool(own) and all(equals(tensors[key], checkpoint.tensors[name]()) for key in own)
 
 
 def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
