@@ -120,12 +120,18 @@ def find_unread(
 
     Returns:
         What each is read from, by transformers' renaming for the class that the model's is made from, or by its own
-        once the prefix is gone that comes with it; and else the prefix that fits.
+        once the prefix is gone that comes with it; and else the prefix that fits. None on either side, where the files
+        have the very names of the model.
     """
     now = survey(model)
     missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
     if not missing or not unread:
         return {}, None
+    if own := {key: key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape}:
+        why = "because this release of transformers renames them while it reads them, and the model has no such names"
+        note_unread(reading, {key: names.Origin((key,), False) for key in own}, why, cure or _REPAIR)
+        _note_likely(reading, missing, {name: header for name, header in unread.items() if name not in own})
+        return {}, names.Prefixes("", "", own)
     tied = declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
     prefixes = _prefixes(model, unread, missing, needed, now.state, conversions)
@@ -148,11 +154,15 @@ def find_unread(
         fits = origins or {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
         used = {name for origin in fits.values() for name in origin.names}
-    rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
+    _note_likely(reading, missing, {name: header for name, header in unread.items() if name not in used})
+    return origins, prefixes
+
+
+def _note_likely(reading: Reading, missing: names.Headers, unread: names.Headers) -> None:
+    rest = names.by_shape(unread)
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
-    return origins, prefixes
 
 
 def _prefixes(
