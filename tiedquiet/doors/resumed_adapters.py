@@ -12,7 +12,7 @@ from typing import Any
 from weakref import ref
 
 from tiedquiet import mode, words
-from tiedquiet.doors.adapters import FOR_INFERENCE, altered_prompts, of_missing
+from tiedquiet.doors.adapter_files import FOR_INFERENCE, altered_prompts, of_missing
 from tiedquiet.doors.outcome import Outcome, told
 from tiedquiet.proof import record
 from tiedquiet.proof.adapted import names_in_files, saved

@@ -1,0 +1,186 @@
+"""What an adapter's files hold, and what became of it in the model that it was loaded into."""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+from weakref import ref
+
+from tiedquiet import mode, words
+from tiedquiet.doors.outcome import fold
+from tiedquiet.proof import names, record
+from tiedquiet.proof.adapted import names_in_files, saved, without
+from tiedquiet.proof.files import Checkpoint, found_in
+from tiedquiet.proof.memory import equals, types_of
+from tiedquiet.proof.record import Record
+from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.survey import survey
+from tiedquiet.proof.unread import cast_finding, out_of_date
+from tiedquiet.verdict import Finding, Verdict
+
+FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"
+_CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+
+
+class Adapter:
+    """An adapter that peft has just loaded, and what its files hold.
+
+    Args:
+        model: peft's.
+        given: the arguments of the call, by name.
+        unseen: the names of all tensors that `load_state_dict` found no values for.
+
+    Attributes:
+        where: the folder.
+        base: the model that it was put into.
+        prefix: what the whole model has before the names of that.
+        checkpoint: its files.
+        in_files: its tensors in the base model, each with its name in the files.
+        known: the record of the load.
+        repaired: findings that were repaired.
+    """
+
+    def __init__(self, model: Any, given: Mapping[str, Any], unseen: Collection[str]) -> None:
+        self._model, self._name = model, given["adapter_name"]
+        self._has_mapping = bool(given.get("key_mapping"))
+        self.where = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")]))
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+        self.prefix = next(name for name, module in model.named_modules() if module is self.base) + "."
+        self.checkpoint = found_in(self.where, kind="adapter_model")
+        self._state, self._whole = survey(self.base).state, survey(model).state
+        own = saved(model, self._name)
+        self.in_files = {key: own[self.prefix + key] for key in self._state if self.prefix + key in own}
+        # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
+        read = {id(self._whole[name]) for name in own.keys() - unseen}
+        missing = {key for key in self.in_files if id(self._state[key]) not in read}
+        stored = self.in_files.keys() - missing
+        self.known = Record(stored, missing, len(self.in_files), files=self.checkpoint.files, model=ref(self.base))
+        self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
+        self.known.adapted = set(self.in_files)
+        self.repaired: list[Finding] = []
+
+    def judge(self, reported: Collection[str]) -> list[Finding]:
+        """All findings; what `repair` reads is read now.
+
+        Args:
+            reported: the names that peft says it found no place for.
+        """
+        known, checkpoint = self.known, self.checkpoint
+        rest, count = self._without_place(reported)
+        for finding in list(self._under_a_prefix(rest)):
+            rest.discard(finding.source or "")
+            if self._mend(finding, finding.source):
+                known.stored, known.missing = known.stored | {finding.key}, known.missing - {finding.key}
+                known.tensors.update(record.refs_to({finding.key: self._state[finding.key]}))
+        known.lasting.update(of_the_whole(checkpoint, count, sorted(rest)))
+        if not self._has_mapping:  # which may have exchanged names
+            for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
+                self._mend(finding, self.in_files[finding.key])
+        if wrong := altered_prompts(self._model, self._name, checkpoint):
+            known.lasting[""] = _of_prompts(wrong)
+        # Of these peft speaks itself, if it was told to go on in spite of them.
+        there = {k: checkpoint.headers.get(self.in_files[k]) for k in known.missing - known.lasting.keys()}
+        for key, header in there.items():
+            if header is not None and header.shape != self._state[key].shape:
+                known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
+        left = sorted(known.missing - known.lasting.keys())
+        if checkpoint.closed:
+            known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in left})
+            left = []
+        return [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in left)]
+
+    def _without_place(self, reported: Collection[str]) -> tuple[set[str], int]:
+        """The names in the files that peft found no place for, and how many those are."""
+        headers, tensors = self.checkpoint.headers, self.checkpoint.tensors
+        # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
+        others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
+        found = {_as_given(self._name, name, headers) for name in others}
+        by_their_names = {self.in_files[key] for key in self.known.stored}
+        left_over = headers.keys() - by_their_names
+        if by_their_names <= headers.keys() and len(left_over) == len(others):
+            found = set(left_over)  # peft may have renamed what it then found no place for
+        # VeRA's projections are drawn from a seed that is saved as well: peft 0.18 has no place for those in the file.
+        own = [(key, name) for key, name in names_in_files(self._model, self._name).items() if name in found]
+        drawn_again = {n for key, n in own if n in tensors and equals(self._whole[key], tensors[n]())}
+        return found - drawn_again, len(others) - len(drawn_again)
+
+    def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
+        """Findings on what nothing read because its names have another prefix."""
+        unread = {name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest}
+        key_of = {self.in_files[key]: key for key in self.known.missing}
+        by_name = {name: self._state[key] for name, key in key_of.items()}
+        prefixes = names.by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
+        if prefixes is not None:
+            for expected, name in prefixes.names.items():
+                yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
+
+    def _mend(self, finding: Finding, name: str | None) -> bool:
+        """Read a tensor from the files in `repair`; else note that it was lost. Returns whether it was read."""
+        values = self.checkpoint.tensors.get(name or "") if mode.current() == "repair" else None
+        if values is not None and copy_in_place(self._state[finding.key], values()):
+            self.repaired.append(finding)
+            return True
+        self.known.lasting[finding.key] = finding
+        return False
+
+
+def of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:
+    """What there is to say about an adapter as a whole: tensors without a place, or files that are out of date."""
+    if not rest:
+        return {"": older} if (older := out_of_date(checkpoint)) else {}
+    total = len(checkpoint.headers)
+    of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
+    why = f"{of}; the model has no place for {words.few(rest, fold)}"
+    return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
+
+
+def _lost_in_casts(
+    known: Record, in_files: dict[str, str], state: names.Headers, checkpoint: Checkpoint
+) -> Iterator[Finding]:
+    """Findings on what was read into a type that cannot hold it, or went through one: that of the layer, for one."""
+    types = set(types_of(state.values()))
+    if len(types | checkpoint.dtypes) < 2:
+        return
+    for key in sorted(known.stored):
+        header, tensor = checkpoint.headers.get(in_files[key]), state[key]
+        if header is None or header.shape != tensor.shape:
+            continue
+        if equals(tensor, values := checkpoint.tensors[in_files[key]]()) is not False:
+            continue
+        if header.dtype != tensor.dtype:
+            yield cast_finding(key, header.dtype, tensor.dtype)
+            continue
+        through = next((kind for kind in types if equals(tensor, values.to(kind).to(values.dtype))), None)
+        by = f"by a cast to {str(through).removeprefix('torch.')} and back" if through else "by what read it"
+        yield Finding(key, Verdict.OVERWRITTEN, key, by, True)
+
+
+def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
+    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+    from peft import get_peft_model_state_dict
+
+    if not model.peft_config[adapter].is_prompt_learning or checkpoint.closed:
+        return []
+    now = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return sorted(n for n, read in checkpoint.tensors.items() if n in now and not equals(now[n], read()))
+
+
+def _of_prompts(names_there: list[str]) -> Finding:
+    why = (
+        f"{words.few(names_there)} of the adapter was read, but the model makes other values of it: peft saves what a "
+        "prompt encoder computes, not the encoder, and has read it into what goes into a new one"
+    )
+    return Finding("", Verdict.UNREAD, names_there[0], why, True, FOR_INFERENCE)
+
+
+def of_missing(keys: Collection[str], total: int) -> str:
+    """What there is to say of an adapter's tensors that its files do not have: no report of peft's names them all."""
+    of = f"{len(keys):,} of {total:,} tensors of the adapter {'is' if len(keys) == 1 else 'are'}"
+    what = "not in its files under their names, and kept the values that the model had"
+    return f"missing, {of} {what}: {words.few(keys, fold)}"
+
+
+def _as_given(adapter: str, name: str, headers: names.Headers) -> str:
+    """The name in the files of what peft found no place for: peft may have put the adapter's own into it."""
+    parts = name.split(".")
+    own = [without(parts, place) for place, part in enumerate(parts) if part == adapter and place]
+    return next((known for known in (name, *own) if known in headers), [name, *own][-1])
