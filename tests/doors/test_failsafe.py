@@ -84,6 +84,7 @@ ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded", "cast_finding"}  # of adapters, and of casts that lose something
+ELSEWHERE |= {"move"}  # of a model that its class makes anew
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
 ELSEWHERE |= {"common_prefixes", "_under_a_prefix"}  # of what is converted under a prefix
 ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
@@ -98,6 +99,7 @@ HOOKS = {
     "_modes",
     "current",
     "includes",
+    "_see_to_another",
     "_see_to_copy",
     "end",
     "_on_subclass",

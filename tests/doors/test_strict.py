@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import tiedquiet
 from tests.checkpoints import Printed, gpt2, save, t5
 from tests.compat import cases
 from tests.doors.test_modes import _LosesWhatItLoaded, verdicts
+from tests.idioms import IDIOMS, Tiny
 from tiedquiet import LoadError, Verdict
 
 
@@ -141,3 +143,35 @@ def test_two_embeddings_that_cannot_part_are_broken_whoever_wrote_the_file(tmp_p
     with tiedquiet.enable("strict"), pytest.raises(LoadError) as caught:
         cls.from_pretrained(tmp_path)
     assert {f.key for f in caught.value.findings} == embeddings
+
+
+class MakesAnother(Tiny):
+    """Takes what was read into a model of its own making, but for what it forgets."""
+
+    forgets = ""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        read = super().from_pretrained(*args, **kwargs)
+        other = cls(read.config)
+        kept = {name: tensor for name, tensor in read.state_dict().items() if name != cls.forgets}
+        other.load_state_dict(kept, strict=False)
+        return other
+
+
+def test_another_model_that_is_returned_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    IDIOMS["good citizen"].save(tmp_path)
+    with tiedquiet.enable("strict"):
+        model = MakesAnother.from_pretrained(tmp_path)
+    assert tiedquiet.check(model).ok
+    assert [name for name in vars(model) if "tiedquiet" in name] == ["_tiedquiet_record"]
+    monkeypatch.setattr(MakesAnother, "forgets", "lin.weight")
+    (finding,) = tiedquiet.check(MakesAnother.from_pretrained(tmp_path)).findings
+    assert (finding.key, finding.verdict) == ("lin.weight", Verdict.OVERWRITTEN)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"lin\.weight"):
+        MakesAnother.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        assert tiedquiet.check(MakesAnother.from_pretrained(tmp_path)).ok
+    monkeypatch.setattr("tiedquiet.proof.load.Load.move", None)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="tiedquiet failed"):
+        MakesAnother.from_pretrained(tmp_path)

@@ -55,12 +55,27 @@ class Call:
         finally:
             _CURRENT.reset(token)
         self._leave_watch(self._modes)
-        failures = [failure for load, model in self._open if (failure := end(load, model)) is not None]
+        returned = result[0] if isinstance(result, tuple) and result else result
+        failure = None
+        try:
+            self._see_to_another(returned)
+        except Exception as error:
+            failure = stand_aside(error)
+        failures = [failure, *(end(load, model) for load, model in self._open)]
         with suppress(Exception):
-            self._see_to_copy(result[0] if isinstance(result, tuple) and result else result)
-        if failures:
-            raise failures[0]
+            self._see_to_copy(returned)
+        for failure in filter(None, failures):
+            raise failure
         return result
+
+    def _see_to_another(self, model: Any) -> None:
+        """Judge what the call returns, where its class made that anew of the one model that it read."""
+        loads = [(load, read) for load, read in self._open if type(read) is type(model)]
+        if len(loads) == 1 and Load.of(model) is None and record.of(model) is None:
+            ((load, read),) = loads
+            if all(part is not read for part in model.modules()):
+                load.move(read, model)
+                self._open = [(own, model if own is load else other) for own, other in self._open]
 
     def _see_to_copy(self, model: Any) -> None:
         """Leave the record on what the call returns as well, where that is a copy which was made during the load."""

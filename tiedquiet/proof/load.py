@@ -70,6 +70,11 @@ class Load:
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # a model may be unpickled where there is no tiedquiet
 
+    def move(self, model: torch.nn.Module, other: torch.nn.Module) -> None:
+        """Go on as the load of another model, which was made of this one."""
+        del vars(model)[_ATTRIBUTE]
+        vars(other)[_ATTRIBUTE] = self
+
     def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
         """Note what has just been allocated for tensors that were on meta: unwritten memory."""
         was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
