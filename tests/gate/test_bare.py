@@ -147,6 +147,9 @@ def test_a_class_whose_package_is_not_installed(
 
     monkeypatch.setattr(diffusers, "DDIMScheduler", Absent)
     assert "scheduler: DDIMScheduler: has no tensors" in lines(pipe, 0, capsys)
+    (pipe / "scheduler" / "model.onnx").write_bytes(b"values")
+    says = "it has model.onnx, and DDIMScheduler needs scipy, which cannot be imported here"
+    assert f"scheduler: DDIMScheduler: cannot be checked: {says}" in lines(pipe, 1, capsys)
 
 
 # What the index does not name

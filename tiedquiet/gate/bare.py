@@ -8,8 +8,9 @@ from typing import Any
 from tiedquiet.gate import classes
 from tiedquiet.gate.components import Entry
 from tiedquiet.gate.diagnosis import CannotCheck
-from tiedquiet.gate.source import Source
+from tiedquiet.gate.source import Source, own_files
 
+_WEIGHTS = (".safetensors", ".bin", ".onnx", ".pt", ".ckpt", ".msgpack")
 _OF_DIFFUSERS = ("SchedulerMixin", "BaseGuidance")
 _OF_PROCESSORS = ("FeatureExtractionMixin", "ImageProcessingMixin", "ProcessorMixin")
 # In the order in which transformers takes them; the class has names of its own for a vocabulary.
@@ -31,7 +32,12 @@ def check(source: Source, entry: Entry, kind: Any) -> None:
     if source.is_local and not source.folder(entry.name).is_dir():
         raise CannotCheck("model_index.json names it, but it is missing")
     if hasattr(kind, "_backends"):
-        return  # stands for a class whose package is not installed, which may be another on the machine that uses it
+        # It stands for a class whose package is not installed, which may be another on the machine that uses it.
+        weights = own_files(source.folder(entry.name), *_WEIGHTS) if source.is_local else []
+        if weights:
+            needs = " and ".join(kind._backends)
+            raise CannotCheck(f"it has {weights[0].name}, and {entry.cls} needs {needs}, which cannot be imported here")
+        return
     names = _files_of(kind)
     found = next((name for name in names if source.file(name, entry.name) is not None), None)
     if names and found is None:
