@@ -193,6 +193,26 @@ def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (
+            lambda tensors: {"state_dict": tensors, "step": 3},
+            "has its tensors under 'state_dict', where no loader looks",
+        ),
+        (lambda tensors: list(tensors.values()), "holds a list instead of tensors by name"),
+    ],
+)
+def test_a_pickle_whose_tensors_lie_deeper(
+    held: Any, says: str, good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = load_file(good / "model.safetensors")
+    (good / "model.safetensors").unlink()
+    torch.save(held(stored), good / "pytorch_model.bin")
+    assert check(good) == 2
+    assert f"cannot be loaded as GPT2LMHeadModel: pytorch_model.bin {says}" in capsys.readouterr().err
+
+
 def test_experts_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,6 +80,21 @@ def damage(folder: Path) -> Iterator[str]:
             problem = f"cannot be read: {error.strerror}"
         if problem:
             yield f"{path.name} {problem}"
+
+
+def nested(folder: Path) -> str:
+    """What is wrong with a pickle that does not hold tensors by name; empty for others."""
+    from tiedquiet.proof.files import closed_because, unpickled
+
+    for path in (path for path in _weights(folder) if path.suffix == ".bin" and not closed_because([str(path)])):
+        with suppress(Exception):  # what cannot be read says so itself
+            held = unpickled(str(path))
+            if not isinstance(held, dict):
+                return f"{path.name} holds a {type(held).__name__} instead of tensors by name"
+            under = next((key for key, value in held.items() if isinstance(value, dict) and value), None)
+            if under is not None and not any(hasattr(value, "shape") for value in held.values()):
+                return f"{path.name} has its tensors under {under!r}, where no loader looks: save that object alone"
+    return ""
 
 
 def _json(path: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from tiedquiet.gate import progress
 from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
-from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
+from tiedquiet.gate.diagnosis import CannotCheck, damage, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import check_length, without_hub
@@ -229,6 +229,8 @@ def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     damaged = next((line for place in (folder, *folders_of(part)) if place for line in damage(place)), "")
     if _names_quantiser(part.config) and folder is not None and not damaged:
         damaged = lacking_in(folder)
+    if folder is not None and not damaged and isinstance(error, AttributeError | ValueError):
+        damaged = nested(folder)
     reason = explain(error, folder, how.trust, damaged)
     if "use_safetensors" in _options(part, how) and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
