@@ -128,7 +128,7 @@ def find_unread(
     if not missing or not unread:
         return {}, None
     if own := {key: key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape}:
-        why = "because this release of transformers renames them while it reads them, and the model has no such names"
+        why = "because they are renamed while they are read, to names that the model does not have"
         note_unread(reading, {key: names.Origin((key,), False) for key in own}, why, cure or _REPAIR)
         _note_likely(reading, missing, {name: header for name, header in unread.items() if name not in own})
         return {}, names.Prefixes("", "", own)
