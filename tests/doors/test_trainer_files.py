@@ -80,6 +80,26 @@ def test_an_index_that_promises_what_no_shard_has(runs: Any, tmp_path: Path, pri
     assert not proof.ok
 
 
+@pytest.mark.parametrize("kind", ["shards.safetensors", "shards.bin"])
+def test_an_index_that_lacks_what_a_shard_has(kind: str, runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """It is read along with the shard, although Trainer calls it missing."""
+    folder = runs(llama)
+    checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", kind)
+    (path,) = checkpoint.glob("*.index.json")
+    index = json.loads(path.read_text())
+    lacking = next(key for key in sorted(index["weight_map"]) if "mlp" in key)
+    del index["weight_map"][lacking]
+    path.write_text(json.dumps(index))
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = resumed(llama, folder, checkpoint)
+    assert differing(model, right(llama, folder / "checkpoint-2")) == set()
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.missing) == (True, 0)
+    assert not printed.of("transformers.trainer")
+    assert any("already holds what the checkpoint stores" in line and lacking in line for line in printed.confirmed)
+
+
 def test_one_name_in_two_shards(runs: Any, tmp_path: Path, printed: Printed) -> None:
     folder = runs(llama)
     checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")

@@ -123,7 +123,10 @@ def read_folder(
     if _has_cast(of, reading):
         also = {of.path + key: key for key in reading.held}
         ask_headers(model, reading, [], bool(getattr(of.core, "hf_quantizer", None)), also)
-    held: dict[str, tuple[str, ...]] = {}
+    # What an index lacks and a shard has is read along with that shard.
+    under_own = {key: of.path + key for key in reading.missing if of.path + key in in_files}
+    along = {k: n for k, n in under_own.items() if _are_held(now, {k}, iter([(k, checkpoint.tensors[n]())]))}
+    held: dict[str, tuple[str, ...]] = {key: (name,) for key, name in along.items()}
     done: dict[str, tuple[str, ...]] = {}
 
     def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
