@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MixtralForCausalLM, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers import initialization as init
 
 import tiedquiet
@@ -16,6 +16,9 @@ from tests.doors.renamed import SMALL, mapping_of, qwen2, verdicts, written, wro
 from tests.gate.test_compare import mixtral
 from tests.idioms import Idiom, Part, Tiny
 from tiedquiet import LoadError, Verdict
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.reading import read
+from tiedquiet.proof.unread import find_unread
 
 
 def qwen3_moe() -> Any:
@@ -151,6 +154,21 @@ def test_two_layers_that_a_key_mapping_swaps_hold_each_other_s_values(
     assert torch.equal(model.two.weight, stored["one.weight"])
     assert tiedquiet.check(model).ok
     assert not printed.loud
+
+
+def test_the_model_s_own_name_that_a_loader_left_unread(tmp_path: Path) -> None:
+    """As transformers 5.0 to 5.2 does above, told by the same rule on every release."""
+    written(qwen2(tie_word_embeddings=False), tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    checkpoint = Checkpoint(None, [str(tmp_path / "model.safetensors")])
+    left = {name: checkpoint.headers[name] for name in ("lm_head.weight", "model.norm.weight")}
+    reading = read(model, {"lm_head.weight", "model.layers.0.input_layernorm.weight"}, checkpoint)
+    origins, prefixes = find_unread(model, reading, left)
+    assert (origins, prefixes and prefixes.names) == ({}, {"lm_head.weight": "lm_head.weight"})
+    assert {key: (f.verdict, f.source) for key, f in reading.found.items()} == {
+        "lm_head.weight": (Verdict.UNREAD, "lm_head.weight")
+    }
+    assert reading.likely == {"model.layers.0.input_layernorm.weight": "model.norm.weight"}
 
 
 class NamesItsOwnState(Tiny):

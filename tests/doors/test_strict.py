@@ -175,3 +175,23 @@ def test_another_model_that_is_returned_is_judged(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tiedquiet.proof.load.Load.move", None)
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="tiedquiet failed"):
         MakesAnother.from_pretrained(tmp_path)
+
+
+class PutsItInside(Tiny):
+    """Returns a model of its class around the one that was read."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        read = super().from_pretrained(*args, **kwargs)
+        around = cls(read.config)
+        around.inner = read
+        return around
+
+
+def test_a_model_around_the_one_that_was_read_is_not_taken_for_it(tmp_path: Path) -> None:
+    IDIOMS["good citizen"].save(tmp_path)
+    with tiedquiet.enable("strict"):
+        model = PutsItInside.from_pretrained(tmp_path)
+    assert tiedquiet.check(model.inner).ok
+    drawn = {f.key: f.verdict for f in tiedquiet.check(model).findings}
+    assert drawn == {name: Verdict.MISSING for name in model.state_dict() if not name.startswith("inner.")}

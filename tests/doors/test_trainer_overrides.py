@@ -186,12 +186,21 @@ class ReadsAnAverage(Trainer):
         (model or self.model).load_state_dict(averaged, strict=False)
 
 
-def test_repair_puts_nothing_beside_what_came_from_another_file(runs: Any, printed: Printed) -> None:
+class ReadsMore(Trainer):
+    """Reads a tensor of its own as well, which the checkpoint's file does not have."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = {**load_file(Path(resume_from_checkpoint, "model.safetensors")), "more": torch.zeros(1)}
+        (model or self.model).load_state_dict(tensors, strict=False)
+
+
+@pytest.mark.parametrize("kind", [ReadsAnAverage, ReadsMore])
+def test_repair_puts_nothing_beside_what_came_from_another_file(kind: Any, runs: Any, printed: Printed) -> None:
     folder = runs(mixtral)
     before = MixtralForCausalLM.from_pretrained(folder / "base").state_dict()
     printed.records.clear()
     with tiedquiet.enable("repair"):
-        model = resumed(ReadsAnAverage, folder, build=mixtral)
+        model = resumed(kind, folder, build=mixtral)
     left = [key for key in before if LOSSY[mixtral](key)]
     assert all(torch.equal(model.state_dict()[key], before[key]) for key in left)
     assert tiedquiet.check(model).unread == len(left)

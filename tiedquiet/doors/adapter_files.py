@@ -140,14 +140,15 @@ def _lost_in_casts(
     types = set(types_of(state.values()))
     if len(types | checkpoint.dtypes) < 2:
         return
-    for key in sorted(known.stored):
-        header, tensor = checkpoint.headers.get(in_files[key]), state[key]
-        if header is None or header.shape != tensor.shape:
+    headers, there = checkpoint.headers, checkpoint.tensors
+    # What peft cuts to size has another shape in the file.
+    same_shape = (k for k in sorted(known.stored) if getattr(headers.get(in_files[k]), "shape", None) == state[k].shape)
+    for key in same_shape:
+        tensor, values = state[key], there[in_files[key]]()
+        if equals(tensor, values) is not False:
             continue
-        if equals(tensor, values := checkpoint.tensors[in_files[key]]()) is not False:
-            continue
-        if header.dtype != tensor.dtype:
-            yield cast_finding(key, header.dtype, tensor.dtype)
+        if values.dtype != tensor.dtype:
+            yield cast_finding(key, values.dtype, tensor.dtype)
             continue
         through = next((kind for kind in types if equals(tensor, values.to(kind).to(values.dtype))), None)
         by = f"by a cast to {str(through).removeprefix('torch.')} and back" if through else "by what read it"

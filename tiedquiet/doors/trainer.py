@@ -231,14 +231,13 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     """What an override has left unread, by what `load_state_dict` said in it; of all else nothing is known."""
     if resume.said is None or not all(resume.said):
         return None
-    of, known = inside(whole), record.of(whole)
+    of = inside(whole)
     missing = {key.removeprefix(of.path) for key in resume.said[0]}
     # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
     may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, resume.said[1])
     reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1], may_write)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-    if known is not None:
-        known.lasting.update(unread)
+    (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
     return told(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
 
 
