@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
+import torch
+
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import names_in_files, saved, without
+from tiedquiet.proof.adapted import saved, without
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.record import Record
@@ -69,8 +71,7 @@ class Adapter:
         for finding in list(self._under_a_prefix(rest)):
             rest.discard(finding.source or "")
             if self._mend(finding, finding.source):
-                known.stored, known.missing = known.stored | {finding.key}, known.missing - {finding.key}
-                known.tensors.update(record.refs_to({finding.key: self._state[finding.key]}))
+                self._count_as_read({finding.key})
         known.lasting.update(of_the_whole(checkpoint, count, sorted(rest)))
         if not self._has_mapping:  # which may have exchanged names
             for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
@@ -90,7 +91,7 @@ class Adapter:
 
     def _without_place(self, reported: Collection[str]) -> tuple[set[str], int]:
         """The names in the files that peft found no place for, and how many those are."""
-        headers, tensors = self.checkpoint.headers, self.checkpoint.tensors
+        headers = self.checkpoint.headers
         # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
         others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
         found = {_as_given(self._name, name, headers) for name in others}
@@ -98,9 +99,8 @@ class Adapter:
         left_over = headers.keys() - by_their_names
         if by_their_names <= headers.keys() and len(left_over) == len(others):
             found = set(left_over)  # peft may have renamed what it then found no place for
-        # VeRA's projections are drawn from a seed that is saved as well: peft 0.18 has no place for those in the file.
-        own = [(key, name) for key, name in names_in_files(self._model, self._name).items() if name in found]
-        drawn_again = {n for key, n in own if n in tensors and equals(self._whole[key], tensors[n]())}
+        drawn_again = made_again(self._model, [self._name], found, self.checkpoint)
+        self._count_as_read({key for key in self.known.missing if self.in_files[key] in drawn_again})
         return found - drawn_again, len(others) - len(drawn_again)
 
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
@@ -113,6 +113,11 @@ class Adapter:
             for expected, name in prefixes.names.items():
                 yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
 
+    def _count_as_read(self, keys: set[str]) -> None:
+        known = self.known
+        known.stored, known.missing = known.stored | keys, known.missing - keys
+        known.tensors.update(record.refs_to({key: self._state[key] for key in keys}))
+
     def _mend(self, finding: Finding, name: str | None) -> bool:
         """Read a tensor from the files in `repair`; else note that it was lost. Returns whether it was read."""
         values = self.checkpoint.tensors.get(name or "") if mode.current() == "repair" else None
@@ -121,6 +126,32 @@ class Adapter:
             return True
         self.known.lasting[finding.key] = finding
         return False
+
+
+def made_again(model: Any, adapters: Collection[str], rest: Collection[str], checkpoint: Checkpoint) -> set[str]:
+    """Those names in the files that have no place because the model makes their values from a seed again.
+
+    It may do so once above its layers (VeRA's projections, for which peft 0.18 has no place) or in each of them
+    (RandLora's bases). It has to have the very values that the files have.
+
+    Args:
+        model: the model.
+        adapters: the names of its adapters.
+        rest: names that have no place.
+        checkpoint: the files.
+    """
+    if not rest:
+        return set()  # no file is opened for that
+    now, found = survey(model), set()
+    by_end: dict[str, list[torch.Tensor]] = {}
+    for key, tensor in (*now.state.items(), *now.others.items()):
+        by_end.setdefault(".".join(key.split(".")[-2:]), []).append(tensor)
+    for name in checkpoint.tensors.keys() & rest:
+        ends = (f"{name.rpartition('.')[-1]}.{adapter}" for adapter in adapters)
+        own = [tensor for end in ends for tensor in by_end.get(end, ())]
+        if own and all(equals(tensor, checkpoint.tensors[name]()) for tensor in own):
+            found.add(name)
+    return found
 
 
 def of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tiedquiet import mode, words
-from tiedquiet.doors.adapter_files import Adapter, of_missing, of_the_whole
+from tiedquiet.doors.adapter_files import Adapter, made_again, of_missing, of_the_whole
 from tiedquiet.doors.outcome import Outcome, fold, say, told
 from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
-from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import equals
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
@@ -79,17 +77,10 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
             )
             reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
-    rest = sorted(name for name in unread if name not in claimed and not _is_held(model, name, reading.checkpoint))
+    rest = unread.keys() - claimed
+    rest -= made_again(model, model.peft_config, rest, reading.checkpoint)
     count = len(rest) + len(claimed & unread.keys())
-    reading.found.update(of_the_whole(reading.checkpoint, count, rest))
-
-
-def _is_held(model: Any, name: str, checkpoint: Checkpoint) -> bool:
-    """Whether every layer has made from a seed what the files have once, above all of them (RandLora's bases)."""
-    last, now = name.rpartition(".")[-1], survey(model)
-    tensors = {**now.state, **now.others}
-    own = [key for adapter in model.peft_config for key in tensors if key.endswith(f".{last}.{adapter}")]
-    return bool(own) and all(equals(tensors[key], checkpoint.tensors[name]()) for key in own)
+    reading.found.update(of_the_whole(reading.checkpoint, count, sorted(rest)))
 
 
 def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

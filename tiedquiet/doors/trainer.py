@@ -59,7 +59,7 @@ class _Resume:
     def known_by(self, trainer: Any) -> Any:
         """What has the record of that: the trainer's own model has it itself, and not what wraps it."""
         model = self.model(trainer)
-        return trainer.model if model is getattr(trainer, "model_wrapped", None) else model
+        return getattr(trainer, "model", None) if model is getattr(trainer, "model_wrapped", None) else model
 
 
 _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
