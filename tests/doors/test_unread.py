@@ -329,3 +329,10 @@ def test_what_is_stored_under_another_name_is_not_overwritten_by_repair(tmp_path
     for name in ("weight", "bias"):
         assert torch.equal(getattr(model.second, name), tensors[f"second.{name}"])
     assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
+
+
+def test_the_base_model_s_own_file_has_its_names_without_the_prefix(tmp_path: Path, printed: Printed) -> None:
+    """It has no head, so that what nothing read is no other class's."""
+    written(RobertaModel(RobertaConfig(**BERT)), tmp_path, lambda key: key.replace("word_embeddings", "words"))
+    RobertaForSequenceClassification.from_pretrained(tmp_path)
+    assert any("word_embeddings.weight may be embeddings.words.weight" in line for line in printed.loud)

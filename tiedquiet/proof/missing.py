@@ -170,7 +170,9 @@ def is_another_head_s(model: Any, name: str) -> bool:
     That is what lies outside the base model then: a masked language model's `lm_head.dense` is no `classifier.dense`.
     """
     saved_by, base = _saved_by(model), getattr(model, "base_model_prefix", "")
-    return bool(saved_by and base) and not _is_one_of(model, saved_by) and not name.startswith(f"{base}.")
+    # The base model by itself has no head, and its own names without that prefix.
+    is_ours = any(_is_one_of(part, saved_by) for part in (model, getattr(model, "base_model", model)))
+    return bool(saved_by and base) and not is_ours and not name.startswith(f"{base}.")
 
 
 def _saved_by(model: Any) -> Collection[str]:
