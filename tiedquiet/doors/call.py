@@ -146,7 +146,7 @@ def end(load: Load, model: Any) -> LoadError | None:
     """
     load.is_over = True
     try:
-        outcome = conclude(load, model, load.where, load.reported)
+        outcome = conclude(load, model)
     except Exception as error:
         with suppress(Exception):
             load.close(model)

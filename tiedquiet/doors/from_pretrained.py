@@ -136,7 +136,7 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
             earlier, lines = adapters.read_earlier(load, bound["model"], reported)
             load.reported = reported - earlier
             with load.watch.aside():
-                outcome = conclude(load, bound["model"], load.where, load.reported)
+                outcome = conclude(load, bound["model"])
             outcome.lines += lines
             outcome.arguments = _with_missing(bound, outcome.missing)
             return outcome

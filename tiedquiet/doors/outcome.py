@@ -31,20 +31,12 @@ class Outcome:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def conclude(load: Load, model: Any, where: object, missing: set[str], in_place: bool = False) -> Outcome:
-    """Judge a load, repair what the mode says, and leave the record on the model.
-
-    Args:
-        load: the load.
-        model: the loaded model.
-        where: where the checkpoint is.
-        missing: the keys that the loader is about to report.
-        in_place: whether every parameter must stay the same object, since an optimizer may hold it.
-    """
-    findings = _settle(load, model, missing, in_place)
+def conclude(load: Load, model: Any) -> Outcome:
+    """Judge a load, repair what the mode says, and leave the record on the model."""
+    findings = _settle(load, model)
     wrong = {finding.key for finding in findings if finding.verdict not in WELL}
     load.mended = [finding for finding in load.mended if finding.key not in wrong]  # and was lost since
-    outcome = told(model, where, findings, load.mended, missing, load.known.total if load.known else 0)
+    outcome = told(model, load.where, findings, load.mended, load.reported, load.known.total if load.known else 0)
     load.close(model)
     return outcome
 
@@ -52,18 +44,18 @@ def conclude(load: Load, model: Any, where: object, missing: set[str], in_place:
 def left_missing(load: Load, model: Any) -> set[str]:
     """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
     with load.watch.aside():
-        findings = _settle(load, model, load.reported)
+        findings = _settle(load, model)
     left = _left(findings, load.mended, load.reported)
     load.watch.go_on()
     load.dropped = load.reported - left
     return left
 
 
-def _settle(load: Load, model: Any, missing: set[str], in_place: bool = False) -> list[Finding]:
+def _settle(load: Load, model: Any) -> list[Finding]:
     load.is_strict = mode.current() == "strict"
-    findings = load.settle(model, missing)
+    findings = load.settle(model)
     if mode.current() == "repair":
-        findings, repaired = repair(load, model, findings, in_place)
+        findings, repaired = repair(load, model, findings)
         known = {finding.key for finding in repaired}
         load.mended = [finding for finding in load.mended if finding.key not in known] + repaired
     return findings

@@ -204,8 +204,8 @@ def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
     model, missing = of.model, {key.removeprefix(of.path) for key in loaded.missing_keys}
     reading, mended, held = read_folder(of, folder, set(missing), set(loaded.unexpected_keys))
     load = Load(model, reading, is_resumed=True)
-    load.mended = mended
-    outcome = conclude(load, model, folder or "the Trainer's checkpoint", missing, in_place=True)
+    load.mended, load.where, load.reported = mended, folder or "the Trainer's checkpoint", missing
+    outcome = conclude(load, model)
     _leave_inside(of)
     if rows := outcome.missing & held:
         outcome.missing -= held

@@ -31,7 +31,6 @@ def judge(
     model: torch.nn.Module,
     reading: Reading,
     watch: Watch,
-    reported: set[str],
     is_resumed: bool = False,
     is_over: bool = False,
     is_strict: bool = False,
@@ -42,7 +41,6 @@ def judge(
         model: the loaded model.
         reading: what was read into it.
         watch: what was seen since.
-        reported: the keys that the loader is about to report missing.
         is_resumed: the checkpoint is one of this very model.
         is_over: nothing more of it follows: what stays on disk has what will read it.
         is_strict: values that were cast to a smaller type are worth a look at each of them.
@@ -55,8 +53,7 @@ def judge(
     """
     if watch.error is not None:
         raise watch.error
-    missing = reading.missing if watch.was_entered or is_resumed else reading.missing & reported
-    now = survey(model)
+    missing, now = reading.missing, survey(model)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over)
@@ -74,7 +71,6 @@ def judge(
         adapted=stored if reading.is_of_adapter else set(),
         places=reading.offloaded,
         likely=reading.likely,
-        reported=reported,
         is_resumed=is_resumed,
         files=list(reading.checkpoint.files),
         stamps=_stamps(reading.checkpoint.files),

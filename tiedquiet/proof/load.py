@@ -25,7 +25,7 @@ class Load:
         model: the model whose tensors have just been read.
         reading: what was read.
         protect: let no write to what was read through.
-        is_resumed: the checkpoint is one of this very model.
+        is_resumed: the checkpoint is one of this very model, whose parameters stay the objects that they are.
 
     Attributes:
         known: what is known once it is settled.
@@ -55,7 +55,7 @@ class Load:
         self.arguments: tuple[Any, ...] = ()
         self.computed: dict[str, torch.Tensor] | None = None
         self.is_in_call = self.is_over = self.is_strict = False
-        self._is_resumed = is_resumed
+        self.is_resumed = is_resumed
         vars(model)[_ATTRIBUTE] = self
 
     @staticmethod
@@ -91,7 +91,7 @@ class Load:
         names = (*self.reading.missing, *self.reading.buffers)
         return {name for name in names if (tensor := tensor_at(model, name)) is not None and tensor.is_meta}
 
-    def settle(self, model: torch.nn.Module, reported: set[str]) -> list[Finding]:
+    def settle(self, model: torch.nn.Module) -> list[Finding]:
         """Judge it, now that it has ended; later writes do not concern it.
 
         Raises:
@@ -101,9 +101,7 @@ class Load:
             self.watch.open = False
             self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
         self.known = None  # what was known before counts for nothing if this fails
-        self.known = judge(
-            model, self.reading, self.watch, reported, self._is_resumed, self.is_over, is_strict=self.is_strict
-        )
+        self.known = judge(model, self.reading, self.watch, self.is_resumed, self.is_over, is_strict=self.is_strict)
         return list(self.known.settled.values())
 
     def close(self, model: torch.nn.Module) -> None:

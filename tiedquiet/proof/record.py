@@ -34,7 +34,6 @@ class Record:
         adapted: names of those that an adapter brought: to delete it again takes them away.
         places: where what stays on disk is, by name.
         likely: for missing keys, an unread tensor of the files that fits their shape.
-        reported: the keys that the loader was about to report missing.
         is_resumed: whether the checkpoint is one of this very model.
         files: where the checkpoint lies.
         stamps: size and time that each of these files had then.
@@ -57,7 +56,6 @@ class Record:
     adapted: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
     likely: dict[str, str] = field(default_factory=dict)
-    reported: set[str] = field(default_factory=set)
     is_resumed: bool = False
     files: list[str] = field(default_factory=list)
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -102,7 +100,7 @@ class Record:
         known = self.stored | self.missing | self.lasting.keys() | self.settled.keys()
         new = {key: own for key in known if (own := name(key) if key else key) is not None}
         changed: dict[str, Any] = {"model": ref(model)}
-        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted", "reported"):
+        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted"):
             changed[what] = {new[key] for key in getattr(self, what) if key in new}
         for what in ("places", "likely", "tensors"):
             changed[what] = {new[key]: value for key, value in getattr(self, what).items() if key in new}

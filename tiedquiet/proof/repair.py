@@ -19,16 +19,13 @@ from tiedquiet.verdict import BUFFER, Finding, Verdict
 _MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN)
 
 
-def repair(
-    load: Load, model: Any, findings: list[Finding], in_place: bool = False
-) -> tuple[list[Finding], list[Finding]]:
+def repair(load: Load, model: Any, findings: list[Finding]) -> tuple[list[Finding], list[Finding]]:
     """Repair what can be repaired without losing anything that was stored.
 
     Args:
         load: the load, settled.
         model: its model.
         findings: what was found.
-        in_place: keep every parameter the same object, since an optimizer may hold it.
 
     Returns:
         The findings afterwards, and those before that are right now, judged by the same rules.
@@ -46,10 +43,10 @@ def repair(
             if finding.verdict is Verdict.OVERWRITTEN and key in load.reading.held:
                 _put_back(load, model, key, now)
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
-                _tie(load, model, finding, now, in_place)
+                _tie(load, model, finding, now)
             elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER and key not in load.reading.likely:
                 _fill(load, model, key, _computed(load).get(key), now)
-        findings = load.settle(model, load.known.reported if load.known else set())
+        findings = load.settle(model)
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
     left = {f.key for f in findings if f.verdict is not Verdict.TIED}
     return findings, [before[key] for key in sorted(before) if key not in left]
@@ -99,7 +96,7 @@ def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None
             setattr(model.get_submodule(parent), name, tensor)
 
 
-def _tie(load: Load, model: Any, finding: Finding, now: Survey, in_place: bool) -> None:
+def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
     key, source_key = finding.key, str(finding.source)
     known, reading = load.known, load.reading
     ours, source = now.state[key], now.state[source_key]
@@ -120,7 +117,7 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey, in_place: bool) 
     stored = only(now.state, known.stored)
     if source_key not in group.chain(key) and rival_of(source_key, group, stored):
         return
-    if in_place:
+    if load.is_resumed:  # an optimizer may hold this very parameter
         copy_in_place(ours, source)
         return
     parent, _, name = key.rpartition(".")

@@ -83,7 +83,6 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.writes: dict[str, Write] = {}
         self.open = True
-        self.was_entered = False
         self.error: Exception | None = None
         self._stored = stored
         self._protect = protect
@@ -99,7 +98,6 @@ class Watch(TorchDispatchMode):
 
     # Not the base class's, which also sets flags of the whole process that two loads in two threads would leave on.
     def __enter__(self) -> "Watch":
-        self.was_entered = True
         try:
             if "torch._dynamo" in sys.modules:
                 _hide_from_dynamo()
