@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import Adapter, made_again, of_missing, of_the_whole
-from tiedquiet.doors.outcome import Outcome, fold, say, told
-from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
+from tiedquiet.doors.outcome import Outcome, carry_out, fold, told
+from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
 from tiedquiet.proof.load import Load
@@ -87,28 +87,15 @@ def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], 
     """Around `PeftModel.load_adapter`: compare what it says about its keys with what the adapter's files hold."""
     if mode.current() == "off":
         return wrapped(*args, **kwargs)
-    before: _Before | None = None
-    outcome, failure = None, None
-    try:
-        before = _note(wrapped, instance, args, kwargs)
-    except Exception as error:
-        failure = stand_aside(error)
+    before, failure = guarded(lambda: _note(wrapped, instance, args, kwargs))
     try:
         result = wrapped(*args, **kwargs)
     finally:
         if before is not None:
             before.hook.remove()
-    if before is not None:
-        try:
-            outcome = _judge(before, result)
-        except Exception as error:
-            failure = stand_aside(error)
-    if outcome is not None:
-        say(outcome)
-        failure = outcome.failure
     if failure is not None:
         raise failure
-    return result
+    return result if before is None else carry_out(lambda: _judge(before, result), lambda: result)
 
 
 class _Before(NamedTuple):

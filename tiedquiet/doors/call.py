@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_
 
 from tiedquiet import words
 from tiedquiet.doors.outcome import conclude, say
-from tiedquiet.doors.wrapping import stand_aside
+from tiedquiet.doors.wrapping import guarded, stand_aside
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
 from tiedquiet.verdict import LoadError
@@ -56,11 +56,7 @@ class Call:
             _CURRENT.reset(token)
         self._leave_watch(self._modes)
         returned = result[0] if isinstance(result, tuple) and result else result
-        failure = None
-        try:
-            self._see_to_another(returned)
-        except Exception as error:
-            failure = stand_aside(error)
+        _, failure = guarded(lambda: self._see_to_another(returned))
         failures = [failure, *(end(load, model) for load, model in self._open)]
         with suppress(Exception):
             self._see_to_copy(returned)

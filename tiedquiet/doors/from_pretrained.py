@@ -11,7 +11,7 @@ from typing import Any
 from tiedquiet import mode
 from tiedquiet.doors import adapters, call
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
-from tiedquiet.doors.wrapping import Seam, add, bind, is_wrapped, stand_aside, wrap_overrides
+from tiedquiet.doors.wrapping import Seam, add, bind, guarded, is_wrapped, wrap_overrides
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
@@ -59,16 +59,11 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
     if around is not None:
         around.end_earlier(bind(wrapped, args, kwargs).get("model"))
     result = wrapped(*args, **kwargs)
-    failure = None
     # What cannot be watched afterwards is not judged.
     if mode.current() != "off" and is_wrapped(_FINALIZE):
-        try:
-            if not _left_empty():
-                _note(wrapped, bind(wrapped, args, kwargs), result)
-        except Exception as error:
-            failure = stand_aside(error)
-    if failure is not None:
-        raise failure
+        _, failure = guarded(lambda: _note(wrapped, bind(wrapped, args, kwargs), result))
+        if failure is not None:
+            raise failure
     return result
 
 
@@ -146,11 +141,13 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
             load.watch.give_up(error)  # said when the load has ended
             return None
 
-    return carry_out(decide, wrapped, args, kwargs)
+    return carry_out(decide, wrapped, *args, **kwargs)
 
 
 def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> None:
     """Note what was read; in `repair`, let transformers read what the files have under other names."""
+    if _left_empty():
+        return
     model, config = bound["model"], bound["load_config"]
     info, offloaded = result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
     base = getattr(model, "base_model_prefix", "")

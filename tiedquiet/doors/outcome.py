@@ -4,10 +4,11 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tiedquiet import mode, words
-from tiedquiet.doors.wrapping import stand_aside
+from tiedquiet.doors.wrapping import guarded
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.missing import is_another_head_s
 from tiedquiet.proof.repair import repair
@@ -89,9 +90,7 @@ def told(
     return Outcome(left, [(level, f"{name}: {line}") for level, line in lines], failure)
 
 
-def carry_out(
-    decide: Callable[[], Outcome | None], wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def carry_out(decide: Callable[[], Outcome | None], wrapped: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call the wrapped function as an outcome says, or as it was called; say the lines; raise what is to be raised.
 
     Args:
@@ -100,11 +99,7 @@ def carry_out(
         args: what it was called with.
         kwargs: what it was called with.
     """
-    outcome, failure = None, None
-    try:
-        outcome = decide()
-    except Exception as error:
-        failure = stand_aside(error)
+    outcome, failure = guarded(decide)
     if outcome is None:
         result = wrapped(*args, **kwargs)
     else:
@@ -121,10 +116,7 @@ def carry_out(
 def say(outcome: Outcome) -> None:
     """Say its lines."""
     for level, line in outcome.lines:
-        try:
-            words.say(level, line)
-        except Exception as error:
-            stand_aside(error)
+        guarded(partial(words.say, level, line))
 
 
 def fold(names: list[str]) -> Iterable[str]:

@@ -17,13 +17,13 @@ from typing import Any
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, told
 from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
-from tiedquiet.doors.resumed_adapters import Versions, has_adapters, judge_rest, versions
-from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside, wrap_overrides
+from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
+from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
 from tiedquiet.proof import record
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
-from tiedquiet.verdict import Finding, LoadError, Verdict
+from tiedquiet.verdict import Finding, Verdict
 
 
 @dataclass
@@ -93,8 +93,9 @@ def _around(
     if (outer := _going_on.get()) is not None:  # an override has called what it overrides
         outer.folder, outer.other = resume.folder, resume.other
         return wrapped(*args, **kwargs)
-    known = _record(resume.known_by(trainer))
-    adapters, failure = _versions(trainer, resume.known_by(trainer))
+    known = record.of(resume.known_by(trainer))
+    # Under FSDP and DeepSpeed nothing shows whether anything is read into an adapter.
+    adapters, failure = guarded(lambda: {} if _is_parted(trainer) else versions(resume.known_by(trainer)))
     before = _going_on.set(resume)
     try:
         with _listening(trainer, resume):
@@ -102,20 +103,17 @@ def _around(
     finally:
         _going_on.reset(before)
     model = resume.known_by(trainer)
-    if not resume.was_judged and _record(model) is known:  # nor did another door judge it
+    if not resume.was_judged and record.of(model) is known:  # nor did another door judge it
         is_fsdp = getattr(trainer, "is_fsdp_enabled", False)
         by = "FSDP" if is_fsdp else f"{type(trainer).__name__}'s own code"
-        _leave_unproven(model, resume.folder, by, is_parted=is_fsdp)
-        carry_out(partial(_judge_said, model, resume), lambda: None, (), {})
+        # The resume is through: what fails here has nothing more to stop, under `strict` either.
+        guarded(lambda: _leave_unproven(model, resume.folder, by, is_parted=is_fsdp))
+        carry_out(partial(_judge_said, model, resume), lambda: None)
     if failure is not None:
         raise failure
     if not adapters:
         return result
-
-    def decide() -> Outcome | None:
-        return judge_rest(model, resume.folder, adapters, resume.is_best)
-
-    return carry_out(decide, lambda: result, (), {})
+    return carry_out(lambda: judge_rest(model, resume.folder, adapters, resume.is_best), lambda: result)
 
 
 @contextmanager
@@ -138,40 +136,25 @@ def _is_parted(trainer: Any) -> bool:
     return any(getattr(trainer, f"is_{which}_enabled", False) for which in ("fsdp", "deepspeed"))
 
 
-def _record(model: Any) -> Record | None:
-    """What is known of a model."""
-    return record.of(model) if hasattr(model, "named_modules") else None
-
-
-def _versions(trainer: Any, model: Any) -> tuple[Versions, LoadError | None]:
-    """What shows whether anything is read into an adapter; nothing where FSDP or DeepSpeed have parted its tensors."""
-    try:
-        return ({} if _is_parted(trainer) else versions(model)), None
-    except Exception as error:
-        return {}, stand_aside(error)
-
-
 def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `deepspeed_load_checkpoint`, by which a Trainer resumes under DeepSpeed."""
     result = wrapped(*args, **kwargs)
     bound = bind(wrapped, args, kwargs)
-    _leave_unproven(getattr(bound["deepspeed_engine"], "module", None), bound["checkpoint_path"], "DeepSpeed")
+    model = getattr(bound["deepspeed_engine"], "module", None)
+    guarded(lambda: _leave_unproven(model, bound["checkpoint_path"], "DeepSpeed"))
     return result
 
 
 def _leave_unproven(model: Any, folder: object, by: str, is_parted: bool = True) -> None:
     """Leave the record of a resume that went another way; adapters have their own door, if their files were read."""
-    try:
-        if mode.current() == "off" or model is None or (not is_parted and has_adapters(model)):
-            return
-        why = f"{folder} was read by {by}, which tiedquiet does not inspect"
-        if not is_parted and not found_in(str(folder)).files:
-            why = f"{folder} has no file that Trainer reads; what else was read of it, tiedquiet does not inspect"
-        base = model.get_base_model() if has_adapters(model) else model
-        record.leave(base, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
-        words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
-    except Exception as error:
-        stand_aside(error)  # the resume is through; under `strict` there is nothing more to stop
+    if mode.current() == "off" or model is None or (not is_parted and has_adapters(model)):
+        return
+    why = f"{folder} was read by {by}, which tiedquiet does not inspect"
+    if not is_parted and not found_in(str(folder)).files:
+        why = f"{folder} has no file that Trainer reads; what else was read of it, tiedquiet does not inspect"
+    base = model.get_base_model() if has_adapters(model) else model
+    record.leave(base, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
+    words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
 
 
 def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,7 +176,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
 
     before, resume.is_telling = _going_on.set(resume), True
     try:
-        return carry_out(decide, tell, args, kwargs)
+        return carry_out(decide, tell, *args, **kwargs)
     finally:
         resume.is_telling = False
         _going_on.reset(before)

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import wrapt
 
 from tiedquiet import mode, words
 from tiedquiet.verdict import LoadError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +205,14 @@ def _maker(function: object) -> str:
 def bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(_parameters[wrapped.__name__], args, strict=False)), **kwargs}
+
+
+def guarded(ours: Callable[[], _T]) -> tuple[_T | None, LoadError | None]:
+    """What a function of ours returns; if it fails, None, and what is to be raised once the original has run."""
+    try:
+        return ours(), None
+    except Exception as error:
+        return None, stand_aside(error)
 
 
 def stand_aside(error: Exception, more: str = "") -> LoadError | None:

@@ -151,9 +151,9 @@ def leave(model: torch.nn.Module, record: Record) -> None:
     vars(model)[_ATTRIBUTE] = record
 
 
-def of(module: torch.nn.Module) -> Record | None:
-    """The record of a module's own load; None if that was not seen."""
-    record = vars(module).get(_ATTRIBUTE)
+def of(module: Any) -> Record | None:
+    """The record of a module's own load; None if that was not seen, or it is no module."""
+    record = getattr(module, "__dict__", {}).get(_ATTRIBUTE)
     return record if isinstance(record, Record) else None
 
 
