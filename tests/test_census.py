@@ -285,8 +285,9 @@ def test_the_census_sees_a_false_alarm_of_a_resume(monkeypatch: pytest.MonkeyPat
 def test_the_census_sees_a_wrong_source_of_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     note = resumed.note_unread
 
-    def elsewhere(reading: Any, origins: Any, *more: Any) -> None:
-        note(reading, {key: origin._replace(names=("lm_head.weight",)) for key, origin in origins.items()}, *more)
+    def elsewhere(reading: Any, made: Any, *more: Any) -> None:
+        origins = {key: origin._replace(names=("lm_head.weight",)) for key, origin in made.origins.items()}
+        note(reading, made._replace(origins=origins), *more)
 
     monkeypatch.setattr(resumed, "note_unread", elsewhere)
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")

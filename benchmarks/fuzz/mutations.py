@@ -27,7 +27,7 @@ def _always(value: Any) -> Callable[[Any], Any]:
 
 def _nowhere(original: Any) -> Any:
     """`find_unread`: nothing is found."""
-    return lambda *args, **kwargs: ({}, None)
+    return lambda *args, **kwargs: None
 
 
 def _memory_alone(original: Any) -> Any:

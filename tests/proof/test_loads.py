@@ -89,12 +89,12 @@ def test_values_under_another_name_of_the_file() -> None:
     checkpoint = Checkpoint({"there": torch.ones(2), "too": torch.ones(2)})
     reading = Reading(checkpoint, {}, {}, set(), 0)
     assert reading.values("here") is None
-    reading.names_of = lambda key: ("there",)
+    origins = {"here": ("there",), "one of two": ("there", "too"), "nowhere": ("gone",)}
+    reading.made_of = lambda: {key: names.Origin(own, False) for key, own in origins.items()}
+    del reading._made  # what was known before
     assert torch.equal(torch.ones(2), reading.values("here"))  # type: ignore[arg-type]
-    reading.names_of = lambda key: ("there", "too")  # made of two
-    assert reading.values("here") is None
-    reading.names_of = lambda key: ("gone",)
-    assert reading.values("here") is None
+    assert reading.values("one of two") is None
+    assert reading.values("nowhere") is None
 
 
 def test_a_name_in_two_files_that_the_model_does_not_have(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_name_in_two_files_that_the_model_does_not_have(tmp_path: Path) -> Non
         )
     model = torch.nn.Linear(2, 1, bias=False)
     reading = read(model, set(), Checkpoint(None, [str(tmp_path / f"{n}.safetensors") for n in (1, 2)]))
-    assert ask_headers(model, reading, [], False).keys() == {"other"}
+    assert ask_headers(model, reading).keys() == {"other"}
     assert reading.found == {}
 
 
@@ -114,7 +114,7 @@ def test_of_a_quantised_model_types_are_not_compared() -> None:
     checkpoint = Checkpoint({"weight": torch.ones(1, 2)})
     assert read(model, set(), checkpoint).narrowed == {"weight"}
     reading = read(model, set(), checkpoint)
-    reading.made_of = dict  # as where a quantiser made it
+    reading.is_quantised = True
     assert not reading.narrowed
 
 
@@ -138,7 +138,7 @@ def test_of_files_that_cannot_be_opened_nothing_is_known() -> None:
 def test_codes_that_nothing_lies_beside_are_values() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
     reading = read(model, set(), Checkpoint({"weight": torch.ones(1, 2, dtype=torch.int8)}))
-    ask_headers(model, reading, [], False)
+    ask_headers(model, reading)
     assert reading.found == {}
 
 
@@ -180,8 +180,8 @@ def test_a_file_whose_names_cannot_be_asked_for_tells_nothing() -> None:
 
 def test_nothing_missing_or_nothing_left_over() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
-    assert find_unread(model, read(model, set()), {"x": meta(1, 2)}) == ({}, None)
-    assert find_unread(model, read(model, {"weight"}), {}) == ({}, None)
+    assert find_unread(model, read(model, set()), {"x": meta(1, 2)}) is None
+    assert find_unread(model, read(model, {"weight"}), {}) is None
 
 
 def test_what_is_asked_of_odd_models() -> None:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from tiedquiet import mode
@@ -15,7 +14,7 @@ from tiedquiet.doors.wrapping import Seam, add, bind, guarded, is_wrapped, wrap_
 from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.reading import Reading, names_in_files, origins_in_files, read
+from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import prepare
 from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers
@@ -155,18 +154,15 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     quantised = config.hf_quantizer is not None
     mended: list[Finding] = []
     reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
-    if unread:
-        origins, prefixes = find_unread(model, reading, unread, config.weight_mapping or ())
+    made = find_unread(model, reading, unread, config.weight_mapping or ())
+    if made is not None and mode.current() == "repair" and not quantised:
         to_disk = "disk" in (config.device_map or {}).values()
-        has_place = not _lies_in_stored(model, reading, origins.keys() | (prefixes.names.keys() if prefixes else set()))
-        if mode.current() == "repair" and (origins or prefixes) and has_place and not quantised and not to_disk:
+        if not to_disk and not _lies_in_stored(model, reading, made.origins):
             before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-            came_from = _read_again(wrapped, bound, info, checkpoint, origins, prefixes)
-            also = {name: key for key, origin in origins.items() for name in origin.names}
-            also = also or {name: key for key, name in (prefixes.names if prefixes else {}).items()}
-            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised, also)
+            _read_again(wrapped, bound, info, checkpoint, made)
+            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised, made.key_of)
             mended = [finding for key, finding in before.items() if key in reading.held]
-            unread = {name: header for name, header in unread.items() if name not in came_from}
+            unread = {name: header for name, header in unread.items() if name not in made.key_of}
             find_unread(model, reading, unread, config.weight_mapping or ())
     load = Load(model, reading, protect=mode.current() == "repair")
     load.mended = mended
@@ -204,19 +200,19 @@ def _read(
     """What was read, and what nothing read, if the loader left anything open."""
     missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
     conversions = list(config.weight_mapping or ())
-    made_of: Any = None
-    if quantised:
-        made_of = dict
-    elif names.has_converter(conversions):
-        made_of = partial(origins_in_files, model, checkpoint, conversions)
-    names_of = partial(names_in_files, model, checkpoint, conversions, {})
-    reading = read(model, missing, checkpoint, offloaded, names_of, made_of)
+    is_converted = names.has_converter(conversions)
+
+    def made_of() -> dict[str, names.Origin]:
+        of = names.origins if is_converted else names.sources
+        return of(model, checkpoint.headers, survey(model).state, conversions)
+
+    reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, quantised)
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
     if also or needs_headers(reading, info.unexpected_keys):
         try:
-            unread = ask_headers(model, reading, conversions, quantised, also)
+            unread = ask_headers(model, reading, conversions, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened
             unread = {}
     return reading, unread
@@ -227,39 +223,29 @@ def _read_again(
     bound: dict[str, Any],
     info: Any,
     checkpoint: Checkpoint,
-    origins: dict[str, names.Origin],
-    prefixes: names.Prefixes | None,
-) -> set[str]:
-    """Let transformers read what it left, as it reads everything: with its types, devices and conversions.
-
-    Returns:
-        The names in the files that were read.
-    """
+    made: names.Made,
+) -> None:
+    """Let transformers read what it left, as it reads everything: with its types, devices and conversions."""
     model, config = bound["model"], bound["load_config"]
-    if origins:
-        start = prefixes.old if prefixes else ""
-        mapping = list(config.weight_mapping) if prefixes else names.conversions_of_native(model)
-        came = {name for origin in origins.values() for name in origin.names}
-        given = {name.removeprefix(start): checkpoint.tensors[name]() for name in came}
+    if made.conversions:
+        given = {name.removeprefix(made.prefix): checkpoint.tensors[name]() for name in made.key_of}
     else:
-        mapping, of_prefix = [], prefixes.names if prefixes else {}
-        given = {key: checkpoint.tensors[name]() for key, name in of_prefix.items()}
+        given = {key: checkpoint.tensors[origin.names[0]]() for key, origin in made.origins.items()}
     used = list(getattr(model, "_weight_conversions", None) or ())
     more = wrapped(
         **{
             **bound,
             "state_dict": given,
             "checkpoint_files": None,
-            "load_config": replace(config, weight_mapping=mapping),
+            "load_config": replace(config, weight_mapping=list(made.conversions)),
         }
     )
     more = more[0] if isinstance(more, tuple) else more
     model._weight_conversions = [*used, *getattr(model, "_weight_conversions", ())]
     info.missing_keys = info.missing_keys & more.missing_keys
     reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
-    came_from = {n for o in origins.values() for n in o.names} | set(prefixes.names.values() if prefixes else ())
+    came_from = made.key_of.keys()
     info.unexpected_keys = info.unexpected_keys - {reported.get(name, name) for name in came_from} - came_from
-    return came_from
 
 
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:

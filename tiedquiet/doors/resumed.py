@@ -76,20 +76,6 @@ def inside(model: Any) -> Inside:
     return Inside(model, "", core, path)
 
 
-class _Made(NamedTuple):
-    """What `from_pretrained` would make of what was left over, by one set of conversions.
-
-    Attributes:
-        conversions: these.
-        prefix: what the files' names have before those that the conversions know.
-        origins: for each tensor of the judged model, what it is made of.
-    """
-
-    conversions: list[Any]
-    prefix: str
-    origins: dict[str, names.Origin]
-
-
 def read_folder(
     of: Inside, folder: str, missing: set[str], unexpected: set[str], may_write: bool = True
 ) -> tuple[Reading, list[Finding], set[str]]:
@@ -122,51 +108,45 @@ def read_folder(
         reading.found[""] = older
     if _has_cast(of, reading):
         also = {of.path + key: key for key in reading.held}
-        ask_headers(model, reading, [], bool(getattr(of.core, "hf_quantizer", None)), also)
+        ask_headers(model, reading, also=also)
     # What an index lacks and a shard has is read along with that shard.
     under_own = {key: of.path + key for key in reading.missing if of.path + key in in_files}
     along = {k: n for k, n in under_own.items() if _are_held(now, {k}, iter([(k, checkpoint.tensors[n]())]))}
-    held: dict[str, tuple[str, ...]] = {key: (name,) for key, name in along.items()}
-    done: dict[str, tuple[str, ...]] = {}
+    held = {key: names.Origin((name,), False) for key, name in along.items()}
+    done: dict[str, names.Origin] = {}
 
-    def take(names_of: dict[str, tuple[str, ...]], values: Callable[[Collection[str]], _Values]) -> None:
-        for key, files in [(key, twice[name]) for key, own in names_of.items() for name in own if name in twice]:
-            reading.found[key] = in_two_files(key, *files)
-            names_of.pop(key, None)
+    def take(made: names.Made) -> None:
+        once = {}
+        for key, origin in made.origins.items():
+            if doubled := twice.keys() & set(origin.names):
+                reading.found[key] = in_two_files(key, *twice[min(doubled)])
+            else:
+                once[key] = origin
+        values = partial(_values, of, checkpoint, now, made)
         # Just one of them first: if there is something to report, it costs no more than that one.
-        if names_of and all(_are_held(now, keys, values(keys)) for keys in ({*list(names_of)[:1]}, names_of.keys())):
-            held.update(names_of)
+        if once and all(_are_held(now, keys, values(keys)) for keys in ({*list(once)[:1]}, once.keys())):
+            held.update(once)
         elif may_write and mode.current() == "repair":
-            copied = [k for k, value in values(names_of) if k in names_of and copy_in_place(now.state[k], value)]
-            done.update((key, names_of[key]) for key in copied)
+            copied = [key for key, value in values(once) if key in once and copy_in_place(now.state[key], value)]
+            done.update((key, once[key]) for key in copied)
 
-    def take_made(made: _Made) -> None:
-        old, new = made.prefix, of.path + of.at
-        why = f"because the checkpoint has {old or 'no prefix'} where the model has {new or 'no prefix'}"
-        note_unread(reading, made.origins, _WHY if old == new else why, _REPAIR if old else _CURE)
-        take({k: o.names for k, o in made.origins.items()}, partial(_converted, of, checkpoint, now, made))
-
-    for one in found:
-        take_made(one)
-    used = {name for made in found for origin in made.origins.values() for name in origin.names}
+    for made in found:
+        note_unread(reading, made, _CURE)
+        take(made)
+    used = {name for made in found for name in made.key_of}
     left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
-    origins, prefixes = find_unread(model, reading, left, cure=_REPAIR)
-    if origins:
-        native = _Made(names.conversions_of_native(model), "", origins)
-        take({k: o.names for k, o in origins.items()}, partial(_converted, of, checkpoint, now, native))
-    elif prefixes is not None:
-        fits = prefixes.names
-        take({k: (n,) for k, n in fits.items()}, lambda keys: ((k, checkpoint.tensors[fits[k]]()) for k in keys))
-    elif (made := _made_under_a_prefix(of, checkpoint, reading.missing - reading.found.keys(), left, now)) is not None:
-        take_made(made)
+    rest = find_unread(model, reading, left, cure=_REPAIR)
+    if rest is None and (rest := _under_a_prefix(of, checkpoint, reading, left, now)) is not None:
+        note_unread(reading, rest, _REPAIR)
+    if rest is not None:
+        take(rest)
     if not done and not held:
         return reading, [], set()
     came = done | held
     mended = [reading.found[key] for key in sorted(done)]
-    again = read(model, reading.missing - came.keys(), checkpoint)
+    again = read(model, reading.missing - came.keys(), checkpoint, made_of=lambda: came)
     again.found.update({key: finding for key, finding in reading.found.items() if key not in came})
     again.likely, again.narrowed = reading.likely, reading.narrowed
-    again.names_of = lambda key: came.get(key, ())
     return again, mended, set(held)
 
 
@@ -187,16 +167,19 @@ def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) 
 
 
 def _has_cast(of: Inside, reading: Reading) -> bool:
-    """Whether anything was read into another type than the file has it in."""
+    """Whether anything was read into another type than the file has it in, and by no quantiser."""
     checkpoint = reading.checkpoint
-    if len({*checkpoint.dtypes, *types_of(reading.held.values())}) < 2:
+    if getattr(of.core, "hf_quantizer", None) or len({*checkpoint.dtypes, *types_of(reading.held.values())}) < 2:
         return False
     headers = checkpoint.headers
     stored = ((headers.get(of.path + key), tensor) for key, tensor in reading.held.items())
     return any(header is not None and header.dtype != tensor.dtype for header, tensor in stored)
 
 
-def _converted(of: Inside, checkpoint: Checkpoint, now: Survey, made: _Made, keys: Collection[str]) -> _Values:
+def _values(of: Inside, checkpoint: Checkpoint, now: Survey, made: names.Made, keys: Collection[str]) -> _Values:
+    """What the files give for some of the tensors of which it is known what they are made of."""
+    if not made.conversions:
+        return ((key, checkpoint.tensors[made.origins[key].names[0]]()) for key in keys)
     own, start = of.names(now), len(made.prefix)
     full = {name[start:]: name for key in keys for name in made.origins[key].names}
     headers = {short: checkpoint.headers[name] for short, name in full.items()}
@@ -216,14 +199,16 @@ def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
     return seen == set(keys)
 
 
-def _made(of: Inside, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey) -> Iterator[_Made]:
+def _made(
+    of: Inside, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey
+) -> Iterator[names.Made]:
     """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
 
     The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it again.
     """
     claimed: set[str] = set()
     for conversions in _conversions(of):
-        made = {
+        origins = {
             key: origin
             for key, origin in _origins(of, checkpoint, conversions, "", now).items()
             if key not in claimed
@@ -231,28 +216,34 @@ def _made(of: Inside, checkpoint: Checkpoint, missing: set[str], unexpected: set
             and (key in missing or of.path + key not in origin.names)
             and not (_renames_itself(of.model, key) and same(now.state[key], checkpoint.tensors[origin.names[0]]()))
         }
-        claimed |= made.keys()
-        yield _Made(conversions, "", made)
+        claimed |= origins.keys()
+        yield names.Made(origins, _why(of, ""), conversions)
 
 
-def _made_under_a_prefix(
-    of: Inside, checkpoint: Checkpoint, missing: set[str], unread: names.Headers, now: Survey
-) -> _Made | None:
+def _under_a_prefix(
+    of: Inside, checkpoint: Checkpoint, reading: Reading, unread: names.Headers, now: Survey
+) -> names.Made | None:
     """The same of what files have under one prefix more: that of the wrapper that the model has, or once had.
 
     A prefix says less than a name: everything under it that nothing read has to find its place.
     """
-    prefixes = (
-        dict.fromkeys([of.path + of.at, *names.common_prefixes(checkpoint.headers)]) if unread and missing else {}
-    )
+    missing = reading.missing - reading.found.keys() if unread else set()
+    prefixes = [of.path + of.at, *names.common_prefixes(checkpoint.headers)] if missing else []
     for prefix in filter(None, prefixes):
         needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
         for conversions in filter(None, _conversions(of) if needed else ()):
             found = _origins(of, checkpoint, conversions, prefix, now)
-            made = {key: origin for key, origin in found.items() if key in missing}
-            if needed <= {name for origin in made.values() for name in origin.names}:
-                return _Made(conversions, prefix, made)
+            origins = {key: origin for key, origin in found.items() if key in missing}
+            made = names.Made(origins, _why(of, prefix), conversions, prefix)
+            if needed <= made.key_of.keys():
+                return made
     return None
+
+
+def _why(of: Inside, prefix: str) -> str:
+    """Why nothing read what the files have under a prefix."""
+    own = of.path + of.at
+    return _WHY if prefix == own else names.Prefixes(prefix, own, {}).why
 
 
 def _conversions(of: Inside) -> tuple[list[Any], list[Any]]:

@@ -196,7 +196,7 @@ def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
             f"reported missing, but the model already holds what the checkpoint stores: {words.few(sorted(rows), fold)}"
         )
         outcome.lines.append((logging.INFO, f"{words.name_of(model, folder)}: {what}"))
-    names_read = {name for key in (*held, *(finding.key for finding in mended)) for name in reading.names_of(key)}
+    names_read = {name for origin in reading.made_of().values() for name in origin.names}
     left = [key for key in loaded.missing_keys if key.removeprefix(of.path) in outcome.missing]
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if set(loaded.missing_keys) == ignored:

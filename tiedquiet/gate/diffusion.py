@@ -64,7 +64,8 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
         raise CannotCheck(f"{part.label} cannot be loaded: {explain(error, folder, how.trust, damaged)}") from error
     state = survey(model).state
     reading = read(model, state.keys() - in_files.keys(), checkpoint)
-    unread = ask_headers(model, reading, [], getattr(model, "hf_quantizer", None) is not None)
+    reading.is_quantised = getattr(model, "hf_quantizer", None) is not None
+    unread = ask_headers(model, reading)
     find_unread(model, reading, unread, cure="Rename them in the file")
     stored = reading.stored
     known = Record(stored, reading.missing, len(state), lasting=reading.found, files=files)

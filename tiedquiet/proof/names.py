@@ -31,6 +31,29 @@ class Origin(NamedTuple):
     ways: int = 1
 
 
+class Made(NamedTuple):
+    """What `from_pretrained` would make of names in the files that nothing read, by one set of rules.
+
+    Attributes:
+        origins: for each of the model's names, what it is made of.
+        why: why nothing read them, as a clause.
+        conversions: transformers' own, by which they are made; none where no more than names differ.
+        prefix: what the files' names have before those that the conversions know.
+        cure: how to have `from_pretrained` read them, as a clause; empty where nothing is known.
+    """
+
+    origins: dict[str, Origin]
+    why: str
+    conversions: Sequence[Any] = ()
+    prefix: str = ""
+    cure: str = ""
+
+    @property
+    def key_of(self) -> dict[str, str]:
+        """For each of the names in the files that it takes, one of the model's names that is made of it."""
+        return {name: key for key, origin in self.origins.items() for name in origin.names}
+
+
 @dataclass(frozen=True)
 class Prefixes:
     """A prefix of the files' names where the model has another.
@@ -61,6 +84,12 @@ class Prefixes:
         first = sorted({name.partition(".")[0] for name in self.names.values()})
         return {f"^(?=({'|'.join(map(re.escape, first))})\\b)": self.new}
 
+    @property
+    def cure(self) -> str:
+        """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it."""
+        mapping = self.key_mapping()
+        return f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
+
 
 def native_class(model: Any) -> Any:
     """The class of transformers that a model's class extends; None if it is one itself, or extends none."""
@@ -87,17 +116,17 @@ def conversions_of_native(model: Any) -> list[Any]:
         return []  # it cannot be built from this config alone
 
 
-def has_converter(conversions: list[Any]) -> bool:
+def has_converter(conversions: Sequence[Any]) -> bool:
     """Whether any of these conversions does more than rename."""
     return bool(_machinery(conversions)[2]) if conversions else False
 
 
-def targets(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, str]:
+def targets(model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]) -> dict[str, str]:
     """Which of a model's names `from_pretrained` reads each of the files' names into; the first, where it is split."""
     return {name: key for name, key, _ in _renamed(model, headers, state, conversions)}
 
 
-def sources(model: Any, headers: Headers, state: Headers, conversions: list[Any]) -> dict[str, Origin]:
+def sources(model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]) -> dict[str, Origin]:
     """What each tensor of a model is made of, by names alone, nothing converted; of what is split, its first part."""
     found: dict[str, Origin] = {}
     for name, key, converter in _renamed(model, headers, state, conversions):
@@ -110,7 +139,7 @@ def sources(model: Any, headers: Headers, state: Headers, conversions: list[Any]
 
 
 def origins(
-    model: Any, headers: Headers, state: Headers, conversions: list[Any], prefix: str = ""
+    model: Any, headers: Headers, state: Headers, conversions: Sequence[Any], prefix: str = ""
 ) -> dict[str, Origin]:
     """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
 
@@ -134,7 +163,7 @@ def converted(
     model: Any,
     headers: Headers,
     state: Headers,
-    conversions: list[Any],
+    conversions: Sequence[Any],
     read: Callable[[str], torch.Tensor],
     leave_out: Callable[[str], bool] = lambda key: False,
 ) -> Iterator[tuple[str, Origin, torch.Tensor]]:
@@ -168,7 +197,7 @@ def converted(
 
 
 def _renamed(
-    model: Any, headers: Headers, state: Headers, conversions: list[Any]
+    model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]
 ) -> Iterator[tuple[str, str, tuple[Any, str] | None]]:
     """Each of the files' names that leads to one of the model's: that one, and the conversion with its pattern."""
     rename, renamings, converters, in_order = _machinery(conversions)
@@ -182,7 +211,7 @@ def _renamed(
             yield name, key, None if pattern is None else (by_pattern[pattern], pattern)
 
 
-def _machinery(conversions: list[Any]) -> tuple[Any, list[Any], list[Any], Any]:
+def _machinery(conversions: Sequence[Any]) -> tuple[Any, list[Any], list[Any], Any]:
     """Transformers' own function that renames, the two kinds of conversions, and the order in which names are taken."""
     from transformers import core_model_loading as theirs
 
@@ -305,7 +334,7 @@ def common_prefixes(all_of: Collection[str]) -> list[str]:
     return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
 
 
-def renamed(model: Any, headers: Headers, conversions: list[Any]) -> dict[str, str]:
+def renamed(model: Any, headers: Headers, conversions: Sequence[Any]) -> dict[str, str]:
     """What transformers makes of each of the files' names by renaming alone, whether the model has it or not."""
     rename, renamings, _, _ = _machinery(conversions)
     base = getattr(model, "base_model_prefix", "")

@@ -35,8 +35,9 @@ class Reading:
         likely: for missing keys, an unread tensor of the files that fits their shape.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
-        names_of: the names that the files have for one of the model's; none where that is not known.
-        made_of: what the loader made each tensor of, where it converted any; None where it converted none.
+        made_of: gives what the loader made tensors of; those left out have their own names in the files, if any.
+        is_converted: whether it may have merged or split tensors: what `made_of` leaves out is then in no file as such.
+        is_quantised: whether a quantiser has changed them, so that nothing of the kind is known.
         is_of_adapter: whether an adapter was read into a model that is there already.
     """
 
@@ -51,8 +52,9 @@ class Reading:
     likely: dict[str, str] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
-    names_of: Callable[[str], tuple[str, ...]] = lambda name: ()
-    made_of: Callable[[], Mapping[str, names.Origin]] | None = None
+    made_of: Callable[[], Mapping[str, names.Origin]] = dict
+    is_converted: bool = False
+    is_quantised: bool = False
     is_of_adapter: bool = False
 
     @property
@@ -63,16 +65,16 @@ class Reading:
     def values(self, name: str) -> torch.Tensor | None:
         """The checkpoint's values of one of the model's tensors; None where they cannot be told or were converted."""
         try:
-            return self.checkpoint.tensors[own]() if (own := self._name_of(name)) is not None else None
+            own = self._name_of(name)
+            return None if own is None else self.checkpoint.tensors[own]()
         except Exception:
             return None
 
     def sources(self, name: str) -> list[Callable[[], torch.Tensor]] | None:
         """What reads each tensor of the files that one of the model's was made of; None where that is not known."""
         try:
-            made, tensors = self._made, self.checkpoint.tensors
-            own = filter(None, [self._name_of(name)]) if made is None else made[name].names
-            return [tensors[key] for key in own] or None
+            origin = self._origin(name)
+            return [self.checkpoint.tensors[own] for own in origin.names] if origin is not None else None
         except Exception:
             return None
 
@@ -92,24 +94,29 @@ class Reading:
 
         By all types that the files have, as far as no header need be parsed for that: it is no verdict yet.
         """
-        if self.made_of is dict:  # a quantiser has changed it, so that types differ anyway
+        if self.is_quantised:  # types differ anyway
             return set()
         ours = types_of(self.held.values())
         small = {own for own in set(ours) if any(narrows(theirs, own) for theirs in self.checkpoint.dtypes)}
         return {name for name, own in zip(self.held, ours, strict=True) if own in small} if small else set()
 
     def _name_of(self, name: str) -> str | None:
-        """The one name that the files have for a tensor whose values were at most cast."""
-        if (made := self._made) is not None:
-            origin = made.get(name)
-            return None if origin is None or origin.is_converted else origin.names[0]
-        if own := self.names_of(name):  # not the same one, if the loader gave that to another tensor
-            return own[0] if len(own) == 1 else None
-        return next(self.checkpoint.names_of(name), None)
+        """The name that the files have for a tensor whose values were at most cast."""
+        origin = self._origin(name)
+        return None if origin is None or origin.is_converted else origin.names[0]
+
+    def _origin(self, name: str) -> names.Origin | None:
+        """What a tensor was made of; None where that is not known, or where several names could be it."""
+        if self.is_quantised:
+            return None
+        if (origin := self._made.get(name)) is not None:
+            return origin if origin.is_converted or len(origin.names) == 1 else None
+        own = None if self.is_converted else next(self.checkpoint.names_of(name), None)
+        return None if own is None else names.Origin((own,), False)
 
     @cached_property
-    def _made(self) -> Mapping[str, names.Origin] | None:
-        return None if self.made_of is None else self.made_of()
+    def _made(self) -> Mapping[str, names.Origin]:
+        return self.made_of()
 
 
 def read(
@@ -117,8 +124,9 @@ def read(
     missing: set[str],
     checkpoint: Checkpoint | None = None,
     offloaded: dict[str, Any] | None = None,
-    names_of: Callable[[str], tuple[str, ...]] = lambda name: (),
-    made_of: Callable[[], Mapping[str, names.Origin]] | None = None,
+    made_of: Callable[[], Mapping[str, names.Origin]] = dict,
+    is_converted: bool = False,
+    is_quantised: bool = False,
 ) -> Reading:
     """Note what has just been read into a model, and where it is.
 
@@ -127,8 +135,9 @@ def read(
         missing: the keys that the checkpoint did not deliver.
         checkpoint: its files.
         offloaded: transformers' index of what stays on disk.
-        names_of: names that the files have for those that were renamed.
-        made_of: what the loader made each tensor of, where it converted any.
+        made_of: gives what the loader made of what, where more than names of the model's own is known.
+        is_converted: whether it may have merged or split tensors.
+        is_quantised: whether a quantiser has changed them.
     """
     now = survey(model)
     missing = now.state.keys() & missing
@@ -147,37 +156,15 @@ def read(
         },
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
-        names_of=names_of,
         made_of=made_of,
+        is_converted=is_converted,
+        is_quantised=is_quantised,
     )
     if reading.checkpoint.closed:
         unknown = missing - reading.free - reading.tied
         reading.found.update({key: Finding(key, Verdict.UNPROVEN, None, reading.checkpoint.closed) for key in unknown})
     reading.found.update(_clashes(reading))
     return reading
-
-
-def names_in_files(
-    model: Any, checkpoint: Checkpoint, conversions: list[Any], known: dict[str, tuple[str, ...]], key: str
-) -> tuple[str, ...]:
-    """The names that the files have for what was read into a key.
-
-    Args:
-        model: the model.
-        checkpoint: its files.
-        conversions: what the loader renamed and converted.
-        known: those of all keys, from the first call on.
-        key: one of the model's names.
-    """
-    if not known:
-        for name, target in names.targets(model, checkpoint.headers, survey(model).state, conversions).items():
-            known[target] = *known.get(target, ()), name
-    return known.get(key, ())
-
-
-def origins_in_files(model: Any, checkpoint: Checkpoint, conversions: list[Any]) -> dict[str, names.Origin]:
-    """What the loader made each of the model's tensors of."""
-    return names.origins(model, checkpoint.headers, survey(model).state, conversions)
 
 
 def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:

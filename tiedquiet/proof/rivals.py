@@ -1,6 +1,6 @@
 """What the files of a checkpoint have in more than one way for one tensor of a model: a loader drops all but one."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def judge_ways(
     key: str,
     place: Place,
     headers: names.Headers,
-    conversions: list[Any],
+    conversions: Sequence[Any],
     read: Callable[[str], torch.Tensor],
 ) -> Finding | None:
     """A finding on a tensor for which the files have several names that differ; None where they are all the same.

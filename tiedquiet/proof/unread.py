@@ -35,7 +35,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     checkpoint = reading.checkpoint
     if len(checkpoint.files) > 1 and checkpoint.is_mapped:
         return True
-    if reading.made_of is not dict and has_more(checkpoint, reading.held.values(), reading.made_of is not None):
+    if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
     ours = set(types_of(reading.held.values()))
     return any(
@@ -44,7 +44,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
 
 
 def ask_headers(
-    model: Any, reading: Reading, conversions: list[Any], is_quantised: bool, also: Mapping[str, str] | None = None
+    model: Any, reading: Reading, conversions: Sequence[Any] = (), also: Mapping[str, str] | None = None
 ) -> names.Headers:
     """Compare the headers of the files with what was read: two values of one name, types, and what nothing read.
 
@@ -52,7 +52,6 @@ def ask_headers(
         model: the model.
         reading: what was read; findings are added to it.
         conversions: what the loader renamed and converted.
-        is_quantised: a quantiser has changed it, so that types and shapes of the two differ anyway.
         also: names of the files that were read into keys of the model by no rule of the loader's.
 
     Returns:
@@ -66,8 +65,8 @@ def ask_headers(
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
     unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
-    if is_quantised:
-        return unread
+    if reading.is_quantised:
+        return unread  # types and shapes of the two differ anyway
     scales, tensors = Scales(unread), reading.checkpoint.tensors
     read_to: dict[str, list[str]] = {}
     for name, key in came_from.items():
@@ -108,7 +107,7 @@ def _is_equal(checkpoint: Checkpoint, other: Checkpoint) -> bool:
 
 def find_unread(
     model: Any, reading: Reading, unread: names.Headers, conversions: Sequence[Any] = (), cure: str = ""
-) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
+) -> names.Made | None:
     """Look for missing tensors among what the files have and nothing read, and note the findings.
 
     Args:
@@ -119,50 +118,64 @@ def find_unread(
         cure: what to do about it, if not to have `from_pretrained` read it.
 
     Returns:
-        What each is read from, by transformers' renaming for the class that the model's is made from, or by its own
-        once the prefix is gone that comes with it; and else the prefix that fits. None on either side, where the files
-        have the very names of the model.
+        What they are made of: by the model's own names; or by transformers' renaming for the class that the model's
+        is made from; or by one prefix in place of another, after which its own conversions may apply.
     """
+    if not unread:
+        return None
     now = survey(model)
     missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
-    if not missing or not unread:
-        return {}, None
-    if own := {key: key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape}:
-        why = "because they are renamed while they are read, to names that the model does not have"
-        note_unread(reading, {key: names.Origin((key,), False) for key in own}, why, cure or _REPAIR)
-        _note_likely(reading, missing, {name: header for name, header in unread.items() if name not in own})
-        return {}, names.Prefixes("", "", own)
+    if not missing:
+        return None
     tied = declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
-    prefixes = _prefixes(model, unread, missing, needed, now.state, conversions)
-    native = names.native_class(model)
-    made = names.origins(model, unread, now.state, names.conversions_of_native(model)) if native else {}
-    origins = {key: origin for key, origin in made.items() if key in missing}
-    is_native = bool(origins)
-    if not is_native and prefixes is None and names.has_converter(list(conversions)):
-        origins, prefixes = _under_a_prefix(model, unread, missing, needed, now.state, list(conversions))
-    mapping = prefixes.key_mapping() if prefixes else {}
-    other = f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
-    used: set[str] = set()
-    if is_native:
-        ours, theirs = type(model).__name__, native.__name__
-        why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
-        other = other or f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
-        note_unread(reading, origins, why, cure or f"{_REPAIR}, or {other}")
-        used, prefixes = {name for origin in origins.values() for name in origin.names}, None
-    elif prefixes is not None:
-        fits = origins or {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
-        note_unread(reading, fits, prefixes.why, cure or (f"{_REPAIR}, or {other}" if other else _REPAIR))
-        used = {name for origin in fits.values() for name in origin.names}
-    _note_likely(reading, missing, {name: header for name, header in unread.items() if name not in used})
-    return origins, prefixes
-
-
-def _note_likely(reading: Reading, missing: names.Headers, unread: names.Headers) -> None:
-    rest = names.by_shape(unread)
+    made = _find(model, unread, missing, needed, now.state, conversions)
+    if made is not None:
+        note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
+    used = made.key_of if made is not None else {}
+    rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
+    return made
+
+
+def _find(
+    model: Any,
+    unread: names.Headers,
+    missing: names.Headers,
+    needed: set[str],
+    state: names.Headers,
+    conversions: Sequence[Any],
+) -> names.Made | None:
+    """What the first rule that fits makes of the unread tensors.
+
+    Args:
+        model: the model.
+        unread: what the files have and nothing read.
+        missing: what the model lacks.
+        needed: those of them that nothing else supplies.
+        state: all of the model's tensors.
+        conversions: what the loader renamed and converted.
+    """
+    if own := [key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape]:
+        why = "because they are renamed while they are read, to names that the model does not have"
+        return names.Made({key: names.Origin((key,), False) for key in own}, why)
+    prefixes = _prefixes(model, unread, missing, needed, state, conversions)
+    if (native := names.native_class(model)) is not None:
+        rules = names.conversions_of_native(model)
+        origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
+        if origins:
+            ours, theirs = type(model).__name__, native.__name__
+            why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
+            register = f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
+            return names.Made(origins, why, rules, cure=(prefixes.cure if prefixes else "") or register)
+    if prefixes is not None:
+        fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
+        return names.Made(fits, prefixes.why, cure=prefixes.cure)
+    if names.has_converter(conversions):
+        return _under_a_prefix(model, unread, missing, needed, state, conversions)
+    return None
 
 
 def _prefixes(
@@ -176,7 +189,7 @@ def _prefixes(
     """The prefix that fits: of the names that the files have, or of what transformers made of these."""
     if (prefixes := names.by_prefix(unread, missing, needed, own)) is not None or not conversions:
         return prefixes
-    in_files = {new: old for old, new in names.renamed(model, unread, list(conversions)).items()}
+    in_files = {new: old for old, new in names.renamed(model, unread, conversions).items()}
     prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed, own)
     if prefixes is None:
         return None
@@ -190,21 +203,22 @@ def _under_a_prefix(
     missing: names.Headers,
     needed: set[str],
     state: names.Headers,
-    conversions: list[Any],
-) -> tuple[dict[str, names.Origin], names.Prefixes | None]:
+    conversions: Sequence[Any],
+) -> names.Made | None:
     """What transformers would convert if the files' names were without the prefix that all of them have."""
     for start in names.common_prefixes(unread):
-        made = {key: o for key, o in names.origins(model, unread, state, conversions, start).items() if key in missing}
-        used = {name for origin in made.values() for name in origin.names}
-        if made and (unread.keys() <= used or (needed and needed <= made.keys())):
-            return made, names.Prefixes(start, "", {})
-    return {}, None
+        found = names.origins(model, unread, state, conversions, start)
+        origins, moved = {key: o for key, o in found.items() if key in missing}, names.Prefixes(start, "", {})
+        made = names.Made(origins, moved.why, conversions, start, moved.cure)
+        if origins and (unread.keys() <= made.key_of.keys() or (needed and needed <= origins.keys())):
+            return made
+    return None
 
 
-def note_unread(reading: Reading, origins: Mapping[str, names.Origin], why: str, cure: str) -> None:
+def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
     """Note that nothing read what the files have for these keys."""
-    for key, origin in origins.items():
-        reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], why, True, cure)
+    for key, origin in made.origins.items():
+        reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], made.why, True, cure)
 
 
 def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales) -> Finding | None:
