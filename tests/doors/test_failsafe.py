@@ -74,9 +74,7 @@ ELSEWHERE |= {
     "after",
     "copy_in_place",
     "names_of",
-    "names_in_files",
     "targets",
-    "origins_in_files",
 }
 ELSEWHERE |= {"differing", "identical"}  # of `check`, and of two shards with one name
 ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
@@ -116,6 +114,7 @@ HOOKS = {
     "escaped",
     "bind",
     "add",
+    "guarded",
     "stand_aside",
     "is_wrapped",
 }
@@ -353,6 +352,7 @@ AFTERWARDS = {
     "update_key_name",
     "values",
     "_name_of",
+    "_origin",
 }
 
 
