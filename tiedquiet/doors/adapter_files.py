@@ -10,7 +10,7 @@ import torch
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import saved, without
+from tiedquiet.proof.adapted import base_of, saved, without
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.record import Record
@@ -45,8 +45,7 @@ class Adapter:
         self._model, self._name = model, given["adapter_name"]
         self._has_mapping = bool(given.get("key_mapping"))
         self.where = os.path.join(given["model_id"], *filter(None, [given.get("subfolder")]))
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
-        self.prefix = next(name for name, module in model.named_modules() if module is self.base) + "."
+        self.base, self.prefix = base_of(model)
         self.checkpoint = found_in(self.where, kind="adapter_model")
         self._state, self._whole = survey(self.base).state, survey(model).state
         own = saved(model, self._name)

@@ -15,6 +15,7 @@ from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
@@ -117,7 +118,7 @@ class _Before(NamedTuple):
 def _note(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Before:
     # PeftMixedModel calls `PeftModel.load_adapter(self, ...)` without being one; what it is wrapt then does not say.
     model, args = (args[0], args[1:]) if instance is None else (instance, args)
-    versions = {name: (id(t), t._version) for name, t in model.named_parameters() if not t.is_inference()}
+    versions = {name: (id(tensor), version_of(tensor)) for name, tensor in model.named_parameters()}
     given, unseen = bind(wrapped, args, kwargs), set[str]()
     hook = model.register_load_state_dict_post_hook(lambda _, keys: unseen.update(keys.missing_keys))
     return _Before(model, given, versions, unseen, hook)
@@ -145,8 +146,8 @@ def _changed_in_base(before: _Before, prefix: str) -> list[str]:
     """The names of the base model's tensors that were written to or replaced."""
     then, model = before.versions, before.model
     put_in = names_in_files(model, before.given["adapter_name"])
-    others = ((name, t) for name, t in model.named_parameters() if name in then.keys() - put_in.keys())
-    return sorted(name for name, t in others if name.startswith(prefix) and (id(t), t._version) != then[name])
+    now = {name: (id(t), version_of(t)) for name, t in model.named_parameters() if name.startswith(prefix)}
+    return sorted(name for name in now.keys() & then.keys() - put_in.keys() if now[name] != then[name])
 
 
 add(

@@ -15,8 +15,8 @@ from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import FOR_INFERENCE, altered_prompts, of_missing
 from tiedquiet.doors.outcome import Outcome, told
 from tiedquiet.proof import record
-from tiedquiet.proof.adapted import names_in_files, saved
-from tiedquiet.proof.files import Checkpoint, of_folder
+from tiedquiet.proof.adapted import base_of, names_in_files, saved
+from tiedquiet.proof.files import found_in
 from tiedquiet.proof.memory import equals
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.record import Record
@@ -64,8 +64,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     rest = [name for name in before if now.get(name) == before[name] or (is_best and name != "default")]
     if not rest:
         return None
-    base = model.get_base_model()
-    prefix = next(name for name, module in model.named_modules() if module is base) + "."
+    base, prefix = base_of(model)
     state, earlier = survey(model).state, record.of(base)
     own = {adapter: saved(model, adapter) for adapter in before}
     read = {id(state[key]) for adapter in before.keys() - set(rest) for key in own[adapter]}
@@ -74,19 +73,19 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     for adapter in rest:
         # What the layers share has a name above them as well.
         names = {key: n for key, n in own[adapter].items() if key.startswith(prefix) or id(state[key]) not in in_base}
-        checkpoint = _files(folder, adapter)
-        if checkpoint is None and earlier is not None and {key.removeprefix(prefix) for key in names} <= earlier.stored:
-            continue  # it came from somewhere else
-        if checkpoint is None:
+        checkpoint = found_in(str(Path(folder, "" if adapter == "default" else adapter)), kind="adapter_model")
+        if not checkpoint.files:
+            if earlier is not None and {key.removeprefix(prefix) for key in names} <= earlier.stored:
+                continue  # it came from somewhere else
             what = f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had"
             lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {what}"))
-        known.files += checkpoint.files if checkpoint else []
-        missing = []
-        if checkpoint is not None and not names and (wrong := altered_prompts(model, adapter, checkpoint)):
+        elif not names and (wrong := altered_prompts(model, adapter, checkpoint)):
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
             known.settled[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
+        known.files += checkpoint.files
+        missing = []
         for name, own_name in ((name, n) for name, n in names.items() if id(state[name]) not in read):
-            key, values = name.removeprefix(prefix), checkpoint.tensors.get(own_name) if checkpoint else None
+            key, values = name.removeprefix(prefix), checkpoint.tensors.get(own_name)
             finding = Finding(key, Verdict.MISSING)
             if values is not None:
                 finding = Finding(key, Verdict.UNREAD, own_name, _WHY, True, _CURE)
@@ -101,7 +100,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
             if not is_held:
                 known.settled[finding.key] = finding
                 missing += [key] if values is None else []
-        if checkpoint is not None and missing:
+        if checkpoint.files and missing:
             lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {of_missing(missing, len(names))}"))
     known.total = len(known.stored) + len(known.missing)
     if not known.total and not known.settled and not repaired:
@@ -113,13 +112,3 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))
     return outcome
-
-
-def _files(folder: str, adapter: str) -> Checkpoint | None:
-    """The files that peft has written of an adapter; None where there are none that can be read."""
-    try:
-        checkpoint = of_folder(str(Path(folder, "" if adapter == "default" else adapter)), kind="adapter_model")
-        checkpoint.tensors  # noqa: B018 (it opens the files)
-    except Exception:
-        return None
-    return checkpoint

@@ -20,6 +20,7 @@ from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
 from tiedquiet.proof import record
+from tiedquiet.proof.adapted import base_of
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
@@ -152,7 +153,7 @@ def _leave_unproven(model: Any, folder: object, by: str, is_parted: bool = True)
     why = f"{folder} was read by {by}, which tiedquiet does not inspect"
     if not is_parted and not found_in(str(folder)).files:
         why = f"{folder} has no file that Trainer reads; what else was read of it, tiedquiet does not inspect"
-    base = model.get_base_model() if has_adapters(model) else model
+    base = base_of(model)[0] if has_adapters(model) else model
     record.leave(base, Record(set(), set(), 0, lasting={"": Finding("", Verdict.UNPROVEN, None, why)}))
     words.say(logging.DEBUG, f"{words.name_of(model, folder)}: unproven: {why}")
 

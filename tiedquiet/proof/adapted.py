@@ -9,6 +9,12 @@ from tiedquiet.proof.memory import equals
 from tiedquiet.proof.survey import survey
 
 
+def base_of(model: Any) -> tuple[Any, str]:
+    """The model that peft's has put its adapters into, and what the names of its tensors have before them in peft's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+    return base, next(name for name, module in model.named_modules() if module is base) + "."
+
+
 def names_in_files(base: torch.nn.Module, adapter: str) -> dict[str, str]:
     """An adapter's tensors in its base model, each with its name in the files: without the adapter's own.
 

@@ -235,10 +235,9 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
     """
     found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
     for old, new in _candidates(unread, missing, needed):
+        moved = {new + name[len(old) :]: name for name in unread if name.startswith(old)}
         names = {
-            new + name[len(old) :]: name
-            for name in unread
-            if name.startswith(old) and _fits(unread[name], missing.get(new + name[len(old) :]))
+            key: name for key, name in moved.items() if key in missing and missing[key].shape == unread[name].shape
         }
         modules = {name.rpartition(".")[0] for name in names}
         is_whole = len(names) == len(unread)
@@ -321,10 +320,6 @@ def likely(key: str, alike: Sequence[str]) -> str | None:
         return None  # one of very many is not likely
     best = max(alike, key=common, default=None)
     return best if best is not None and common(best)[0] else None
-
-
-def _fits(header: torch.Tensor, tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and header.shape == tensor.shape
 
 
 def common_prefixes(all_of: Collection[str]) -> list[str]:

@@ -131,7 +131,7 @@ class Watch(TorchDispatchMode):
                     stand_ins = {id(tensor): tensor.clone() for tensor in protected}
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
             if operation is not None and self.placeholders:
-                is_empty = self._takes_from_placeholders(operation, written, args, kwargs)
+                is_empty = self._takes_from_placeholders(operation, args, kwargs)
                 if is_empty:
                     for tensor in written:
                         self.placeholders.take_marks_off(tensor)
@@ -239,9 +239,7 @@ class Watch(TorchDispatchMode):
         elif not write.was_seen and (culprit := _culprit())[1] != TRANSFORMERS:  # whose own code looks, and no more
             write.by, write.package = culprit
 
-    def _takes_from_placeholders(
-        self, operation: Operation, written: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def _takes_from_placeholders(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operation computes from memory without values, so that what it gives has none either."""
         takes = operation.takes_values
         return takes and any(map(self.placeholders.has, read_by(operation, args, kwargs)))
