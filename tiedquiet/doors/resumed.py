@@ -4,24 +4,22 @@ What the files would give by transformers' own rules is compared with what was r
 the rest is read here.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from tiedquiet import mode
 from tiedquiet.proof import names
-from tiedquiet.proof.files import Checkpoint, found_in
+from tiedquiet.proof.files import found_in
 from tiedquiet.proof.memory import plain, same, types_of
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import Survey, survey
+from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, is_ignored, note_unread, out_of_date
 from tiedquiet.verdict import Finding
-
-_Values = Iterator[tuple[str, torch.Tensor]]
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 _REPAIR = "Set TIEDQUIET=repair to read them"
@@ -48,11 +46,6 @@ class Inside(NamedTuple):
     def has_adapters(self) -> bool:
         """Whether peft has put its layers around some of the tensors."""
         return isinstance(getattr(self.core, "peft_config", None), dict)
-
-    def names(self, now: Survey) -> dict[str, str]:
-        """For each tensor of the core the name that it has in the judged model, by that which files have for it."""
-        as_loaded = self.as_loaded
-        return {as_loaded(name): name for name in now.state if name.startswith(self.at)}
 
     @property
     def as_loaded(self) -> Callable[[str], str]:
@@ -91,14 +84,14 @@ def read_folder(
     Returns:
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
     """
-    model = of.model
-    checkpoint = found_in(folder, of.path.rstrip(".") or getattr(model, "base_model_prefix", ""))
-    in_files, now = {name for name, _ in checkpoint.names}, survey(model)
+    model, there = of.model, _Folder(of, folder)
+    checkpoint, state = there.checkpoint, there.state
+    in_files = {name for name, _ in checkpoint.names}
     # The Trainer believes the index.
-    missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & now.state.keys()
+    missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & state.keys()
     unexpected = unexpected & in_files
     twice = {name: (first, second) for name, first, second in checkpoint.twice()}
-    found = list(_made(of, checkpoint, missing, unexpected, now)) if unexpected else []
+    found = list(there.made(missing, unexpected)) if unexpected else []
     # What a module sets by itself where it is not delivered (a batch norm's count of batches), no loader calls missing.
     reading = read(model, missing.union(*(made.origins for made in found)), checkpoint)
     for name, files in twice.items():
@@ -107,12 +100,10 @@ def read_folder(
     if (older := out_of_date(checkpoint)) is not None:
         reading.found[""] = older
     if _has_cast(of, reading):
-        also = {of.path + key: key for key in reading.held}
-        ask_headers(model, reading, also=also)
+        ask_headers(model, reading, also={of.path + key: key for key in reading.held})
     # What an index lacks and a shard has is read along with that shard.
-    under_own = {key: of.path + key for key in reading.missing if of.path + key in in_files}
-    along = {k: n for k, n in under_own.items() if _are_held(now, {k}, iter([(k, checkpoint.tensors[n]())]))}
-    held = {key: names.Origin((name,), False) for key, name in along.items()}
+    own = {key: names.Origin((of.path + key,), False) for key in reading.missing if of.path + key in in_files}
+    held = {key: origin for key, origin in own.items() if there.holds(names.Made({key: origin}, ""))}
     done: dict[str, names.Origin] = {}
 
     def take(made: names.Made) -> None:
@@ -122,13 +113,12 @@ def read_folder(
                 reading.found[key] = in_two_files(key, *twice[min(doubled)])
             else:
                 once[key] = origin
-        values = partial(_values, of, checkpoint, now, made)
+        made = made._replace(origins=once)
         # Just one of them first: if there is something to report, it costs no more than that one.
-        if once and all(_are_held(now, keys, values(keys)) for keys in ({*list(once)[:1]}, once.keys())):
+        if once and there.holds(made._replace(origins=dict([*once.items()][:1]))) and there.holds(made):
             held.update(once)
         elif may_write and mode.current() == "repair":
-            copied = [key for key, value in values(once) if key in once and copy_in_place(now.state[key], value)]
-            done.update((key, once[key]) for key in copied)
+            done.update((key, once[key]) for key, value in there.values(made) if copy_in_place(state[key], value))
 
     for made in found:
         note_unread(reading, made, _CURE)
@@ -136,7 +126,7 @@ def read_folder(
     used = {name for made in found for name in made.key_of}
     left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
     rest = find_unread(model, reading, left, cure=_REPAIR)
-    if rest is None and (rest := _under_a_prefix(of, checkpoint, reading, left, now)) is not None:
+    if rest is None and (rest := there.under_a_prefix(reading.missing - reading.found.keys(), left)) is not None:
         note_unread(reading, rest, _REPAIR)
     if rest is not None:
         take(rest)
@@ -159,11 +149,10 @@ def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) 
         missing: the names of the judged model that nothing was read into.
         unexpected: the names of what was read and had no place.
     """
-    tensors, now = found_in(folder).tensors, survey(of.model)
-    read_into = {key: of.path + key for key in now.state.keys() - missing}
-    if not tensors.keys() >= unexpected.union(read_into.values()):
-        return False
-    return _are_held(now, read_into.keys(), ((key, tensors[name]()) for key, name in read_into.items()))
+    there = _Folder(of, folder)
+    read_into = {key: names.Origin((of.path + key,), False) for key in there.state.keys() - missing}
+    made = names.Made(read_into, "")
+    return there.checkpoint.tensors.keys() >= unexpected | made.key_of.keys() and there.holds(made)
 
 
 def _has_cast(of: Inside, reading: Reading) -> bool:
@@ -176,88 +165,105 @@ def _has_cast(of: Inside, reading: Reading) -> bool:
     return any(header is not None and header.dtype != tensor.dtype for header, tensor in stored)
 
 
-def _values(of: Inside, checkpoint: Checkpoint, now: Survey, made: names.Made, keys: Collection[str]) -> _Values:
-    """What the files give for some of the tensors of which it is known what they are made of."""
-    if not made.conversions:
-        return ((key, checkpoint.tensors[made.origins[key].names[0]]()) for key in keys)
-    own, start = of.names(now), len(made.prefix)
-    full = {name[start:]: name for key in keys for name in made.origins[key].names}
-    headers = {short: checkpoint.headers[name] for short, name in full.items()}
-    state = {name: now.state[key] for name, key in own.items()}
-    values = names.converted(of.core, headers, state, made.conversions, lambda short: checkpoint.tensors[full[short]]())
-    return ((own[name], value) for name, _, value in values)
+class _Folder:
+    """A folder's files, beside the model that they are for.
 
-
-def _are_held(now: Survey, keys: Collection[str], values: _Values) -> bool:
-    """Whether the model has all of these values already: `from_pretrained` made it from this very checkpoint, say."""
-    seen: set[str] = set()
-    for key, tensor, value in ((key, now.state[key], value) for key, value in values if key in keys):
-        pieces = plain(tensor)
-        if tensor.is_meta or len(pieces) != 1 or not same(pieces[0], value):
-            return False
-        seen.add(key)
-    return seen == set(keys)
-
-
-def _made(
-    of: Inside, checkpoint: Checkpoint, missing: set[str], unexpected: set[str], now: Survey
-) -> Iterator[names.Made]:
-    """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
-
-    The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it again.
+    Attributes:
+        checkpoint: the files.
+        state: the tensors of the judged model.
     """
-    claimed: set[str] = set()
-    for conversions in _conversions(of):
-        origins = {
-            key: origin
-            for key, origin in _origins(of, checkpoint, conversions, "", now).items()
-            if key not in claimed
-            and not unexpected.isdisjoint(origin.names)
-            and (key in missing or of.path + key not in origin.names)
-            and not (_renames_itself(of.model, key) and same(now.state[key], checkpoint.tensors[origin.names[0]]()))
-        }
-        claimed |= origins.keys()
-        yield names.Made(origins, _why(of, ""), conversions)
 
+    def __init__(self, of: Inside, folder: str) -> None:
+        self._of = of
+        self.checkpoint = found_in(folder, of.path.rstrip(".") or getattr(of.model, "base_model_prefix", ""))
+        self.state = survey(of.model).state
 
-def _under_a_prefix(
-    of: Inside, checkpoint: Checkpoint, reading: Reading, unread: names.Headers, now: Survey
-) -> names.Made | None:
-    """The same of what files have under one prefix more: that of the wrapper that the model has, or once had.
+    def made(self, missing: set[str], unexpected: set[str]) -> Iterator[names.Made]:
+        """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
 
-    A prefix says less than a name: everything under it that nothing read has to find its place.
-    """
-    missing = reading.missing - reading.found.keys() if unread else set()
-    prefixes = [of.path + of.at, *names.common_prefixes(checkpoint.headers)] if missing else []
-    for prefix in filter(None, prefixes):
-        needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
-        for conversions in filter(None, _conversions(of) if needed else ()):
-            found = _origins(of, checkpoint, conversions, prefix, now)
-            origins = {key: origin for key, origin in found.items() if key in missing}
-            made = names.Made(origins, _why(of, prefix), conversions, prefix)
-            if needed <= made.key_of.keys():
-                return made
-    return None
+        The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it
+        again.
+        """
+        path, claimed = self._of.path, set[str]()
+        for conversions in self._conversions:
+            origins = {
+                key: origin
+                for key, origin in self._origins(conversions).items()
+                if key not in claimed
+                and not unexpected.isdisjoint(origin.names)
+                and (key in missing or path + key not in origin.names)
+                and not (_renames_itself(self._of.model, key) and self.holds(names.Made({key: origin}, "")))
+            }
+            claimed |= origins.keys()
+            yield names.Made(origins, self._why(""), conversions)
 
+    def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
+        """The same of what files have under one prefix more: that of the wrapper that the model has, or once had.
 
-def _why(of: Inside, prefix: str) -> str:
-    """Why nothing read what the files have under a prefix."""
-    own = of.path + of.at
-    return _WHY if prefix == own else names.Prefixes(prefix, own, {}).why
+        A prefix says less than a name: everything under it that nothing read has to find its place.
+        """
+        of, is_asked = self._of, missing and unread
+        prefixes = [of.path + of.at, *names.common_prefixes(self.checkpoint.headers)] if is_asked else []
+        for prefix in filter(None, prefixes):
+            needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
+            for conversions in filter(None, self._conversions if needed else ()):
+                found = self._origins(conversions, prefix)
+                origins = {key: origin for key, origin in found.items() if key in missing}
+                made = names.Made(origins, self._why(prefix), conversions, prefix)
+                if needed <= made.key_of.keys():
+                    return made
+        return None
 
+    def values(self, made: names.Made) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the files give for the tensors of which it is known what they are made of."""
+        tensors, start = self.checkpoint.tensors, len(made.prefix)
+        if not made.conversions:
+            yield from ((key, tensors[origin.names[0]]()) for key, origin in made.origins.items())
+            return
+        full = {name[start:]: name for name in made.key_of}
+        headers = {short: self.checkpoint.headers[name] for short, name in full.items()}
+        rules, key_of = made.conversions, self._key_of
+        for name, _, value in names.converted(
+            self._of.core, headers, self._core, rules, lambda short: tensors[full[short]]()
+        ):
+            if key_of[name] in made.origins:
+                yield key_of[name], value
 
-def _conversions(of: Inside) -> tuple[list[Any], list[Any]]:
-    return names.conversions_of(of.core), list(getattr(of.core, "_weight_conversions", None) or ())
+    def holds(self, made: names.Made) -> bool:
+        """Whether the model has all of these values already: it was made from this very checkpoint, say."""
+        seen: set[str] = set()
+        for key, value in self.values(made):
+            tensor = self.state[key]
+            pieces = plain(tensor)
+            if tensor.is_meta or len(pieces) != 1 or not same(pieces[0], value):
+                return False
+            seen.add(key)
+        return seen == made.origins.keys()
 
+    def _origins(self, conversions: list[Any], prefix: str = "") -> dict[str, names.Origin]:
+        """What each tensor of the judged model is made of, of the files' names under a prefix."""
+        found = names.origins(self._of.core, self.checkpoint.headers, self._core, conversions, prefix)
+        return {self._key_of[name]: origin for name, origin in found.items()}
 
-def _origins(
-    of: Inside, checkpoint: Checkpoint, conversions: list[Any], prefix: str, now: Survey
-) -> dict[str, names.Origin]:
-    """What each tensor of the judged model is made of, of the files' names under a prefix."""
-    own = of.names(now)
-    state = {name: now.state[key] for name, key in own.items()}
-    found = names.origins(of.core, checkpoint.headers, state, conversions, prefix)
-    return {own[name]: origin for name, origin in found.items()}
+    def _why(self, prefix: str) -> str:
+        """Why nothing read what the files have under a prefix."""
+        own = self._of.path + self._of.at
+        return _WHY if prefix == own else names.Prefixes(prefix, own, {}).why
+
+    @cached_property
+    def _conversions(self) -> tuple[list[Any], list[Any]]:
+        core = self._of.core
+        return names.conversions_of(core), list(getattr(core, "_weight_conversions", None) or ())
+
+    @cached_property
+    def _key_of(self) -> dict[str, str]:
+        """For each tensor of the core, by the name that files have for it, that of the judged model."""
+        as_loaded, at = self._of.as_loaded, self._of.at
+        return {as_loaded(key): key for key in self.state if key.startswith(at)}
+
+    @cached_property
+    def _core(self) -> dict[str, torch.Tensor]:
+        return {name: self.state[key] for name, key in self._key_of.items()}
 
 
 def _renames_itself(model: Any, key: str) -> bool:
