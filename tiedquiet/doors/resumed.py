@@ -192,7 +192,6 @@ class _Folder:
                 if key not in claimed
                 and not unexpected.isdisjoint(origin.names)
                 and (key in missing or path + key not in origin.names)
-                and not (_renames_itself(self._of.model, key) and self.holds(names.Made({key: origin}, "")))
             }
             claimed |= origins.keys()
             yield names.Made(origins, self._why(""), conversions)
@@ -264,13 +263,3 @@ class _Folder:
     @cached_property
     def _core(self) -> dict[str, torch.Tensor]:
         return {name: self.state[key] for name, key in self._key_of.items()}
-
-
-def _renames_itself(model: Any, key: str) -> bool:
-    """Whether a module around a tensor changes names while it is read, as weight norm does: then values must tell."""
-    module = model
-    for part in key.split(".")[:-1]:
-        if module._load_state_dict_pre_hooks:
-            return True
-        module = module._modules[part]
-    return bool(module._load_state_dict_pre_hooks)
