@@ -138,13 +138,15 @@ def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
     """Transformers saves it under the names that the mapping undoes; the class alone does not know them."""
     GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
-    renamed = {key.replace("transformer.h.", "transformer.blocks."): value for key, value in tensors.items()}
+    mapping = {"^transformer.blocks": "transformer.h", "^words": "transformer.wte"}  # more than one prefix
+    renamed = {
+        key.replace("transformer.h.", "transformer.blocks.").replace("transformer.wte.", "words."): value
+        for key, value in tensors.items()
+    }
     save_file(renamed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
 
     def load() -> Any:
-        return GPT2LMHeadModel.from_pretrained(
-            tmp_path / "base", key_mapping={r"^transformer\.blocks\.": "transformer.h."}
-        )
+        return GPT2LMHeadModel.from_pretrained(tmp_path / "base", key_mapping=mapping)
 
     trained = load()
     for parameter in trained.parameters():
