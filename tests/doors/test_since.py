@@ -37,6 +37,19 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
         assert after(harmless) == {}
 
 
+def test_what_cannot_be_compared_any_more_is_as_it_was(tmp_path: Path) -> None:
+    """Offloaded after it was loaded, by accelerate, say."""
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+
+    def of_head() -> list[Verdict]:
+        return [f.verdict for f in tiedquiet.check(model).findings if f.key == "lm_head.weight"]
+
+    assert of_head() == [Verdict.UNTIED]
+    model.model.embed_tokens.to("meta")
+    assert of_head() == [Verdict.UNTIED]
+
+
 class Around(nn.Module):
     """A layer written by hand around another."""
 
