@@ -15,6 +15,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 import tiedquiet
@@ -38,6 +40,20 @@ CLIP = {**BERT, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id":
 
 def qwen2(**how: Any) -> Any:
     return Qwen2ForCausalLM(Qwen2Config(**SMALL, **{"tie_word_embeddings": True, **how}))
+
+
+def wav2vec2() -> Any:
+    ears = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1}
+    return Wav2Vec2ForCTC(
+        Wav2Vec2Config(**BERT, **ears, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2),
+    )
+
+
+def with_old_weight_norm(key: str) -> str:
+    """What a part of a normed weight was called before torch 2.0."""
+    return key.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
 
 
 def written(model: Any, folder: Path, change: Callable[[str], str] = str, **more: torch.Tensor) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, LlavaForConditionalGeneration, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import GPT2LMHeadModel, LlavaForConditionalGeneration
 
 import tiedquiet
 from tests.checkpoints import Printed, gpt2
+from tests.doors.renamed import verdicts, wav2vec2, with_old_weight_norm, written
 from tests.doors.training import differing, llama, llava, mixtral, resumed, right, state, trainer_of
 from tiedquiet import LoadError, Verdict
 
@@ -162,24 +163,11 @@ def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
 
 def test_what_a_module_renames_while_it_is_read_is_read(tmp_path: Path) -> None:
     """Weight norm takes its old names by itself: `load_state_dict` has a place for them, and calls them read."""
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ears = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_feat_extract_layers": 1}
-    more = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 10}
-    model = Wav2Vec2ForCTC(config := Wav2Vec2Config(**small, **ears, **more))
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    tensors = {}
-    for key, value in model.state_dict().items():
-        first, sign, last = key.partition("parametrizations")
-        tensors[(first + old[sign + last] if sign else key).replace("lm_head.", "head.")] = value.contiguous()
-    (tmp_path / "c").mkdir()
-    save_file(tensors, tmp_path / "c" / "model.safetensors", {"format": "pt"})
-    resumed = Wav2Vec2ForCTC(config)
-    trainer_of(resumed, tmp_path)._load_from_checkpoint(str(tmp_path / "c"))
-    assert differing(resumed, state(model)) == {"lm_head.weight"}, "its bias is zero in both"
-    proof = tiedquiet.check(resumed)
-    assert {finding.key: finding.verdict for finding in proof.findings} == dict.fromkeys(
-        ("lm_head.bias", "lm_head.weight"), Verdict.MISSING
-    )
+    truth = written(wav2vec2(), tmp_path / "c", lambda key: with_old_weight_norm(key).replace("lm_head.", "head."))
+    model = wav2vec2()
+    trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path / "c"))
+    assert differing(model, truth) == {"lm_head.weight", "lm_head.bias"}
+    assert verdicts(model) == dict.fromkeys(("lm_head.weight", "lm_head.bias"), Verdict.MISSING)
 
 
 def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: Path) -> None:

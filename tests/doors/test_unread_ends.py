@@ -1,4 +1,4 @@
-"""Two values for one tensor, in two shards or at both ends of a tie; and ends that stay on disk."""
+"""Two values for one tensor, in two shards or at both ends of a tie; ends that stay on disk; two changes of a name."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,12 @@ from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     Qwen2ForCausalLM,
+    Wav2Vec2ForCTC,
 )
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import SMALL, llava, qwen2, verdicts, written
+from tests.doors.renamed import SMALL, llava, qwen2, verdicts, wav2vec2, with_old_weight_norm, written, wrong
 from tiedquiet import LoadError, Verdict
 
 
@@ -32,6 +33,17 @@ def in_two_shards(folder: Path, again: dict[str, torch.Tensor]) -> None:
     save_file({keys[0]: tensors[keys[0]], **again}, folder / names[1], {"format": "pt"})
     where = {**dict.fromkeys(keys, names[0]), keys[0]: names[1]}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_another_prefix_of_names_that_are_renamed_as_well(tmp_path: Path) -> None:
+    """Weight norm has other names in old files, which transformers knows, but not their prefix."""
+    truth = written(wav2vec2(), tmp_path, lambda key: with_old_weight_norm(key).replace("wav2vec2.", "speech.model."))
+    renamed = {key for key in truth if key.startswith("wav2vec2.")}
+    assert verdicts(Wav2Vec2ForCTC.from_pretrained(tmp_path)) == dict.fromkeys(renamed, Verdict.UNREAD)
+    with tiedquiet.enable("repair"):
+        model = Wav2Vec2ForCTC.from_pretrained(tmp_path)
+    assert wrong(model, truth) == set()
+    assert tiedquiet.check(model).ok
 
 
 def test_one_name_in_two_shards(tmp_path: Path) -> None:
