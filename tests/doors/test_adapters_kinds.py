@@ -285,6 +285,12 @@ def test_another_rank(base: Path, printed: Printed) -> None:
     assert len(missing) == 8
     assert all(f.why == "the file has it in another shape" for f in missing)
     assert not any("not in its files" in line for line in printed.loud)
+    tensors = load_file(adapter / FILE)
+    stranger = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
+    save_file({**tensors, stranger: next(iter(tensors.values())).clone()}, adapter / FILE, {"format": "pt"})
+    with pytest.warns(UserWarning, match="being ignored because you passed"):
+        model.load_adapter(adapter, "default", ignore_mismatched_sizes=True)
+    assert [f.source for f in tiedquiet.check(model).findings if f.verdict is tiedquiet.Verdict.UNREAD] == [stranger]
 
 
 @pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])
