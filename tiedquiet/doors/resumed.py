@@ -18,7 +18,15 @@ from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, is_ignored, note_unread, out_of_date
+from tiedquiet.proof.unread import (
+    ask_headers,
+    find_unread,
+    in_two_files,
+    is_ignored,
+    note_unread,
+    out_of_date,
+    under_a_prefix,
+)
 from tiedquiet.verdict import Finding
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
@@ -186,9 +194,10 @@ class _Folder:
         """
         path, claimed = self._of.path, set[str]()
         for conversions in self._conversions:
+            made = names.origins(self._of.core, self.checkpoint.headers, self._core, conversions)
             origins = {
                 key: origin
-                for key, origin in self._origins(conversions).items()
+                for key, origin in ((self._key_of[name], origin) for name, origin in made.items())
                 if key not in claimed
                 and not unexpected.isdisjoint(origin.names)
                 and (key in missing or path + key not in origin.names)
@@ -197,20 +206,16 @@ class _Folder:
             yield names.Made(origins, self._why(""), conversions)
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
-        """The same of what files have under one prefix more: that of the wrapper that the model has, or once had.
-
-        A prefix says less than a name: everything under it that nothing read has to find its place.
-        """
-        of, is_asked = self._of, missing and unread
-        prefixes = [of.path + of.at, *names.common_prefixes(self.checkpoint.headers)] if is_asked else []
-        for prefix in filter(None, prefixes):
-            needed = {name for name in unread if name.startswith(prefix) and not is_ignored(of.core, name)}
-            for conversions in filter(None, self._conversions if needed else ()):
-                found = self._origins(conversions, prefix)
-                origins = {key: origin for key, origin in found.items() if key in missing}
-                made = names.Made(origins, self._why(prefix), conversions, prefix)
-                if needed <= made.key_of.keys():
-                    return made
+        """The same of what files have under one prefix more: that of the wrapper that the model has, or once had."""
+        of = self._of
+        rest = {name: header for name, header in unread.items() if not is_ignored(of.core, name)}
+        ours = {name for name, key in self._key_of.items() if key in missing}
+        prefixes = list(filter(None, (of.path + of.at, *names.common_prefixes(rest))))
+        for conversions in filter(None, self._conversions if rest and ours else ()):
+            made = under_a_prefix(of.core, rest, ours, self._core, conversions, prefixes)
+            if made is not None:
+                origins = {self._key_of[name]: origin for name, origin in made.origins.items()}
+                return made._replace(origins=origins, why=self._why(made.prefix))
         return None
 
     def values(self, made: names.Made) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,11 +243,6 @@ class _Folder:
                 return False
             seen.add(key)
         return seen == made.origins.keys()
-
-    def _origins(self, conversions: list[Any], prefix: str = "") -> dict[str, names.Origin]:
-        """What each tensor of the judged model is made of, of the files' names under a prefix."""
-        found = names.origins(self._of.core, self.checkpoint.headers, self._core, conversions, prefix)
-        return {self._key_of[name]: origin for name, origin in found.items()}
 
     def _why(self, prefix: str) -> str:
         """Why nothing read what the files have under a prefix."""

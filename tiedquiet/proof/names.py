@@ -324,7 +324,8 @@ def likely(key: str, alike: Sequence[str]) -> str | None:
 
 def common_prefixes(all_of: Collection[str]) -> list[str]:
     """The prefixes that all of these names have, the shortest first."""
-    parts = zip(*(name.split(".")[:-1] for name in (min(all_of), max(all_of))), strict=False)
+    first_and_last = (min(all_of, default=""), max(all_of, default=""))
+    parts = zip(*(name.split(".")[:-1] for name in first_and_last), strict=False)
     common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
     return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
 

@@ -174,7 +174,7 @@ def _find(
         fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         return names.Made(fits, prefixes.why, cure=prefixes.cure)
     if names.has_converter(conversions):
-        return _under_a_prefix(model, unread, missing, needed, state, conversions)
+        return under_a_prefix(model, unread, missing.keys(), state, conversions, names.common_prefixes(unread), needed)
     return None
 
 
@@ -197,20 +197,25 @@ def _prefixes(
     return replace(prefixes, names=of_files, is_of_files=False)
 
 
-def _under_a_prefix(
+def under_a_prefix(
     model: Any,
     unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
+    missing: Collection[str],
     state: names.Headers,
     conversions: Sequence[Any],
+    prefixes: Collection[str],
+    needed: Collection[str] = (),
 ) -> names.Made | None:
-    """What transformers would convert if the files' names were without the prefix that all of them have."""
-    for start in names.common_prefixes(unread):
+    """What transformers would convert if the files' names were without one of these prefixes.
+
+    A prefix says less than a name: all that nothing read under it has to find its place, or all that the model needs.
+    """
+    for start in prefixes:
         found = names.origins(model, unread, state, conversions, start)
         origins, moved = {key: o for key, o in found.items() if key in missing}, names.Prefixes(start, "", {})
         made = names.Made(origins, moved.why, conversions, start, moved.cure)
-        if origins and (unread.keys() <= made.key_of.keys() or (needed and needed <= origins.keys())):
+        rest = {name for name in unread if name.startswith(start)}
+        if origins and (rest <= made.key_of.keys() or (needed and origins.keys() >= set(needed))):
             return made
     return None
 
