@@ -147,7 +147,7 @@ def breaks(*_: Any, **__: Any) -> Any:
 
 def test_the_list_is_not_empty_and_has_what_matters() -> None:
     names = functions().keys()
-    assert {"survey", "plain", "holds", "same", "settle", "repair", "groups", "explanations", "_note", "has"} <= names
+    assert {"survey", "plain", "holds", "same", "findings", "repair", "groups", "explanations", "_note", "has"} <= names
     assert len(names) > 50
 
 

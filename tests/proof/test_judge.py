@@ -32,7 +32,7 @@ class Pair(torch.nn.Module):
 def judged(model: torch.nn.Module, missing: set[str], **how: Any) -> dict[str, Verdict]:
     load = loading(model, missing, **how)
     with load.watch:
-        findings = load.settle(model)
+        findings = load.findings(model)
     return {finding.key: finding.verdict for finding in findings}
 
 
@@ -50,7 +50,7 @@ def test_what_misses_nothing_is_not_asked_for_its_head() -> None:
     model: Any = Pair(torch.ones(2), torch.ones(2))
     load = loading(model, set())
     with load.watch:
-        load.settle(model)
+        load.findings(model)
     load.close(model)
     model.get_output_embeddings = lambda: [][0]
     assert proof(model).ok
@@ -66,7 +66,7 @@ def test_a_tie_without_a_stored_end_does_not_hide_that_nothing_was_written() -> 
     load = loading(model, {"a.weight", "b.weight"})
     with load.watch:
         model.a.weight = torch.nn.Parameter(torch.empty(2), requires_grad=False)
-        findings = load.settle(model)
+        findings = load.findings(model)
     assert {f.key: f.verdict for f in findings} == {"a.weight": Verdict.UNWRITTEN, "b.weight": Verdict.MISSING}
 
 
@@ -84,7 +84,7 @@ def test_another_view_of_the_same_memory(change: Any, expected: dict[str, Verdic
     load = loading(model, set())
     model.a.weight.data = change(model.a.weight.data)  # on a GPU the watch takes no notice of `.data`
     with load.watch:
-        findings = load.settle(model)
+        findings = load.findings(model)
     assert {f.key: f.verdict for f in findings} == expected
 
 
@@ -113,7 +113,7 @@ def test_what_another_thread_wrote_is_held_against_the_file(
         writer.start()
         writer.join()
         then(model.a.weight)
-        findings = load.settle(model)
+        findings = load.findings(model)
     assert {f.key: f.verdict for f in findings} == ({"a.weight": verdict} if verdict else {})
 
 
@@ -130,7 +130,7 @@ def test_repair_leaves_what_would_lose_something(why: str) -> None:
         model._tied_weights_keys = {"a.weight": "b.weight", "c.weight": "b.weight"}
     load = loading(model, missing, protect=True, offloaded=places)
     with load.watch:
-        findings, repaired = repair(load, model, load.settle(model))
+        findings, repaired = repair(load, model, load.findings(model))
     assert repaired == []
     assert {finding.key: finding.verdict for finding in findings} == {"b.weight": expected}
 
@@ -141,7 +141,7 @@ def test_a_file_that_went_away_while_it_was_repaired() -> None:
     read = lambda _: answers.pop() if answers else None  # noqa: E731
     load = loading(model, {"b.weight"}, read=read, protect=True, offloaded={"a.weight": {}})
     with load.watch:
-        findings, repaired = repair(load, model, load.settle(model))
+        findings, repaired = repair(load, model, load.findings(model))
     assert repaired == []
     assert findings[0].verdict is Verdict.UNPROVEN
 
@@ -160,13 +160,13 @@ def test_what_stays_on_disk_and_has_nothing_that_reads_it_is_unproven() -> None:
     """Up to 5.3.0, where all of a model stays there."""
     model = Pair(torch.ones(2, device="meta"), torch.ones(2))
     load = loading(model, set(), offloaded={"a.weight": {}})
-    assert load.settle(model) == []
+    assert load.findings(model) == []
     load.is_over = True
-    (found,) = load.settle(model)
+    (found,) = load.findings(model)
     assert (found.key, found.verdict) == ("a.weight", Verdict.UNPROVEN)
     assert found.why == "its values stay on disk, and nothing reads them"
     model.a._hf_hook = object()
-    assert load.settle(model) == []
+    assert load.findings(model) == []
 
 
 @pytest.mark.parametrize("how", ["", "written", "swapped"])
@@ -181,7 +181,7 @@ def test_what_accelerate_puts_aside_is_judged_where_it_was_read_to(how: str) -> 
             model.a.weight.data = torch.zeros(2)
         model.a.weight = torch.nn.Parameter(model.a.weight.to("meta"), requires_grad=False)
         model.a._hf_hook = object()
-    found = {finding.key: finding.verdict for finding in load.settle(model)}
+    found = {finding.key: finding.verdict for finding in load.findings(model)}
     assert found == ({"a.weight": Verdict.OVERWRITTEN} if how else {"b.weight": Verdict.AMBIGUOUS})
 
 
@@ -199,15 +199,15 @@ def test_a_value_too_large_for_its_type_is_lost_in_strict_and_unproven_else() ->
     load = loading(model, {"b.weight"}, read={"a.weight": values}.get)
     model.b.weight = model.a.weight
     load.reading.narrowed.add("a.weight")
-    (found,) = load.settle(model)
+    (found,) = load.findings(model)
     assert (found.key, found.verdict, found.source) == ("b.weight", Verdict.UNPROVEN, "a.weight")
     load.is_strict = True
-    lost, follows = load.settle(model)
+    lost, follows = load.findings(model)
     assert (lost.key, lost.verdict, follows.verdict) == ("a.weight", Verdict.OVERWRITTEN, Verdict.OVERWRITTEN)
     assert lost.why == "by the cast to float16, which is too small for values that the file has as float32"
     with load.watch:
         model.a.weight.data.mul_(1)
-    assert [finding.verdict for finding in load.settle(model)] == [Verdict.OVERWRITTEN] * 2
+    assert [finding.verdict for finding in load.findings(model)] == [Verdict.OVERWRITTEN] * 2
 
 
 class Scaled(torch.nn.Parameter):
@@ -232,12 +232,12 @@ def test_a_type_of_its_own_is_known_by_where_it_was_read_to(change: Any, expecte
     assert isinstance(load.reading.read_to["a.weight"], tuple)
     with load.watch:
         change(model.a.weight)
-    assert {finding.key: finding.verdict for finding in load.settle(model)} == expected
+    assert {finding.key: finding.verdict for finding in load.findings(model)} == expected
 
 
 def test_repair_leaves_alone_what_is_tied_to_values_that_cannot_be_had() -> None:
     model = Pair(torch.ones(2, device="meta"), torch.zeros(2))
     load = loading(model, {"b.weight"}, offloaded={"a.weight": {}})
-    load.settle(model)
+    load.findings(model)
     repair(load, model, [Finding("b.weight", Verdict.UNTIED, "a.weight", "", True)])
     assert model.b.weight.tolist() == [0, 0]

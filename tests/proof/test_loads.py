@@ -208,11 +208,11 @@ def test_an_error_under_the_watch_is_raised_by_the_judge() -> None:
     load = loading(model, set())
     load.watch.give_up(ArithmeticError("injected"))
     with pytest.raises(ArithmeticError, match="injected"):
-        load.settle(model)
+        load.findings(model)
     assert issubclass(LoadError, RuntimeError)
 
 
 def test_what_is_on_meta_and_not_on_disk_has_no_values() -> None:
     model = torch.nn.Linear(2, 2).to("meta")
     load = loading(model, set())
-    assert {f.verdict for f in load.settle(model)} == {Verdict.UNPROVEN}
+    assert {f.verdict for f in load.findings(model)} == {Verdict.UNPROVEN}

@@ -69,7 +69,7 @@ def test_the_verdict_agrees_with_the_bytes(world: World, repairing: bool) -> Non
     load = loading(model, set(KEYS) - world.stored, protect=repairing)
     with load.watch:
         spoil(model, world)
-        findings = load.settle(model)
+        findings = load.findings(model)
         if repairing:
             findings, _ = repair(load, model, findings)
     now = {key: model.get_parameter(key) for key in KEYS}

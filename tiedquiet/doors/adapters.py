@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import Adapter, made_again, of_missing, of_the_whole
-from tiedquiet.doors.outcome import Outcome, carry_out, fold, told
+from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
@@ -128,14 +128,14 @@ def _judge(before: _Before, result: Any) -> Outcome:
     adapter, model = Adapter(before.model, before.given, before.unseen), before.model
     known, base = adapter.known, adapter.base
     findings = adapter.judge(result.unexpected_keys)
-    outcome = told(model, adapter.where, findings, adapter.repaired, set(), known.total)
+    outcome = outcome_of(model, adapter.where, findings, adapter.repaired, set(), known.total)
     name = words.name_of(model, adapter.where)
     if left := known.missing - known.lasting.keys():
         outcome.lines.append((logging.WARNING, f"{name}: {of_missing(left, known.total)}"))
     if changed := _changed_in_base(before, adapter.prefix):
         line = f"{name}: loading it also changed tensors of the base model: {words.few(changed, fold)}"
         outcome.lines.append((logging.INFO, line))
-    known.settled = {finding.key: finding for finding in findings}
+    known.findings = {finding.key: finding for finding in findings}
     earlier = record.of(base)
     if earlier is not None or adapter.in_files or findings:
         record.leave(base, known if earlier is None else known.after(earlier))

@@ -90,7 +90,7 @@ def _on_last_step(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
 
 
 def _close(load: Load, model: Any) -> None:
-    with suppress(Exception):  # of a load that failed, or that was told already
+    with suppress(Exception):  # of a load that failed, or that was judged already
         load.close(model)
 
 

@@ -34,10 +34,10 @@ class Outcome:
 
 def conclude(load: Load, model: Any) -> Outcome:
     """Judge a load, repair what the mode says, and leave the record on the model."""
-    findings = _settle(load, model)
+    findings = _judge_and_repair(load, model)
     wrong = {finding.key for finding in findings if finding.verdict not in WELL}
     load.mended = [finding for finding in load.mended if finding.key not in wrong]  # and was lost since
-    outcome = told(model, load.where, findings, load.mended, load.reported, load.known.total if load.known else 0)
+    outcome = outcome_of(model, load.where, findings, load.mended, load.reported, load.known.total if load.known else 0)
     load.close(model)
     return outcome
 
@@ -45,16 +45,16 @@ def conclude(load: Load, model: Any) -> Outcome:
 def left_missing(load: Load, model: Any) -> set[str]:
     """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
     with load.watch.aside():
-        findings = _settle(load, model)
+        findings = _judge_and_repair(load, model)
     left = _left(findings, load.mended, load.reported)
     load.watch.go_on()
     load.dropped = load.reported - left
     return left
 
 
-def _settle(load: Load, model: Any) -> list[Finding]:
+def _judge_and_repair(load: Load, model: Any) -> list[Finding]:
     load.is_strict = mode.current() == "strict"
-    findings = load.settle(model)
+    findings = load.findings(model)
     if mode.current() == "repair":
         findings, repaired = repair(load, model, findings)
         known = {finding.key for finding in repaired}
@@ -67,7 +67,7 @@ def _left(findings: list[Finding], repaired: list[Finding], missing: set[str]) -
     return missing - filled - {f.key for f in findings if f.verdict in WELL}
 
 
-def told(
+def outcome_of(
     model: Any, where: object, findings: list[Finding], repaired: list[Finding], missing: set[str], total: int
 ) -> Outcome:
     """What there is to say about findings, and what is to be raised."""

@@ -13,7 +13,7 @@ from weakref import ref
 
 from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import FOR_INFERENCE, altered_prompts, of_missing
-from tiedquiet.doors.outcome import Outcome, told
+from tiedquiet.doors.outcome import Outcome, outcome_of
 from tiedquiet.proof import record
 from tiedquiet.proof.adapted import base_of, names_in_files, saved
 from tiedquiet.proof.files import found_in
@@ -81,7 +81,7 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
             lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {what}"))
         elif not names and (wrong := altered_prompts(model, adapter, checkpoint)):
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
-            known.settled[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
+            known.findings[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
         known.files += checkpoint.files
         missing = []
         for name, own_name in ((name, n) for name, n in names.items() if id(state[name]) not in read):
@@ -98,17 +98,17 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
             elif not is_held:  # prompts are no part of the base model, whose record this is
                 finding = replace(finding, key="", why=f"{own_name} of the adapter {adapter} was not read, {_WHY}")
             if not is_held:
-                known.settled[finding.key] = finding
+                known.findings[finding.key] = finding
                 missing += [key] if values is None else []
         if checkpoint.files and missing:
             lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {of_missing(missing, len(names))}"))
     known.total = len(known.stored) + len(known.missing)
-    if not known.total and not known.settled and not repaired:
+    if not known.total and not known.findings and not repaired:
         return None
-    known.lasting = {key: f for key, f in known.settled.items() if f.verdict is Verdict.UNREAD or not key}
+    known.lasting = {key: f for key, f in known.findings.items() if f.verdict is Verdict.UNREAD or not key}
     known.tensors = record.refs_to({key: state[prefix + key] for key in known.stored})
     known.adapted = known.stored | known.missing
-    outcome = told(model, folder, list(known.settled.values()), repaired, set(), known.total)
+    outcome = outcome_of(model, folder, list(known.findings.values()), repaired, set(), known.total)
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))
     return outcome

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from tiedquiet import mode, words
-from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, told
+from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, outcome_of
 from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
@@ -222,7 +222,7 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1], may_write)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
     (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
-    return told(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
+    return outcome_of(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
 
 
 def _leave_inside(of: Inside) -> None:

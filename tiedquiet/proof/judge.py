@@ -46,7 +46,7 @@ def judge(
         is_strict: values that were cast to a smaller type are worth a look at each of them.
 
     Returns:
-        What is known; its `settled` holds the findings.
+        What is known, with all findings.
 
     Raises:
         Exception: what went wrong under the watch; after that nothing can be said.
@@ -81,7 +81,7 @@ def judge(
         judge_casts(known, now, reading.sources, and_on_disk=True)
     tied = ties(now, known.missing, stored)
     known.two_ends = {finding.key: finding for finding in judge_two_ends(known, now, tied, reading.values)}
-    known.settled = {finding.key: finding for finding in _judge_now(model, known, now, tied, reading.values)}
+    known.findings = {finding.key: finding for finding in _judge_now(model, known, now, tied, reading.values)}
     return known
 
 
@@ -161,7 +161,7 @@ def _followed(known: Record, now: Survey) -> Record:
 
 
 def _were_tied(known: Record, key: str, source: str) -> bool:
-    return (finding := known.settled.get(key)) is not None and finding.source == source
+    return (finding := known.findings.get(key)) is not None and finding.source == source
 
 
 def _stamps(files: list[str]) -> dict[str, tuple[int, int]]:

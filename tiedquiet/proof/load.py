@@ -28,7 +28,7 @@ class Load:
         is_resumed: the checkpoint is one of this very model, whose parameters stay the objects that they are.
 
     Attributes:
-        known: what is known once it is settled.
+        known: what is known once it is judged.
         mended: findings that were repaired.
         where: where the checkpoint lies, as the loader's report says it.
         reported: the keys that the loader reported missing.
@@ -91,7 +91,7 @@ class Load:
         names = (*self.reading.missing, *self.reading.buffers)
         return {name for name in names if (tensor := tensor_at(model, name)) is not None and tensor.is_meta}
 
-    def settle(self, model: torch.nn.Module) -> list[Finding]:
+    def findings(self, model: torch.nn.Module) -> list[Finding]:
         """Judge it, now that it has ended; later writes do not concern it.
 
         Raises:
@@ -102,10 +102,10 @@ class Load:
             self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
         self.known = None  # what was known before counts for nothing if this fails
         self.known = judge(model, self.reading, self.watch, self.is_resumed, self.is_over, is_strict=self.is_strict)
-        return list(self.known.settled.values())
+        return list(self.known.findings.values())
 
     def close(self, model: torch.nn.Module) -> None:
-        """Leave the record on the model, if it was settled, and nothing else."""
+        """Leave the record on the model, if it was judged, and nothing else."""
         if vars(model).get(_ATTRIBUTE) is self:
             del vars(model)[_ATTRIBUTE]
         known, self.known = self.known, None

@@ -39,8 +39,8 @@ def judge_missing(
     names_of = by_object(dict(compress(stored.items(), map(wanted.__contains__, map(id, stored.values())))))
     for key in missing:
         tensor, group = now.state[key], tied.get(key)
-        if tensor.is_meta and key in known.settled:
-            yield known.settled[key]  # moved to disk since then
+        if tensor.is_meta and key in known.findings:
+            yield known.findings[key]  # moved to disk since then
             continue
         followed = names_of.get(id(tensor), [])
         if not followed and (pieces := plain(tensor)):
@@ -111,8 +111,8 @@ def _judge_parted(
         if other.is_meta and values is not None and (value := values(source)) is not None:  # it stays on disk
             other = value
         if not plain(tensor) or not plain(other):
-            if key in known.settled:
-                return known.settled[key]  # at the load they could be compared
+            if key in known.findings:
+                return known.findings[key]  # at the load they could be compared
             kinds = " and ".join(f"{type(t).__name__} on {t.device}" for t in (tensor, other))
             return Finding(key, Verdict.UNPROVEN, source, f"the two cannot be compared ({kinds})")
         # Two tensors of one constant are equal by accident: biases that start at zero.

@@ -26,7 +26,7 @@ class Record:
         free: those missing that the class itself says need no file.
         lasting: findings on the load itself, which nothing later changes.
         two_ends: findings on ties of which both ends were stored, with different values.
-        settled: all findings when the load had ended.
+        findings: all of them when the load had ended.
         grown: names of tensors that were made larger.
         altered: names of tensors that were turned, or whose own row for padding transformers zeroed again: no loss.
         narrowed: names of what may have been cast to a type with a smaller range, and has not been looked at.
@@ -48,7 +48,7 @@ class Record:
     free: set[str] = field(default_factory=set)
     lasting: dict[str, Finding] = field(default_factory=dict)
     two_ends: dict[str, Finding] = field(default_factory=dict)
-    settled: dict[str, Finding] = field(default_factory=dict)
+    findings: dict[str, Finding] = field(default_factory=dict)
     grown: set[str] = field(default_factory=set)
     altered: set[str] = field(default_factory=set)
     narrowed: set[str] = field(default_factory=set)
@@ -97,14 +97,14 @@ class Record:
                 source = name(source) or source
             return replace(finding, key=new[finding.key], source=source)
 
-        known = self.stored | self.missing | self.lasting.keys() | self.settled.keys()
+        known = self.stored | self.missing | self.lasting.keys() | self.findings.keys()
         new = {key: own for key in known if (own := name(key) if key else key) is not None}
         changed: dict[str, Any] = {"model": ref(model)}
         for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted"):
             changed[what] = {new[key] for key in getattr(self, what) if key in new}
         for what in ("places", "likely", "tensors"):
             changed[what] = {new[key]: value for key, value in getattr(self, what).items() if key in new}
-        for what in ("lasting", "two_ends", "settled"):
+        for what in ("lasting", "two_ends", "findings"):
             findings = (of_finding(f) for f in getattr(self, what).values() if f.key in new)
             changed[what] = {finding.key: finding for finding in findings}
         return replace(self, **changed, total=len(changed["stored"]) + len(changed["missing"]))
@@ -121,7 +121,7 @@ class Record:
             others = {k: f for k, f in earlier.lasting.items() if k not in own and f.verdict is Verdict.UNWRITTEN}
             self.lasting = {**others, **self.lasting}
             return self
-        for kept in ("lasting", "two_ends", "settled", "places", "likely", "tensors"):
+        for kept in ("lasting", "two_ends", "findings", "places", "likely", "tensors"):
             setattr(
                 self, kept, {**{k: v for k, v in getattr(earlier, kept).items() if k not in own}, **getattr(self, kept)}
             )

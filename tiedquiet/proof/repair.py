@@ -23,7 +23,7 @@ def repair(load: Load, model: Any, findings: list[Finding]) -> tuple[list[Findin
     """Repair what can be repaired without losing anything that was stored.
 
     Args:
-        load: the load, settled.
+        load: the load, which has been judged.
         model: its model.
         findings: what was found.
 
@@ -46,7 +46,7 @@ def repair(load: Load, model: Any, findings: list[Finding]) -> tuple[list[Findin
                 _tie(load, model, finding, now)
             elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER and key not in load.reading.likely:
                 _fill(load, model, key, _computed(load).get(key), now)
-        findings = load.settle(model)
+        findings = load.findings(model)
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
     left = {f.key for f in findings if f.verdict is not Verdict.TIED}
     return findings, [before[key] for key in sorted(before) if key not in left]
