@@ -153,6 +153,16 @@ def test_two_values_for_one_tensor(base: Path) -> None:
     assert main(["check", str(adapter)]) == 1
 
 
+def test_biases_that_the_file_lacks_and_no_row_names(base: Path, printed: Printed) -> None:
+    adapter = saved(base, KINDS["all biases"]())
+    rename(adapter, lambda key: None if key.endswith("k_proj.bias") else key)
+    proof = tiedquiet.check(by_transformers(base, adapter))
+    missing = [f.key for f in proof.findings if f.verdict is tiedquiet.Verdict.MISSING]
+    assert len(missing) == 2
+    assert all(".k_proj." in key for key in missing)
+    assert any("not in its files" in line and "k_proj" in line for line in printed.loud)
+
+
 def test_a_bias_that_changed_since(base: Path) -> None:
     adapter = saved(base, KINDS["all biases"]())
     model = by_transformers(base, adapter)

@@ -65,6 +65,14 @@ def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], 
     return earlier, [(logging.INFO, line + words.few(earlier, fold))] if earlier else []
 
 
+def unreported(load: Load, model: Any) -> list[tuple[int, str]]:
+    """What to say of an adapter's tensors that are missing and in no row of transformers': biases of the base model."""
+    reading = load.reading
+    left = reading.missing - reading.found.keys() - reading.free - load.reported if reading.is_of_adapter else set()
+    line = f"{words.name_of(model, load.where)}: {of_missing(left, reading.total)}"
+    return [(logging.WARNING, line)] if left else []
+
+
 def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
     """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
     state, missing = survey(model).state, reading.missing - reading.found.keys()

@@ -129,6 +129,7 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
             reported = _reported(bound)
             earlier, lines = adapters.read_earlier(load, bound["model"], reported)
             load.reported = reported - earlier
+            lines += adapters.unreported(load, bound["model"])
             with load.watch.aside():
                 outcome = conclude(load, bound["model"])
             outcome.lines += lines
@@ -151,29 +152,26 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     info, offloaded = result if isinstance(result, tuple) else (result, getattr(result, "disk_offload_index", None))
     base = getattr(model, "base_model_prefix", "")
     checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
-    quantised = config.hf_quantizer is not None
     mended: list[Finding] = []
-    reading, unread = _read(model, info, checkpoint, offloaded, config, quantised)
+    reading, unread = _read(model, info, checkpoint, offloaded, config)
     made = find_unread(model, reading, unread, config.weight_mapping or ())
-    if made is not None and mode.current() == "repair" and not quantised:
+    if made is not None and mode.current() == "repair" and not reading.is_quantised:
         to_disk = "disk" in (config.device_map or {}).values()
         if not to_disk and not _lies_in_stored(model, reading, made.origins):
             before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
             _read_again(wrapped, bound, info, checkpoint, made)
-            reading, unread = _read(model, info, checkpoint, offloaded, config, quantised, made.key_of)
+            reading, unread = _read(model, info, checkpoint, offloaded, config, made.key_of)
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in made.key_of}
             find_unread(model, reading, unread, config.weight_mapping or ())
     load = Load(model, reading, protect=mode.current() == "repair")
     load.mended = mended
     around = call.current()
-    if around is not None:
-        load.arguments = around.arguments
-        # Of an adapter the report says which of its keys are missing, where the loader calls all of its base model so.
-        if not adapters.is_loading(model) and (not quantised or _is_last_step_seen(config.hf_quantizer)):
-            around.watch(load, model)
-    if adapters.is_loading(model):
+    load.arguments = around.arguments if around is not None else ()
+    if adapters.is_loading(model):  # perhaps with no call around it: so it is judged when transformers reports
         adapters.note_rest(model, reading, unread)
+    elif around is not None and (not reading.is_quantised or _is_last_step_seen(config.hf_quantizer)):
+        around.watch(load, model)
 
 
 def _is_last_step_seen(quantiser: Any) -> bool:
@@ -194,7 +192,6 @@ def _read(
     checkpoint: Checkpoint,
     offloaded: Any,
     config: Any,
-    quantised: bool,
     also: dict[str, str] | None = None,
 ) -> tuple[Reading, names.Headers]:
     """What was read, and what nothing read, if the loader left anything open."""
@@ -206,7 +203,7 @@ def _read(
         of = names.origins if is_converted else names.sources
         return of(model, checkpoint.headers, survey(model).state, conversions)
 
-    reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, quantised)
+    reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, config.hf_quantizer is not None)
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
