@@ -301,6 +301,8 @@ def test_another_rank(base: Path, printed: Printed) -> None:
     with pytest.warns(UserWarning, match="being ignored because you passed"):
         model.load_adapter(adapter, "default", ignore_mismatched_sizes=True)
     assert [f.source for f in tiedquiet.check(model).findings if f.verdict is tiedquiet.Verdict.UNREAD] == [stranger]
+    read = len(tensors) - 8
+    assert any(f"{read} of {len(tensors) + 1} tensors of the adapter were read" in line for line in printed.loud)
 
 
 @pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])

@@ -67,6 +67,12 @@ class Adapter:
         """
         known, checkpoint = self.known, self.checkpoint
         rest, count = self._without_place(reported)
+        # Of these peft speaks itself, if it was told to go on in spite of them.
+        for key in known.missing:
+            header = checkpoint.headers.get(self.in_files[key])
+            if header is not None and header.shape != self._state[key].shape:
+                known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
+        count += len(known.lasting)
         for finding in list(self._under_a_prefix(rest)):
             rest.discard(finding.source or "")
             if self._mend(finding, finding.source):
@@ -77,11 +83,6 @@ class Adapter:
                 self._mend(finding, self.in_files[finding.key])
         if wrong := altered_prompts(self._model, self._name, checkpoint):
             known.lasting[""] = _of_prompts(wrong)
-        # Of these peft speaks itself, if it was told to go on in spite of them.
-        there = {k: checkpoint.headers.get(self.in_files[k]) for k in known.missing - known.lasting.keys()}
-        for key, header in there.items():
-            if header is not None and header.shape != self._state[key].shape:
-                known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
         left = sorted(known.missing - known.lasting.keys())
         if checkpoint.closed:
             known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in left})
