@@ -50,11 +50,12 @@ BUILDS = r"\bAutoModel\w*\.(?:_?from_config|from_pretrained)\("
 SPECIAL = re.compile(r".*(_id|_ids|_index|_idx|token_id)$")
 
 
-def modules_with_ties(only: str = "") -> list[str]:
+def modules_with_ties(only: str = "", among: str = rf"_tied_weights_keys|{BUILDS}") -> list[str]:
     """Names of the modelling modules whose source mentions a tie, or builds a model of another module.
 
     Args:
         only: a regular expression; modules without a class whose name has a match are left out, not imported.
+        among: one that their source has to match; an empty one is for all modules.
     """
     import transformers.models
 
@@ -67,7 +68,7 @@ def modules_with_ties(only: str = "") -> list[str]:
                 with open(f"{folder}/{module.name}.py", encoding="utf-8") as file:
                     text = file.read()
                     names = re.findall(r"^class (\w+)", text, re.MULTILINE)
-                    if re.search(rf"_tied_weights_keys|{BUILDS}", text) and any(re.search(only, n) for n in names):
+                    if re.search(among, text) and any(re.search(only, n) for n in names):
                         found.append(f"{package.name}.{module.name}")
     return found
 
@@ -118,11 +119,11 @@ class NoTies(ValueError):
     """A class without a tie, for all that its source lets expect."""
 
 
-def tiny(cls: type[Any]) -> Any:
+def tiny(cls: type[Any], needs_ties: bool = True) -> Any:
     """An instance with a shrunken default configuration, every tie switched on.
 
     Raises:
-        NoTies: there is none.
+        NoTies: there is none, and there has to be.
         ValueError: no attempt could be built; its text gives the first and the last reason.
     """
     import torch
@@ -136,7 +137,7 @@ def tiny(cls: type[Any]) -> Any:
                 each.tie_word_embeddings = True
             with torch.device("meta"):
                 empty = cls(clone(config))
-            if not empty.get_expanded_tied_weights_keys(all_submodels=True):
+            if needs_ties and not empty.get_expanded_tied_weights_keys(all_submodels=True):
                 raise NoTies("declares no tie in its default configuration")
             size = sum(parameter.numel() for parameter in empty.parameters())
             if size > MOST_ELEMENTS:

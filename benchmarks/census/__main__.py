@@ -41,6 +41,7 @@ def main() -> int:
         help="releases of transformers that tests/compat has an environment for (default: this one)",
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="only classes whose name has a match")
+    parser.add_argument("--all", action="store_true", help="every class, whether it has a tie or not")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the lines that --out already has")
     options = parser.parse_args()
@@ -67,9 +68,9 @@ def main() -> int:
     else:
         lines.write_text("")
     started = time.perf_counter()
-    modules = tiny_models.modules_with_ties(options.only)
+    modules = tiny_models.modules_with_ties(options.only, *([""] if options.all else []))
     with ProcessPoolExecutor(options.jobs, initializer=prepare) as pool, lines.open("a") as file:
-        futures = [pool.submit(census_of_module, module, options.only, done) for module in modules]
+        futures = [pool.submit(census_of_module, module, options.only, done, options.all) for module in modules]
         for future in tqdm(as_completed(futures), total=len(futures), unit="module"):
             for line in future.result():
                 file.write(json.dumps(line) + "\n")
@@ -80,6 +81,7 @@ def main() -> int:
     own, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     configuration = {
         "only": options.only,
+        "all": options.all,
         "jobs": options.jobs,
         "resumed": bool(done),  # then the times are of the last part alone
         "seconds": round(time.perf_counter() - started),
@@ -101,6 +103,7 @@ def in_environments(options: argparse.Namespace) -> int:
     for release in options.release:
         command = [python_of(release), "-m", "benchmarks.census", "--only", options.only, "--jobs", str(options.jobs)]
         command += ["--out", str(options.out.absolute()), *(["--resume"] if options.resume else [])]
+        command += ["--all"] if options.all else []
         done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
         worst = max(worst, abs(done.returncode))
         print("\n".join(done.stdout.splitlines()[2 - head :]), flush=True)

@@ -27,7 +27,7 @@ SECONDS = 300  # that one class may take
 # One class
 
 
-def census_of_module(name: str, only: str, done: set[str]) -> list[dict[str, Any]]:
+def census_of_module(name: str, only: str, done: set[str], every: bool = False) -> list[dict[str, Any]]:
     """One line per class and way; a class or a way that cannot be tried is a line with its reason."""
     try:
         module = importlib.import_module(name)
@@ -36,12 +36,12 @@ def census_of_module(name: str, only: str, done: set[str]) -> list[dict[str, Any
         return [] if short in done else [{"class": short, "way": None, "reason": reason(error)}]
     gc.freeze()  # or each collection walks over every module of transformers anew
     lines = []
-    declaring = tiny_models.declaring_classes(module)
-    for cls in (*declaring, *tiny_models.classes_that_may_carry(module)):
+    declaring = tiny_models.own_classes(module) if every else tiny_models.declaring_classes(module)
+    for cls in (*declaring, *(() if every else tiny_models.classes_that_may_carry(module))):
         if re.search(only, cls.__name__) and cls.__name__ not in done:
             with limited(SECONDS):
                 try:
-                    lines += list(census_of_class(cls))
+                    lines += list(census_of_class(cls, not every))
                 except Exception as error:
                     line = {"class": cls.__name__, "way": None, "reason": reason(error)}
                     line["no_ties"] = isinstance(error, tiny_models.NoTies)
@@ -71,8 +71,8 @@ def limited(seconds: int, error: type[BaseException] = TimeoutError) -> Iterator
         signal.signal(signal.SIGALRM, before)
 
 
-def census_of_class(cls: type[Any]) -> Iterator[dict[str, Any]]:
-    saved = Saved(cls)
+def census_of_class(cls: type[Any], needs_ties: bool = True) -> Iterator[dict[str, Any]]:
+    saved = Saved(cls, needs_ties)
     for name, way in WAYS.items():
         line: dict[str, Any] = {"class": cls.__name__, "way": name}
         try:
@@ -115,7 +115,7 @@ def census_of_load(
     except Exception as error:
         try:
             with printing():
-                cls.from_pretrained(folder, **options)
+                cls.from_pretrained(folder, output_loading_info=True, **options)
         except Exception:
             return {"reason": f"transformers does not load it: {reason(error)}"}
         return {"failed_because_of_it": [reason(error)]}

@@ -12,13 +12,13 @@ from benchmarks import tiny_models
 class Saved:
     """A tiny model full of random values, what `save_pretrained` makes of it, and which ties are declared."""
 
-    def __init__(self, cls: type[Any]) -> None:
+    def __init__(self, cls: type[Any], needs_ties: bool = True) -> None:
         from safetensors.torch import load_file
 
         from tests.checkpoints import state_of
 
         self.cls = cls
-        self.model = tiny_models.tiny(cls)
+        self.model = tiny_models.tiny(cls, needs_ties)
         self.meant = dict(self.model.get_expanded_tied_weights_keys(all_submodels=True))
         self.model.tie_weights()
         self.state = state_of(self.model)

@@ -93,6 +93,24 @@ class MyTextModel(CLIPTextModel):
     """A subclass, which transformers does not rename for (5.6 and newer)."""
 
 
+class IgnoringTextModel(CLIPTextModel):
+    """One that says of all these names that it has no place for them: they are those of a whole model."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^text_model\.",)
+
+
+def test_what_a_class_ignores_is_unread_where_its_renaming_has_a_place_for_it(tmp_path: Path, printed: Printed) -> None:
+    written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
+    truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    model = IgnoringTextModel.from_pretrained(tmp_path)
+    if not wrong(model, truth):
+        pytest.skip("this release renames nothing of it")
+    assert set(verdicts(model).values()) == {Verdict.UNREAD}
+    assert "for its subclass IgnoringTextModel" in printed.loud[0]
+    with tiedquiet.enable("repair"):
+        assert not wrong(IgnoringTextModel.from_pretrained(tmp_path), truth)
+
+
 def test_a_subclass_gets_the_renaming_of_its_class(tmp_path: Path, printed: Printed) -> None:
     written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
     truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()

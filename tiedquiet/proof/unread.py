@@ -64,7 +64,7 @@ def ask_headers(
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
-    unread = {n: h for n, h in headers.items() if came_from.get(n) not in reading.held and not is_ignored(model, n)}
+    unread = {name: header for name, header in headers.items() if came_from.get(name) not in reading.held}
     if reading.is_quantised:
         return unread  # types and shapes of the two differ anyway
     scales, tensors = Scales(unread), reading.checkpoint.tensors
@@ -133,7 +133,7 @@ def find_unread(
     if made is not None:
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     used = made.key_of if made is not None else {}
-    rest = names.by_shape({name: header for name, header in unread.items() if name not in used})
+    rest = names.by_shape({n: header for n, header in unread.items() if n not in used and not is_ignored(model, n)})
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
@@ -161,7 +161,10 @@ def _find(
     if own := [key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape]:
         why = "because they are renamed while they are read, to names that the model does not have"
         return names.Made({key: names.Origin((key,), False) for key in own}, why)
-    prefixes = _prefixes(model, unread, missing, needed, state, conversions)
+    # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where transformers'
+    # own renaming has a place for it, the class does not speak of it.
+    rest = {name: header for name, header in unread.items() if not is_ignored(model, name)}
+    prefixes = _prefixes(model, rest, missing, needed, state, conversions)
     if (native := names.native_class(model)) is not None:
         rules = names.conversions_of_native(model)
         origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
@@ -174,7 +177,7 @@ def _find(
         fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
         return names.Made(fits, prefixes.why, cure=prefixes.cure)
     if names.has_converter(conversions):
-        return under_a_prefix(model, unread, missing.keys(), state, conversions, names.common_prefixes(unread), needed)
+        return under_a_prefix(model, rest, missing.keys(), state, conversions, names.common_prefixes(rest), needed)
     return None
 
 
