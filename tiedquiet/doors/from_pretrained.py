@@ -15,7 +15,7 @@ from tiedquiet.proof import names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading, read
-from tiedquiet.proof.repair import prepare
+from tiedquiet.proof.repair import copy_in_place, prepare
 from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers
 from tiedquiet.verdict import Finding, Verdict
@@ -164,6 +164,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in made.key_of}
             find_unread(model, reading, unread, config.weight_mapping or ())
+    if mode.current() == "repair" and reading.crossed:
+        mended += _uncross(reading)
     load = Load(model, reading, protect=mode.current() == "repair")
     load.mended = mended
     around = call.current()
@@ -207,7 +209,7 @@ def _read(
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
-    if also or needs_headers(reading, info.unexpected_keys):
+    if also or names.may_cross(model) or needs_headers(reading, info.unexpected_keys):
         try:
             unread = ask_headers(model, reading, conversions, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened
@@ -243,6 +245,14 @@ def _read_again(
     reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
     came_from = made.key_of.keys()
     info.unexpected_keys = info.unexpected_keys - {reported.get(name, name) for name in came_from} - came_from
+
+
+def _uncross(reading: Reading) -> list[Finding]:
+    """Put into each tensor what the files have for it, where the loader mixed up two of them."""
+    tensors, made_of = reading.checkpoint.tensors, reading.made_of
+    own = {key: name for key, name in reading.crossed.items() if copy_in_place(reading.held[key], tensors[name]())}
+    reading.made_of = lambda: {**made_of(), **{key: names.Origin((name,), False) for key, name in own.items()}}
+    return [reading.found.pop(key) for key in own]
 
 
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:

@@ -194,7 +194,10 @@ class _Folder:
         """
         path, claimed = self._of.path, set[str]()
         for conversions in self._conversions:
-            made = names.origins(self._of.core, self.checkpoint.headers, self._core, conversions)
+            core, headers = self._of.core, self.checkpoint.headers
+            made = names.origins(core, headers, self._core, conversions)
+            crossed = names.crossed(core, headers, self._core, made, conversions)
+            made |= {name: names.Origin((own,), False) for name, own in crossed.items()}
             origins = {
                 key: origin
                 for key, origin in ((self._key_of[name], origin) for name, origin in made.items())
@@ -221,10 +224,9 @@ class _Folder:
     def values(self, made: names.Made) -> Iterator[tuple[str, torch.Tensor]]:
         """What the files give for the tensors of which it is known what they are made of."""
         tensors, start = self.checkpoint.tensors, len(made.prefix)
-        if not made.conversions:
-            yield from ((key, tensors[origin.names[0]]()) for key, origin in made.origins.items())
-            return
-        full = {name[start:]: name for name in made.key_of}
+        plainly = {key: origin.names[0] for key, origin in made.origins.items() if not origin.is_converted}
+        yield from ((key, tensors[name]()) for key, name in plainly.items())
+        full = {name[start:]: name for name, key in made.key_of.items() if key not in plainly}
         headers = {short: self.checkpoint.headers[name] for short, name in full.items()}
         rules, key_of = made.conversions, self._key_of
         for name, _, value in names.converted(

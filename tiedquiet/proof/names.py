@@ -220,6 +220,42 @@ def _machinery(conversions: Sequence[Any]) -> tuple[Any, list[Any], list[Any], A
     return theirs.rename_source_key, renamings, converters, theirs.dot_natural_key
 
 
+def may_cross(model: Any) -> bool:
+    """Whether a model and its base model have tensors under one name: adding a prefix or taking it off, both exist."""
+    base = getattr(model, "_modules", {}).get(getattr(model, "base_model_prefix", ""))
+    if base is None:
+        return False
+    if model._parameters.keys() & base._parameters.keys() or model._buffers.keys() & base._buffers.keys():
+        return True
+    both = model._modules.keys() & base._modules.keys()
+    return any(next(model._modules[name].parameters(), None) is not None for name in both if model._modules[name])
+
+
+def crossed(
+    model: Any, headers: Headers, state: Headers, made: Mapping[str, Origin], conversions: Sequence[Any]
+) -> dict[str, str]:
+    """The keys that transformers reads into another one.
+
+    It adds the prefix of the base model to a name, or takes it off, wherever the result is a name of the model. But
+    where one of the files' names has that prefix, none of them needs another.
+
+    Args:
+        model: the model.
+        headers: what the files hold.
+        state: the model's tensors by name.
+        made: what each of them is read from.
+        conversions: what the loader renames and converts.
+
+    Returns:
+        For each of these keys the name that the files have for it.
+    """
+    straight = renamed(model, headers, conversions) if may_cross(model) else {}
+    if not any(own.startswith(f"{model.base_model_prefix}.") and own in state for own in straight.values()):
+        return {}
+    read_into = {name: key for key, origin in made.items() if not origin.is_converted for name in origin.names}
+    return {own: name for name, key in read_into.items() if (own := straight[name]) != key and own in state}
+
+
 def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:
     """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
 

@@ -32,6 +32,7 @@ class Reading:
         free: those missing that the class itself says need no file.
         tied: those missing that a declared tie explains: another member of it was read.
         found: findings on the reading itself, which nothing later changes.
+        crossed: keys that another name of the files was read into, and their own name there.
         likely: for missing keys, an unread tensor of the files that fits their shape.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
@@ -49,6 +50,7 @@ class Reading:
     free: set[str] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
     found: dict[str, Finding] = field(default_factory=dict)
+    crossed: dict[str, str] = field(default_factory=dict)
     likely: dict[str, str] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)

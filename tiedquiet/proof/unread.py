@@ -61,6 +61,7 @@ def ask_headers(
     state = survey(model).state
     made = names.sources(model, headers, state, conversions)
     came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
+    _note_crossed(model, reading, names.crossed(model, headers, state, made, conversions))
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
@@ -78,6 +79,18 @@ def ask_headers(
         if found is not None:
             reading.found[key] = found
     return unread
+
+
+def _note_crossed(model: Any, reading: Reading, crossed: dict[str, str]) -> None:
+    tensors, prefix = reading.checkpoint.tensors, f"{getattr(model, 'base_model_prefix', '')}."
+    why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
+    for key, name in crossed.items():
+        cure = "Rename one of the two modules"
+        if key in reading.held:
+            if equals(reading.read_to[key], tensors[name]()) is not False:
+                continue  # they are equal, or it cannot be told
+            reading.crossed[key], cure = name, _REPAIR
+        reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, cure)
 
 
 def in_two_files(key: str, first: str, second: str) -> Finding:
