@@ -17,6 +17,9 @@ from transformers import (
     BertForSequenceClassification,
     CLIPTextConfig,
     CLIPTextModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlavaForConditionalGeneration,
@@ -185,6 +188,29 @@ def test_what_a_class_ignores_is_unread_where_its_renaming_has_a_place_for_it(tm
     assert "for its subclass IgnoringTextModel" in printed.loud[0]
     with tiedquiet.enable("repair"):
         assert not wrong(IgnoringTextModel.from_pretrained(tmp_path), truth)
+
+
+def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path, printed: Printed) -> None:
+    """Transformers 5.9 to 5.13 read nothing of it but the embeddings: there a ViT starts from noise."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    saved = DeiTModel(DeiTConfig(**small, image_size=16, patch_size=8))
+    saved.save_pretrained(tmp_path)
+    truth = {f"deit.{key}": value for key, value in saved.state_dict().items() if not key.startswith("pooler")}
+    model = DeiTForImageClassification.from_pretrained(tmp_path)
+    heads = {"classifier.weight": Verdict.MISSING, "classifier.bias": Verdict.MISSING}
+    if not wrong(model, truth):
+        assert verdicts(model) == heads
+        pytest.skip("this release reads it")
+    found = verdicts(model)
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == found.keys() - heads
+    assert "renames what it reads for DeiTModel, but not for DeiTForImageClassification around it" in printed.loud[0]
+    assert "register the conversion of DeiTModel for DeiTForImageClassification" in printed.loud[0]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        DeiTForImageClassification.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = DeiTForImageClassification.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert verdicts(model) == heads
 
 
 def test_a_subclass_gets_the_renaming_of_its_class(tmp_path: Path, printed: Printed) -> None:

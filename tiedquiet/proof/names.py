@@ -116,6 +116,19 @@ def conversions_of_native(model: Any) -> list[Any]:
         return []  # it cannot be built from this config alone
 
 
+def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
+    """What transformers would rename and convert for classes that a model's is made from, or around.
+
+    Yields:
+        A class that may have saved the files, what the model's is to it, and its conversions.
+    """
+    ours = type(model).__name__
+    if (native := native_class(model)) is not None:
+        yield native.__name__, f"its subclass {ours}", conversions_of_native(model)
+    if (base := getattr(model, "base_model", model)) is not model:
+        yield type(base).__name__, f"{ours} around it", conversions_of(base)
+
+
 def has_converter(conversions: Sequence[Any]) -> bool:
     """Whether any of these conversions does more than rename."""
     return bool(_machinery(conversions)[2]) if conversions else False

@@ -178,12 +178,11 @@ def _find(
     # own renaming has a place for it, the class does not speak of it.
     rest = {name: header for name, header in unread.items() if not is_ignored(model, name)}
     prefixes = _prefixes(model, rest, missing, needed, state, conversions)
-    if (native := names.native_class(model)) is not None:
-        rules = names.conversions_of_native(model)
+    for theirs, around, rules in names.conversions_of_others(model):
         origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
         if origins:
-            ours, theirs = type(model).__name__, native.__name__
-            why = f"because transformers renames what it reads for {theirs}, but not for its subclass {ours}"
+            ours = type(model).__name__
+            why = f"because transformers renames what it reads for {theirs}, but not for {around}"
             register = f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
             return names.Made(origins, why, rules, cure=(prefixes.cure if prefixes else "") or register)
     if prefixes is not None:
