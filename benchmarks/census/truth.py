@@ -165,7 +165,7 @@ class Truth:
         # What nothing wrote and the files have is both.
         if ours == "unread" and key in self.unread and never_written(self.everything[key]):
             return True
-        # Of tensors with the same values (the statistics of new batch norms) the bytes do not tell which one a file has.
+        # Of tensors with the same values (a new batch norm's) the bytes do not tell which one a file has.
         if ours == "unread" and len(self.saved.aliases[fingerprint(self.saved.state[key])]) > 1:
             return True
         # Under a name that only this census gives it: then all that can be said is that it may be that one.
