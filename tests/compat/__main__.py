@@ -42,6 +42,7 @@ DOORS = [
     "from_pretrained",
     "modes",
     "records",
+    "renamings",
     "strict",
     "trainer",
     "trainer_files",

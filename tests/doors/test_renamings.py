@@ -1,0 +1,155 @@
+"""What transformers renames for another class than the one that is loaded, and what it mixes up."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTModel,
+    GPT2Config,
+    PreTrainedModel,
+)
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.doors.renamed import CLIP, mapping_of, verdicts, written, wrong
+from tiedquiet import LoadError, Verdict
+
+
+class MyTextModel(CLIPTextModel):
+    """A subclass, which transformers does not rename for (5.6 and newer)."""
+
+
+def test_a_subclass_gets_the_renaming_of_its_class(tmp_path: Path, printed: Printed) -> None:
+    written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
+    truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    model = MyTextModel.from_pretrained(tmp_path)
+    if not wrong(model, truth):
+        pytest.skip("this release renames nothing of it")
+    assert set(verdicts(model).values()) == {Verdict.UNREAD}
+    assert (
+        "transformers renames what it reads for CLIPTextModel, but not for its subclass MyTextModel" in printed.loud[0]
+    )
+    with tiedquiet.enable("repair"):
+        assert not wrong(MyTextModel.from_pretrained(tmp_path), truth)
+    assert not wrong(MyTextModel.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth)
+
+
+class Trunk(PreTrainedModel):
+    """A base model with a norm."""
+
+    config_class = GPT2Config
+    base_model_prefix = "trunk"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.LayerNorm(4)
+        self.post_init()
+
+
+class WithNorm(PreTrainedModel):
+    """And one around it that has a norm of its own, of the same name."""
+
+    config_class = GPT2Config
+    base_model_prefix = "trunk"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.trunk = Trunk(config)
+        self.norm = torch.nn.LayerNorm(4)
+        self.post_init()
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_two_that_transformers_mixes_up(differ: bool, tmp_path: Path, printed: Printed) -> None:
+    saved = WithNorm(GPT2Config())
+    if differ:
+        torch.nn.init.constant_(saved.norm.weight, 2.0)
+        torch.nn.init.constant_(saved.trunk.norm.weight, 3.0)
+    saved.save_pretrained(tmp_path)
+    model = WithNorm.from_pretrained(tmp_path)
+    if not differ:
+        assert tiedquiet.check(model).ok
+        assert not printed.loud
+        return
+    if not wrong(model, saved.state_dict()):
+        pytest.skip("this release reads them right")
+    assert verdicts(model) == {"norm.weight": Verdict.UNREAD, "trunk.norm.weight": Verdict.UNREAD}
+    assert {f.key: f.source for f in tiedquiet.check(model).findings} == {key: key for key in verdicts(model)}
+    assert "adds trunk. to some names, takes it off others, and so mixes up these tensors" in printed.loud[0]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, 2 of 4"):
+        WithNorm.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = WithNorm.from_pretrained(tmp_path)
+    assert not wrong(model, saved.state_dict())
+    assert tiedquiet.check(model).ok
+    assert tiedquiet.check(model, tmp_path).ok
+
+
+def test_one_that_is_missing_because_it_was_read_into_the_other(tmp_path: Path, printed: Printed) -> None:
+    saved = WithNorm(GPT2Config())
+    torch.nn.init.constant_(saved.trunk.norm.weight, 3.0)
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    if WithNorm.from_pretrained(tmp_path).norm.weight[0] != 3:
+        pytest.skip("this release reads it right")
+    assert verdicts(WithNorm.from_pretrained(tmp_path))["trunk.norm.weight"] is Verdict.UNREAD
+    assert "Rename one of the two modules" in printed.loud[0]
+
+
+def test_a_base_model_s_file_has_no_norm_of_the_head(tmp_path: Path, printed: Printed) -> None:
+    saved = Trunk(GPT2Config())
+    torch.nn.init.constant_(saved.norm.weight, 3.0)
+    saved.save_pretrained(tmp_path)
+    model = WithNorm.from_pretrained(tmp_path)
+    assert model.trunk.norm.weight[0] == 3
+    assert verdicts(model) == {"norm.weight": Verdict.MISSING, "norm.bias": Verdict.MISSING}
+    assert not printed.loud
+
+
+class IgnoringTextModel(CLIPTextModel):
+    """One that says of all these names that it has no place for them: they are those of a whole model."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\."]  # noqa: RUF012
+
+
+def test_what_a_class_ignores_is_unread_where_its_renaming_has_a_place_for_it(tmp_path: Path, printed: Printed) -> None:
+    written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
+    truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    model = IgnoringTextModel.from_pretrained(tmp_path)
+    if not wrong(model, truth):
+        pytest.skip("this release renames nothing of it")
+    assert set(verdicts(model).values()) == {Verdict.UNREAD}
+    assert "for its subclass IgnoringTextModel" in printed.loud[0]
+    with tiedquiet.enable("repair"):
+        assert not wrong(IgnoringTextModel.from_pretrained(tmp_path), truth)
+
+
+def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path, printed: Printed) -> None:
+    """Transformers 5.9 to 5.13 read nothing of it but the embeddings: there a ViT starts from noise."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    saved = DeiTModel(DeiTConfig(**small, image_size=16, patch_size=8))
+    saved.save_pretrained(tmp_path)
+    truth = {f"deit.{key}": value for key, value in saved.state_dict().items() if not key.startswith("pooler")}
+    model = DeiTForImageClassification.from_pretrained(tmp_path)
+    heads = {"classifier.weight": Verdict.MISSING, "classifier.bias": Verdict.MISSING}
+    if not wrong(model, truth):
+        assert verdicts(model) == heads
+        pytest.skip("this release reads it")
+    found = verdicts(model)
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == found.keys() - heads
+    assert "renames what it reads for DeiTModel, but not for DeiTForImageClassification around it" in printed.loud[0]
+    assert "register the conversion of DeiTModel for DeiTForImageClassification" in printed.loud[0]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        DeiTForImageClassification.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = DeiTForImageClassification.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert verdicts(model) == heads
