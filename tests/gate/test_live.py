@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertModel,
     CLIPVisionConfig,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
     GPT2LMHeadModel,
     GPT2Model,
     LlamaConfig,
@@ -53,6 +55,19 @@ def test_what_save_pretrained_wrote_is_what_the_model_holds(name: str, size: str
     assert proof.total == len(model.state_dict())
     tied = sum(finding.verdict is Verdict.TIED for finding in proof.findings)
     assert proof.stored + tied == proof.total
+
+
+def test_a_renaming_that_fits_its_own_result(tmp_path: Path) -> None:
+    """`layer.` becomes `model.layer.`, once, although the loaded model keeps what it was renamed by."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    DINOv3ViTBackbone(DINOv3ViTConfig(**size, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    proof = tiedquiet.check(DINOv3ViTBackbone.from_pretrained(tmp_path), tmp_path)
+    assert proof.ok, proof
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "layer.0.layer_scale1.lambda1"
+    save_file({**stored, name: stored[name] + 1e10}, tmp_path / "model.safetensors", {"format": "pt"})
+    (found,) = tiedquiet.check(DINOv3ViTBackbone.from_pretrained(tmp_path, dtype=torch.float16)).findings
+    assert (found.key.removeprefix("model."), found.verdict) == (name, Verdict.OVERWRITTEN)
 
 
 def test_a_model_that_was_trained_on(tmp_path: Path) -> None:

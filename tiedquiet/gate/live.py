@@ -54,7 +54,7 @@ def check(model: Any, path: str) -> Proof:
 
 def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -> Proof:
     """Compare a model without its adapters, under the names that its tensors had before these were put in."""
-    conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
+    conversions = names.all_conversions(model, getattr(model, "_weight_conversions", None) or ())
     put_in = {key for adapter in adapters for key in names_in_files(model, adapter)}
     now = survey(model).state
     before = {key: loaded_name(key) if adapters else key for key in now if key not in put_in}

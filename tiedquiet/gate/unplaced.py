@@ -42,7 +42,7 @@ def of_transformers(model: Any, checkpoint: Checkpoint, conversions: Sequence[An
         checkpoint: the files that it was read from.
         conversions: those that it was loaded with.
     """
-    rules = [*names.conversions_of(model), *conversions]
+    rules = names.all_conversions(model, conversions)
     try:
         headers = checkpoint.headers
     except Exception:

@@ -106,6 +106,25 @@ def conversions_of(model: Any) -> list[Any]:
     return list(get_model_conversion_mapping(model))
 
 
+def all_conversions(model: Any, used: Sequence[Any]) -> list[Any]:
+    """Those of its class, and before them what it was loaded with besides: a user's `key_mapping`, an adapter's.
+
+    None twice: `cls_token` that becomes `embeddings.cls_token` would become `embeddings.embeddings.cls_token`.
+
+    Args:
+        model: it.
+        used: those that it was loaded with.
+    """
+    own = conversions_of(model)
+    known = [_patterns(one) for one in own]
+    return [*(one for one in used if _patterns(one) not in known), *own]
+
+
+def _patterns(conversion: Any) -> tuple[Any, ...]:
+    scope = getattr(conversion, "scope_prefix", None)
+    return type(conversion), conversion.source_patterns, conversion.target_patterns, scope
+
+
 def conversions_of_native(model: Any) -> list[Any]:
     """What transformers would rename and convert for the class that the model's class is made from."""
     native = native_class(model)

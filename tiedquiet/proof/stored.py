@@ -111,7 +111,7 @@ def sources_since(model: Any, known: Record, now: Survey) -> Sources:
     @cache
     def origins() -> tuple[Checkpoint, dict[str, names.Origin]]:
         checkpoint = Checkpoint(None, known.files, getattr(model, "base_model_prefix", ""))
-        conversions = [*names.conversions_of(model), *(getattr(model, "_weight_conversions", None) or ())]
+        conversions = names.all_conversions(model, getattr(model, "_weight_conversions", None) or ())
         return checkpoint, names.sources(model, checkpoint.headers, now.state, conversions)
 
     def sources(name: str) -> list[Callable[[], torch.Tensor]] | None:
