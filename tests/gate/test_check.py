@@ -190,6 +190,42 @@ class Lenient(GPT2LMHeadModel):
     _keys_to_ignore_on_load_missing = ("ln_f",)
 
 
+@pytest.mark.parametrize("stored", [{}, {"extra.weight": torch.ones(3)}])
+def test_a_class_that_does_something_to_what_it_has_loaded(
+    stored: dict[str, Any], good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own `from_pretrained` fails if it is asked for the loading info, since it takes the pair for the model."""
+    path = good / "model.safetensors"
+    tensors = {**load_file(path), **stored}
+    save_file(tensors, path, {"format": "pt"})
+    assert check(good, "--class", "tests.gate.test_check.Marked") == 0
+    assert ("extra.weight    unexpected" in capsys.readouterr().out) == bool(stored)
+    save_file({k: v for k, v in tensors.items() if "ln_f" not in k}, path, {"format": "pt"})
+    assert check(good, "--class", "tests.gate.test_check.Marked") == 1
+    said = capsys.readouterr().out
+    assert "transformer.ln_f.weight" in said
+    assert ("extra.weight" in said) == bool(stored)
+    assert check(good, "--class", "tests.gate.test_check.Emptied") == 1
+    assert "by Emptied.from_pretrained" in capsys.readouterr().out
+
+
+class Marked(GPT2LMHeadModel):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.is_marked = True
+        return model
+
+
+class Emptied(GPT2LMHeadModel):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        with torch.no_grad():
+            model.transformer.wte.weight.zero_()
+        return model
+
+
 def test_fused_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixtral().save_pretrained(tmp_path)
     assert check(tmp_path) == 0

@@ -12,7 +12,7 @@ from tiedquiet.gate.diagnosis import CannotCheck, damage, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import check_length, without_hub
-from tiedquiet.gate.unplaced import IS_IT, of_gguf, of_transformers
+from tiedquiet.gate.unplaced import IS_IT, left_of, of_gguf, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
     OF_TRANSFORMERS,
@@ -95,16 +95,18 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     judged = {finding.key for finding in findings}
     missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     # Of a model of its own transformers leaves out what needs no file; of an adapter it does not.
-    missing |= set(info["missing_keys"]) - judged - (set() if part.base is None else known.free)
+    reported = known.reported if info is None else set(info["missing_keys"])
+    missing |= reported - judged - (set() if part.base is None else known.free)
     allowed = sorted(known.missing - missing - judged)
     notes = settled.notes if settled is not None else []
     for form in forms:
         of_form = rivals(form, how.trust_pickle)
         findings, notes = findings + of_form[0], notes + of_form[1]
-    unexpected, told = sorted(info["unexpected_keys"]), ""
+    left = left_of(model, checkpoint, conversions) if info is None else info["unexpected_keys"]
+    unexpected, told = sorted(left), ""
     if part.source.gguf and again is not None:
-        left, told = of_gguf(model, files, again)
-        unexpected = left or unexpected
+        of_file, told = of_gguf(model, files, again)
+        unexpected = of_file or unexpected
     elif unexpected:
         told = of_transformers(model, checkpoint, conversions)
     if told and not any(finding.verdict is Verdict.UNREAD for finding in findings):
@@ -182,22 +184,29 @@ def _names_quantiser(config: Any) -> bool:
     return isinstance(config, dict) and ("quantization_config" in config or any(map(_names_quantiser, config.values())))
 
 
-def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any]]:
-    try:
-        loaded = _from_pretrained(part, loader, how)
-    except Exception as error:
-        raise CannotCheck(_reason(part, loader, how, error)) from error
+def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None]:
+    """The model, and what transformers says of its load: None where its class can only be loaded without that."""
     import torch
 
+    try:
+        try:
+            loaded = _from_pretrained(part, loader, how)
+        except (AttributeError, TypeError) as error:
+            if "'tuple'" not in str(error):
+                raise
+            # A `from_pretrained` of its own does something to the model, and took the pair for it.
+            loaded = _from_pretrained(part, loader, how, output_loading_info=False), None
+    except Exception as error:
+        raise CannotCheck(_reason(part, loader, how, error)) from error
     if not isinstance(loaded, tuple) or len(loaded) != 2 or not isinstance(loaded[0], torch.nn.Module):
         raise CannotCheck(f"{part.label} cannot be loaded as {loader.__name__}: that is not a model")
     return loaded
 
 
-def _from_pretrained(part: Part, loader: Any, how: How) -> Any:
+def _from_pretrained(part: Part, loader: Any, how: How, **other: Any) -> Any:
     is_local = part.source.is_local and (part.base is None or part.base.is_local)
     with without_hub(is_local and not how.trust), bounded():
-        return loader.from_pretrained(part.source.name, **_options(part, how))
+        return loader.from_pretrained(part.source.name, **{**_options(part, how), **other})
 
 
 def _options(part: Part, how: How) -> dict[str, Any]:

@@ -42,14 +42,19 @@ def of_transformers(model: Any, checkpoint: Checkpoint, conversions: Sequence[An
         checkpoint: the files that it was read from.
         conversions: those that it was loaded with.
     """
+    left = left_of(model, checkpoint, conversions)
+    return left_over(type(model).__name__, checkpoint.headers, left) if left else ""
+
+
+def left_of(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> list[str]:
+    """The names in the files that a model of transformers has no place for, without those that its class ignores."""
     rules = names.all_conversions(model, conversions)
     try:
         headers = checkpoint.headers
     except Exception:
-        return ""  # as the comparison says
+        return []  # as the comparison says
     placed, renamed = names.targets(model, headers, survey(model).state, rules), names.renamed(model, headers, rules)
-    left = [n for n in headers if n not in placed and not is_ignored(model, n) and not is_ignored(model, renamed[n])]
-    return left_over(type(model).__name__, headers, left)
+    return [n for n in headers if n not in placed and not is_ignored(model, n) and not is_ignored(model, renamed[n])]
 
 
 def of_gguf(model: Any, files: Sequence[str], again: Again) -> tuple[list[str], str]:
