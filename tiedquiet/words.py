@@ -10,6 +10,10 @@ from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict, escaped
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
 _AT_MOST = 8
+_SKIP_LOADED = (
+    "Set TIEDQUIET=repair to keep what was stored, or make that code skip loaded tensors, as the functions of "
+    "transformers.initialization do"
+)
 
 Fold = Callable[[list[str]], Iterable[str]]
 
@@ -46,13 +50,13 @@ def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> lis
     lines = []
     for verdict in LOUD:
         some = [finding for finding in findings if finding.verdict is verdict]
-        if verdict is Verdict.OVERWRITTEN and some:
-            where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in _by_cause(some))
-            lines.append(
-                f"overwritten, stored values were LOST after they were read: {where}. "
-                "Set TIEDQUIET=repair to keep what was stored, or make that code skip loaded tensors, as the "
-                "functions of transformers.initialization do"
-            )
+        if verdict is Verdict.OVERWRITTEN:
+            for cure in dict.fromkeys(finding.cure for finding in some):
+                causes = _by_cause(finding for finding in some if finding.cure == cure)
+                where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in causes)
+                lines.append(
+                    f"overwritten, stored values were LOST after they were read: {where}. {cure or _SKIP_LOADED}"
+                )
         else:
             for broken in (True, False):
                 causes = _by_cause(finding for finding in some if finding.broken is broken)

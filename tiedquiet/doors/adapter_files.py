@@ -11,12 +11,13 @@ from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import base_of, saved, without
+from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import cast_finding, out_of_date
+from tiedquiet.proof.unread import out_of_date
 from tiedquiet.verdict import Finding, Verdict
 
 FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"

@@ -2,7 +2,28 @@
 
 import torch
 
+from tiedquiet.verdict import Finding, Verdict
+
 CHUNK = 1 << 22  # elements that are cast and compared at once
+_CURE = "Load it with a dtype that can hold them; if its class sets the type, store them in that type"
+
+
+def cast_finding(key: str, stored: torch.dtype, ours: torch.dtype, is_too_large: bool = False) -> Finding:
+    """The finding on a key that the type of the model's tensor cannot hold as the file has it.
+
+    Args:
+        key: its name in the model.
+        stored: the type in the file.
+        ours: that of the model's tensor.
+        is_too_large: whether it is for the size of the numbers.
+    """
+    theirs, own = (str(kind).removeprefix("torch.") for kind in (stored, ours))
+    why = (
+        f", which is too small for values that the file has as {theirs}"
+        if is_too_large
+        else f": the file has it as {theirs}"
+    )
+    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {own}{why}", True, _CURE)
 
 
 def may_lose(stored: torch.dtype, ours: torch.dtype) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tiedquiet.proof import names
-from tiedquiet.proof.casts import is_at_limit, is_beyond
+from tiedquiet.proof.casts import cast_finding, is_at_limit, is_beyond
 from tiedquiet.proof.files import Checkpoint, stamp
 from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, lies_at, plain, same
 from tiedquiet.proof.reading import Reading
@@ -99,9 +99,7 @@ def judge_casts(known: Record, now: Survey, sources: Sources, and_on_disk: bool 
                 continue
             stored = next((values.dtype for read in own if is_beyond(values := read(), tensor.dtype)), None)
             if stored is not None:
-                kinds = [str(kind).removeprefix("torch.") for kind in (stored, tensor.dtype)]
-                why = f"by the cast to {kinds[1]}, which is too small for values that the file has as {kinds[0]}"
-                known.lasting[name] = Finding(name, Verdict.OVERWRITTEN, name, why, True)
+                known.lasting[name] = cast_finding(name, stored, tensor.dtype, is_too_large=True)
         known.narrowed.discard(name)
 
 

@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tiedquiet.proof import names
-from tiedquiet.proof.casts import may_lose
+from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import equals, same, types_of
@@ -251,12 +249,6 @@ def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales)
     if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
         return None
     return cast_finding(key, header.dtype, ours)
-
-
-def cast_finding(key: str, theirs: torch.dtype, ours: torch.dtype) -> Finding:
-    """The finding on a key that the type of the model's tensor cannot hold as the file has it."""
-    kinds = [str(kind).removeprefix("torch.") for kind in (theirs, ours)]
-    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {kinds[1]}: the file has it as {kinds[0]}", True)
 
 
 def is_ignored(model: Any, name: str) -> bool:
