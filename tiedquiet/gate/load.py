@@ -95,7 +95,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     judged = {finding.key for finding in findings}
     missing = {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     # Of a model of its own transformers leaves out what needs no file; of an adapter it does not.
-    reported = known.reported if info is None else set(info["missing_keys"])
+    reported = known.missing - known.free if info is None else set(info["missing_keys"])
     missing |= reported - judged - (set() if part.base is None else known.free)
     allowed = sorted(known.missing - missing - judged)
     notes = settled.notes if settled is not None else []
