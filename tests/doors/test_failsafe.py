@@ -114,6 +114,7 @@ HOOKS = {
     "escaped",
     "bind",
     "add",
+    "_of_model",
     "guarded",
     "stand_aside",
     "is_wrapped",

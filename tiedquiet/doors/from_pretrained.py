@@ -283,52 +283,29 @@ def _left_empty() -> bool:
     return bool(own.get("is_fsdp_enabled", bool)()) and not own.get("is_local_dist_rank_0", bool)()
 
 
-_FINALIZE = Seam(
-    "transformers.modeling_utils",
-    "PreTrainedModel",
-    ("_finalize_model_loading", "_finalize_load_state_dict"),
-    (frozenset({"model", "load_config"}),),
-    _on_finalize,
-)
+def _of_model(names_there: tuple[str, ...], parameters: set[str], hook: Callable[..., Any], **how: bool) -> Seam:
+    form = frozenset(parameters)
+    return Seam("transformers.modeling_utils", "PreTrainedModel", names_there, (form,), hook, **how)
+
+
+_FINALIZE = _of_model(("_finalize_model_loading", "_finalize_load_state_dict"), {"model", "load_config"}, _on_finalize)
 _LAST_STEP = Seam(
-    "transformers.quantizers.base",
-    "HfQuantizer",
-    ("postprocess_model",),
-    (frozenset({"model"}),),
-    _on_last_step,
+    "transformers.quantizers.base", "HfQuantizer", ("postprocess_model",), (frozenset({"model"}),), _on_last_step
+)
+_REPORT = Seam(
+    "transformers.utils.loading_report",
+    "",
+    ("log_state_dict_report",),
+    (frozenset({"model", "loading_info"}), frozenset({"model", "load_config", "missing_keys"})),
+    _on_report,
 )
 add(
-    Seam(
-        "transformers.utils.loading_report",
-        "",
-        ("log_state_dict_report",),
-        (frozenset({"model", "loading_info"}), frozenset({"model", "load_config", "missing_keys"})),
-        _on_report,
-    ),
-    Seam(
-        "transformers.modeling_utils",
-        "PreTrainedModel",
-        ("_load_pretrained_model",),
-        (frozenset({"model", "load_config"}),),
-        _on_read,
-    ),
+    _REPORT,
+    _of_model(("_load_pretrained_model",), {"model", "load_config"}, _on_read),
     _FINALIZE,
     _LAST_STEP,
-    Seam(
-        "transformers.modeling_utils",
-        "PreTrainedModel",
-        ("from_pretrained",),
-        (frozenset({"pretrained_model_name_or_path"}),),
-        _on_load,
-        has_overrides=True,
-    ),
-    Seam("transformers.modeling_utils", "PreTrainedModel", ("__init_subclass__",), (frozenset(),), _on_subclass),
-    Seam("transformers.modeling_utils", "PreTrainedModel", ("get_init_context",), (frozenset({"dtype"}),), _on_init),
-    Seam(
-        "transformers.modeling_utils",
-        "PreTrainedModel",
-        ("_move_missing_keys_from_meta_to_device",),
-        (frozenset({"self"}),),
-        _on_move,
-    ),
+    _of_model(("from_pretrained",), {"pretrained_model_name_or_path"}, _on_load, has_overrides=True),
+    _of_model(("__init_subclass__",), set(), _on_subclass),
+    _of_model(("get_init_context",), {"dtype"}, _on_init),
+    _of_model(("_move_missing_keys_from_meta_to_device",), {"self"}, _on_move),
 )
