@@ -1,5 +1,7 @@
 """Whose mode it is: a context's, the process's, and where a new thread stands."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from contextvars import copy_context
 from threading import Thread
 
@@ -90,6 +92,59 @@ def test_a_task_has_the_context_that_it_was_started_in() -> None:
     with tiedquiet.enable("strict"):
         context = copy_context()
     assert context.run(mode.current) == "strict"
+
+
+def test_tasks_leave_nothing_behind() -> None:
+    """Each begins with a copy of the context that started it, and the `with` around all of them is one."""
+
+    async def load(which: str, seconds: float) -> None:
+        with tiedquiet.enable(which):
+            await asyncio.sleep(seconds)
+
+    async def set_it() -> None:
+        tiedquiet.enable("strict")
+
+    async def work() -> None:
+        with tiedquiet.enable("repair"):
+            await asyncio.gather(load("strict", 0.01), load("on", 0.02), set_it())
+
+    asyncio.run(work())
+    assert (mode.current(), in_a_thread()) == ("on", "on")
+    tiedquiet.disable()
+    assert not mode.is_on_somewhere()
+
+
+def test_a_task_s_with_takes_no_guard_from_the_others() -> None:
+    async def unguarded() -> None:
+        with tiedquiet.enable("off"):
+            await asyncio.sleep(0.05)
+
+    async def work() -> str:
+        with tiedquiet.enable("strict"):
+            task = asyncio.create_task(unguarded())
+            await asyncio.sleep(0.01)
+            found = await asyncio.get_running_loop().run_in_executor(None, mode.current)
+            await task
+        return found
+
+    assert asyncio.run(work()) == "strict"
+    assert (mode.current(), in_a_thread()) == ("on", "on")
+
+
+def test_a_generator_closed_in_another_task_ends_its_with() -> None:
+    async def guarded() -> AsyncIterator[None]:
+        with tiedquiet.enable("strict"):
+            yield
+
+    async def work() -> None:
+        generator = guarded()
+        await asyncio.create_task(anext(generator))
+        with tiedquiet.enable("repair"):
+            await asyncio.create_task(anext(generator, None))
+            assert mode.current() == "repair"
+
+    asyncio.run(work())
+    assert (mode.current(), in_a_thread()) == ("on", "on")
 
 
 def test_a_path_is_not_a_model() -> None:

@@ -7,7 +7,7 @@ if a context sets none.
 
 import os
 import sys
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,25 +25,47 @@ _WORDS: dict[str, Mode] = {
 _STRICTNESS: tuple[Mode, ...] = ("off", "on", "repair", "strict")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Setting:
-    """One call of `enable` or `disable`."""
+    """One call of `enable` or `disable`.
+
+    Attributes:
+        mode: what it asks for.
+        origin: where it comes from.
+        around: that of the `with` that it was made in, or began; None if it is the process's.
+        is_left: whether it began a `with` that has been left.
+        here: of the context that it was made in, and of no other.
+    """
 
     mode: Mode
     origin: str
+    around: "Setting | None" = None
+    is_left: bool = False
+    here: Token[None] | None = None
+
+    def is_of_this_context(self) -> bool:
+        """Whether it was made in this very context, and not in the one that a task's is a copy of."""
+        try:
+            if self.here is not None:
+                _here.reset(self.here)
+        except ValueError:
+            return False
+        self.here = _here.set(None)
+        return True
 
 
+_here: ContextVar[None] = ContextVar("tiedquiet_here", default=None)
 _of_context: ContextVar[Setting | None] = ContextVar("tiedquiet", default=None)
 _of_process: list[Setting] = [Setting("off", "not enabled")]  # the last one counts
-_around: list[Setting] = []  # that of every context that is inside a `with`
+_in_force: list[Setting] = []  # those of all contexts that are inside a `with`
 
 
 def setting() -> Setting:
     """The setting that counts here."""
     own = _of_context.get()
-    if own is not None or not _around:
+    if own is not None or not _in_force:
         return own or _of_process[-1]
-    return max((_of_process[-1], *_around), key=lambda one: _STRICTNESS.index(one.mode))
+    return max((_of_process[-1], *_in_force), key=lambda one: _STRICTNESS.index(one.mode))
 
 
 def current() -> Mode:
@@ -53,7 +75,7 @@ def current() -> Mode:
 
 def is_on_somewhere() -> bool:
     """Whether any context or the process has a mode other than `off`."""
-    return any(one.mode != "off" for one in (_of_process[-1], *_around))
+    return any(one.mode != "off" for one in (_of_process[-1], *_in_force))
 
 
 def put(chosen: Setting) -> Setting | None:
@@ -62,29 +84,43 @@ def put(chosen: Setting) -> Setting | None:
     if before is None:
         _of_process.append(chosen)
     else:
-        _replace(before, chosen)
+        _replace(before, chosen, before.around)
     return before
 
 
 def enter(chosen: Setting) -> None:
-    """Move what was set for the process to the context."""
+    """Begin a `with`: what was set for the process, or for the `with` around it, is this one's."""
     if chosen in _of_process:
         _of_process.remove(chosen)
-        _replace(None, chosen)
+        _replace(None, chosen, chosen)
+    elif _of_context.get() is chosen:
+        chosen.around = chosen
 
 
 def leave(chosen: Setting, before: Setting | None) -> None:
-    """Undo a setting, and give the context its previous one; harmless the second time."""
+    """Undo a setting, and give the context its previous one; harmless the second time.
+
+    Whatever was set inside its `with` ends with it, in the contexts of tasks as well; and what a context has that is
+    none of its own stays: a generator may be closed in another than the one that it was begun in.
+    """
+    chosen.is_left = True
     if chosen in _of_process:
         _of_process.remove(chosen)
-    _replace(_of_context.get(), before)
+    _in_force[:] = [one for one in _in_force if one is not chosen and one.around is not chosen]
+    own = _of_context.get()
+    if own is not None and chosen in (own, own.around):
+        _of_context.set(before)
+        if before is not None and before.around is not None and not before.around.is_left and before not in _in_force:
+            _in_force.append(before)
 
 
-def _replace(old: Setting | None, new: Setting | None) -> None:
-    if old in _around:
-        _around.remove(old)
-    if new is not None:
-        _around.append(new)
+def _replace(old: Setting | None, new: Setting, around: Setting | None) -> None:
+    """Set the context's; the old one stays in force in the context that this one is a copy of."""
+    if old in _in_force and old.is_of_this_context():
+        _in_force.remove(old)
+    new.around = around
+    new.is_of_this_context()
+    _in_force.append(new)
     _of_context.set(new)
 
 
