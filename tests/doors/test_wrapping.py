@@ -1,8 +1,11 @@
 """Wrapping and unwrapping: identity, import orders, foreign wrappers, forms that are not known."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,6 +226,7 @@ import transformers.modeling_utils as m
 if "functools" in sys.argv:
     report = m.log_state_dict_report
     m.log_state_dict_report = functools.wraps(report)(lambda *args, **kwargs: report(*args, **kwargs))
+from functools import partial
 from pathlib import Path
 from tests.compat.cases import CASES
 from transformers import GPT2LMHeadModel
@@ -262,3 +266,42 @@ def test_a_seam_that_cannot_be_wrapped_is_said_and_left(printed: Printed, monkey
         states = {name: state for name, state, _ in wrapping.states()}
     assert states["transformers.trainer.Trainer._issue_warnings_after_load"] == "not imported"
     assert states[str(from_pretrained._FINALIZE)] == "not wrapped: present"
+
+
+class Overrides(GPT2LMHeadModel):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().from_pretrained(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "get",
+    [
+        lambda: GPT2LMHeadModel.from_pretrained,
+        lambda: Overrides.from_pretrained,
+        lambda: Trainer._load_best_model,
+        lambda: transformers.utils.loading_report.log_state_dict_report,
+        lambda: partial(GPT2LMHeadModel.from_pretrained, "somewhere"),
+    ],
+    ids=["inherited", "its own", "a method", "a function", "a part of another"],
+)
+def test_what_is_wrapped_is_pickled_and_copied_as_a_function_is(get: Any) -> None:
+    """A program may send it to another process, or deepcopy what it is in."""
+    function = get()
+    pickled = [pickle.loads(pickle.dumps(function, protocol)) for protocol in (0, 2, 5)]
+    for again in (*pickled, copy.copy(function), copy.deepcopy(function)):
+        assert getattr(again, "func", again) == getattr(function, "func", function)
+
+
+def test_of_a_class_that_is_pickled_piece_by_piece_the_function_itself_is_sent() -> None:
+    own = vars(Overrides)["from_pretrained"]
+    assert copy.copy(own) is copy.deepcopy(own) is own
+    get, arguments = own.__reduce_ex__(4)
+    assert get(*arguments) is own.__wrapped__
+
+
+def test_a_bound_method_is_copied_with_what_it_is_bound_to(tmp_path: Path) -> None:
+    holder = SimpleNamespace(trainer=Trainer(GPT2LMHeadModel(gpt2()), TrainingArguments(str(tmp_path), report_to=[])))
+    holder.load = holder.trainer._load_best_model
+    again = copy.deepcopy(holder)
+    assert again.load.__self__ is again.trainer is not holder.trainer

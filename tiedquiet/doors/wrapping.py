@@ -1,7 +1,10 @@
 """One way of wrapping for all doors: on and off, what is wrapped and by whom, and what happens if our code fails."""
 
+import copy
 import inspect
 import logging
+import operator
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +52,37 @@ class Seam:
                 parameters = set(inspect.signature(getattr(owner, name)).parameters)
                 return (owner, name) if any(form <= parameters for form in self.forms) else None
         return None
+
+
+# A program may copy a function, or hand it to another process: what stands in its place goes the same way.
+class _Bound(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = getattr(self, "__self__", None)
+        return self if owner is None else getattr(copy.deepcopy(owner, memo), self.__name__)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        owner = getattr(self, "__self__", None)
+        if owner is None:
+            return pkgutil.resolve_name, (f"{self.__module__}:{self.__qualname__}",)
+        return getattr, (owner, self.__name__)
+
+
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
+    __bound_function_wrapper__ = _Bound
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        if "." not in self.__qualname__:
+            return self.__qualname__
+        return operator.getitem, ((self.__wrapped__,), 0)  # of a class that is pickled piece by piece
 
 
 @dataclass
@@ -109,7 +143,7 @@ def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any])
     for own in kind.__mro__[: kind.__mro__.index(owner)]:
         original = vars(own).get(name)
         if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-            wrapper = wrapt.FunctionWrapper(original, hook)
+            wrapper = _Wrapper(original, hook)
             setattr(own, name, wrapper)
             _overrides.append((ref(own, _forget), name, original, wrapper))
 
@@ -174,7 +208,7 @@ def _wrap(seam: Seam) -> bool:
         return False
     owner, name = found
     original = vars(owner)[name]
-    wrapper = wrapt.FunctionWrapper(original, seam.hook)
+    wrapper = _Wrapper(original, seam.hook)
     setattr(owner, name, wrapper)
     _wrappings[seam] = _Wrapping(owner, name, original, wrapper)
     if seam.has_overrides:
