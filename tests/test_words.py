@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import transformers.utils.loading_report  # noqa: F401 (what folds the numbers)
 
+import tiedquiet
 from tiedquiet.doors.outcome import fold
 from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
 from tiedquiet.words import explanations, say
@@ -78,3 +79,31 @@ def test_a_name_of_the_file_is_no_line_of_a_log_and_no_command(caplog: pytest.Lo
     assert str(LoadError(name)) == said
     proof = Proof("Model", 0, (Finding(name, Verdict.UNREAD),), 1)
     assert str(proof).splitlines()[1:] == [f"  unread {said}"]
+
+
+@pytest.mark.parametrize(
+    ("cure", "left"),
+    [
+        ("Set TIEDQUIET=repair to read them, or pass a key_mapping", "Pass a key_mapping"),
+        ("Set TIEDQUIET=repair to read them", "TIEDQUIET=repair did not read them"),
+        (
+            "If it should be one tensor, set TIEDQUIET=repair or declare it there",
+            "If it should be one tensor, declare it there",
+        ),
+        (
+            "If it should be one tensor, set TIEDQUIET=repair",
+            "If it should be one tensor, TIEDQUIET=repair did not mend it",
+        ),
+    ],
+)
+def test_to_set_repair_is_no_advice_in_repair(cure: str, left: str) -> None:
+    found = [Finding("a", Verdict.UNREAD, "b", "because", True, cure)]
+    for mode, said in ("on", cure), ("repair", left):
+        with tiedquiet.enable(mode):
+            (line,) = explanations(found, list, 1)
+        assert line.endswith(f"because. {said}")
+    with tiedquiet.enable("repair"):
+        (line,) = explanations([Finding("a", Verdict.OVERWRITTEN, "a", "by it", True)], list, 1)
+    assert line.endswith(
+        "a by it. Make that code skip loaded tensors, as the functions of transformers.initialization do"
+    )

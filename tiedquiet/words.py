@@ -1,16 +1,17 @@
 """The messages: from findings to log lines, and where these go."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable
 
-from tiedquiet.mode import is_main_process
+from tiedquiet.mode import current, is_main_process
 from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict, escaped
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
 _AT_MOST = 8
-_SKIP_LOADED = (
+_SKIP = (
     "Set TIEDQUIET=repair to keep what was stored, or make that code skip loaded tensors, as the functions of "
     "transformers.initialization do"
 )
@@ -52,16 +53,22 @@ def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> lis
         some = [finding for finding in findings if finding.verdict is verdict]
         if verdict is Verdict.OVERWRITTEN:
             for cure in dict.fromkeys(finding.cure for finding in some):
-                causes = _by_cause(finding for finding in some if finding.cure == cure)
-                where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in causes)
-                lines.append(
-                    f"overwritten, stored values were LOST after they were read: {where}. {cure or _SKIP_LOADED}"
-                )
+                alike = _by_cause(finding for finding in some if finding.cure == cure)
+                where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in alike)
+                lines.append(f"overwritten, stored values were LOST after they were read: {where}. {cure or _SKIP}")
         else:
             for broken in (True, False):
                 causes = _by_cause(finding for finding in some if finding.broken is broken)
                 lines += [_explain(verdict, why, alike, fold, total) for why, alike in causes]
-    return lines
+    return [_without_what_was_tried(line) for line in lines] if current() == "repair" else lines
+
+
+def _without_what_was_tried(line: str) -> str:
+    """A line in `repair`, which has done what it could: to set it is no advice any more."""
+    line = re.sub(r"\bset TIEDQUIET=repair or ", "", line)
+    line = re.sub(r"\bSet TIEDQUIET=repair(?: to [a-z ]+)?, or (\w)", lambda found: found[1].upper(), line)
+    line = re.sub(r"\b[Ss]et (TIEDQUIET=repair) to ", r"\1 did not ", line)
+    return re.sub(r"\b[Ss]et (TIEDQUIET=repair)", r"\1 did not mend it", line)
 
 
 def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, total: int) -> str:

@@ -184,7 +184,8 @@ def _lost_in_casts(
             continue
         through = next((kind for kind in types if equals(tensor, values.to(kind).to(values.dtype))), None)
         by = f"by a cast to {str(through).removeprefix('torch.')} and back" if through else "by what read it"
-        yield Finding(key, Verdict.OVERWRITTEN, key, by, True)
+        cure = f"Set TIEDQUIET=repair to read them, or load the base model with dtype={values.dtype}" if through else ""
+        yield Finding(key, Verdict.OVERWRITTEN, key, by, True, cure)
 
 
 def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:

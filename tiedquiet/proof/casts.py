@@ -5,7 +5,6 @@ import torch
 from tiedquiet.verdict import Finding, Verdict
 
 CHUNK = 1 << 22  # elements that are cast and compared at once
-_CURE = "Load it with a dtype that can hold them; if its class sets the type, store them in that type"
 
 
 def cast_finding(key: str, stored: torch.dtype, ours: torch.dtype, is_too_large: bool = False) -> Finding:
@@ -23,7 +22,7 @@ def cast_finding(key: str, stored: torch.dtype, ours: torch.dtype, is_too_large:
         if is_too_large
         else f": the file has it as {theirs}"
     )
-    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {own}{why}", True, _CURE)
+    return Finding(key, Verdict.OVERWRITTEN, key, f"by the cast to {own}{why}", True, cure_of_cast(stored, ours))
 
 
 def may_lose(stored: torch.dtype, ours: torch.dtype) -> bool:
@@ -42,6 +41,13 @@ def _contains(ours: torch.dtype, stored: torch.dtype) -> bool:
         return stored is torch.bool
     outer, inner = torch.iinfo(ours), torch.iinfo(stored)
     return outer.min <= inner.min and outer.max >= inner.max
+
+
+def cure_of_cast(stored: torch.dtype, ours: torch.dtype) -> str:
+    """What to do about a cast that lost values: `dtype=` sets the type of floating tensors, and of no others."""
+    if stored.is_complex or not ours.is_floating_point:
+        return f"Give it the type {stored} in the model's class"
+    return f"Load it with dtype={stored if stored.is_floating_point else torch.float32}"
 
 
 def narrows(stored: torch.dtype, ours: torch.dtype) -> bool:

@@ -68,7 +68,7 @@ def _judge_follower(
     for name in followed:
         lost = known.lasting.get(name)
         if lost is not None and lost.verdict is Verdict.OVERWRITTEN:
-            return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True)
+            return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True, lost.cure)
         # For bfloat16 only numbers next to float32's largest are too large: no reason to look at them in every load.
         is_open = name in known.narrowed and stored[name].dtype is not torch.bfloat16
         if lost is None and is_open and is_at_limit(stored[name]):
