@@ -24,6 +24,7 @@ class Verdict(str, Enum):
 
 WELL = (Verdict.TIED, Verdict.COPIED)
 BUFFER = "a buffer"  # why something is unwritten
+IN_FILES = (Verdict.UNREAD, Verdict.MISSING)  # the source of these is a name that the files have
 LOUD = (Verdict.UNREAD, Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
 
 
@@ -34,8 +35,8 @@ class Finding:
     Attributes:
         key: the tensor's name in the model's state dict; empty if the finding is about the whole load.
         verdict: what was found.
-        source: the stored key that `key` follows, should follow, or lost to; for `unread`, the name that the files
-            have for it (the first, if it is made of several). None if there is none.
+        source: the stored key that `key` follows, should follow, or lost to; for `unread` and `missing`, the
+            name that the files have for it, or may have (the first, if it is made of several). None if there is none.
         why: the cause, in words; empty if there is nothing to add.
         broken: whether `strict` stops for it. False for a head that nobody asked to tie.
         cure: what to do about this cause, as a sentence without its full stop; empty if the verdict says it all.

@@ -78,10 +78,10 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
     if verdict is Verdict.UNREAD and findings[0].source is None:
         return f"unread, {_keys(findings, fold)}: {why}. {cure}"
     if verdict is Verdict.UNREAD:
-        of = f"{len(findings):,} of {total:,} tensors {'was' if len(findings) == 1 else 'were'}"
+        was, them = ("was", "it") if len(findings) == 1 else ("were", "them")
         return (
-            f"unread, {of} NOT read, although the checkpoint has them: {_pairs(findings, 'is', fold)} there, "
-            f"{why}. {cure}"
+            f"unread, {len(findings):,} of {total:,} tensors {was} NOT read, although the checkpoint has {them}: "
+            f"{_pairs(findings, 'is', fold)} there, {why}. {cure}"
         )
     if verdict is Verdict.UNTIED and not findings[0].broken:
         return (

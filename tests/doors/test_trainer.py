@@ -23,7 +23,19 @@ from transformers import (
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import DATA, EVALUATED, LOSSY, ROOT, differing, llama, mixtral, resumed, right, trainer_of
+from tests.doors.training import (
+    DATA,
+    EVALUATED,
+    LOSSY,
+    ROOT,
+    differing,
+    llama,
+    llava,
+    mixtral,
+    resumed,
+    right,
+    trainer_of,
+)
 from tiedquiet import LoadError, Verdict
 
 
@@ -126,6 +138,18 @@ def test_a_whole_run_resumed_twice_and_its_best_model(build: Any, runs: Any, tmp
             assert best.is_dir()
             assert differing(model, right(build, best)) == set()
             assert tiedquiet.check(model).ok
+
+
+def test_what_to_do_about_the_best_model_of_a_run_that_is_over(runs: Any, printed: Printed) -> None:
+    """No Trainer needs to be given anything: the checkpoint is read as it should be."""
+    folder = runs(llava)
+    trainer = trainer_of(type(llava()).from_pretrained(folder / "base"), folder)
+    trainer.state.best_model_checkpoint = str(folder / "checkpoint-2")
+    trainer._load_best_model()
+    (line,) = printed.loud
+    assert line.endswith("Set TIEDQUIET=repair to read them, or load this checkpoint with from_pretrained")
+    model = type(llava()).from_pretrained(folder / "checkpoint-2")
+    assert differing(model, right(llava, folder / "checkpoint-2")) == set()
 
 
 def test_a_clean_resume_leaves_its_record(runs: Any, printed: Printed) -> None:

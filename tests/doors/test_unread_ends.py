@@ -171,3 +171,28 @@ def test_both_ends_of_a_tie_that_only_the_text_config_denies(tmp_path: Path, pri
         loaded.lm_head.weight, loaded.model.language_model.embed_tokens.weight
     )
     assert not [line for line in printed.loud if "ambiguous" in line]
+
+
+@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_shard_that_the_index_does_not_name(lost: str, tmp_path: Path, printed: Printed) -> None:
+    """What `repair` would tie, or nobody would tell, lies in it."""
+    written(model := LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path / "whole")
+    truth = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    index = json.loads((path := tmp_path / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"][lost]
+    named = {key: file for key, file in index["weight_map"].items() if file != shard}
+    path.write_text(json.dumps({**index, "weight_map": named}))
+    left = index["weight_map"].keys() - named.keys()
+    for mode in ("on", "repair"):
+        printed.records.clear()
+        with tiedquiet.enable(mode):
+            found = verdicts(LlamaForCausalLM.from_pretrained(tmp_path))
+        assert found == dict.fromkeys(left, Verdict.UNREAD)
+        (line,) = printed.loud
+        assert f"because the index does not name {shard}. Add its tensors to the weight_map of the index, or" in line
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=shard):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    path.write_text(json.dumps(index))
+    with tiedquiet.enable("strict"):
+        assert not wrong(LlamaForCausalLM.from_pretrained(tmp_path), truth)

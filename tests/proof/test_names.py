@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedquiet.proof.names import Prefixes, by_prefix, by_shape, conversions_of, likely, native_class
+from tiedquiet.proof.names import by_shape, conversions_of, likely, native_class
+from tiedquiet.proof.prefixes import Prefixes, by_prefix
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -67,7 +68,7 @@ def test_one_prefix_in_place_of_another(old: str, new: str) -> None:
     for name in TRUNK:  # what from_pretrained makes of a name by this mapping
         match = re.search(pattern, old + name)
         assert match is not None
-        assert (old + name).replace(match[0], replacement, 1) == new + name
+        assert (old + name).replace(match[0], replacement.replace(r"\1", match[1])) == new + name
 
 
 def test_a_name_that_is_right_already_is_not_touched_by_the_mapping() -> None:
@@ -76,6 +77,26 @@ def test_a_name_that_is_right_already_is_not_touched_by_the_mapping() -> None:
     (pattern,) = found.key_mapping()
     assert not re.search(pattern, "lm_head.weight")
     assert not re.search(pattern, "layers_of_another.weight")
+
+
+def test_a_part_of_each_layer_s_name() -> None:
+    """Of activation checkpointing, of FSDP, of a layer that was compiled by itself."""
+    wrapped = {re.sub(r"(layers\.\d\.)", r"all.\1_a._b.", name): shape for name, shape in TRUNK.items()}
+    pairs = dict(zip(TRUNK, wrapped, strict=True)).items()
+    del wrapped["norm.weight"]
+    found = fitting(wrapped, {**TRUNK, "head.weight": (9, 4)}, own=(*TRUNK, "head.weight"))
+    assert found is not None
+    assert found.names == {key: name for key, name in pairs if name != "norm.weight"}
+    assert found.why == "because names in the checkpoint have _a and _b and all in them"
+    assert not found.key_mapping()
+    layers = {name: shape for name, shape in TRUNK.items() if name != "norm.weight"}
+    found = fitting(layers, wrapped, own=tuple(wrapped))
+    assert found is not None
+    assert found.names == {name: key for key, name in pairs if name != "norm.weight"}
+    assert "names in the model have" in found.why
+    assert fitting(wrapped, layers, own=(*layers, "layers.0._a.weight", "layers.0._b.bias")) is None
+    twice = {**wrapped, "layers.0.other.q.weight": (4, 4)}
+    assert fitting(twice, layers, own=tuple(layers)) is None, "two for one place"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tiedquiet.proof.adapted import base_of, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
+from tiedquiet.proof.prefixes import by_prefix
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
@@ -109,7 +110,7 @@ class Adapter:
         unread = {name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest}
         key_of = {self.in_files[key]: key for key in self.known.missing}
         by_name = {name: self._state[key] for name, key in key_of.items()}
-        prefixes = names.by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
+        prefixes = by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
         if prefixes is not None:
             for expected, name in prefixes.names.items():
                 yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)

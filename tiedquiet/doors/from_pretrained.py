@@ -17,7 +17,7 @@ from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place, prepare
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers
+from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers, note_unlisted
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -214,6 +214,7 @@ def _read(
             unread = ask_headers(model, reading, conversions, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened
             unread = {}
+        note_unlisted(model, reading, conversions)
     return reading, unread
 
 
@@ -227,7 +228,7 @@ def _read_again(
     """Let transformers read what it left, as it reads everything: with its types, devices and conversions."""
     model, config = bound["model"], bound["load_config"]
     if made.conversions:
-        given = {name.removeprefix(made.prefix): checkpoint.tensors[name]() for name in made.key_of}
+        given = {made.known_as.get(name, name): checkpoint.tensors[name]() for name in made.key_of}
     else:
         given = {key: checkpoint.tensors[origin.names[0]]() for key, origin in made.origins.items()}
     used = list(getattr(model, "_weight_conversions", None) or ())
@@ -240,7 +241,9 @@ def _read_again(
         }
     )
     more = more[0] if isinstance(more, tuple) else more
-    model._weight_conversions = [*used, *getattr(model, "_weight_conversions", ())]
+    by_now = getattr(model, "_weight_conversions", None) or ()
+    # Each is undone when the model is saved, and once is enough.
+    model._weight_conversions = [*used, *(one for one in by_now if all(one is not other for other in used))]
     info.missing_keys = info.missing_keys & more.missing_keys
     reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
     came_from = made.key_of.keys()

@@ -10,7 +10,7 @@ from typing import Any
 from tiedquiet import mode, words
 from tiedquiet.doors.wrapping import guarded
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.missing import is_another_head_s
+from tiedquiet.proof.missing import perhaps_unread
 from tiedquiet.proof.repair import repair
 from tiedquiet.verdict import WELL, Finding, LoadError, Verdict
 
@@ -81,8 +81,8 @@ def outcome_of(
     if confirmed := words.confirmation([f for f in proven if f.key not in mended], repaired, fold):
         lines.append((logging.INFO, confirmed))
     loud = [f for f in findings if f not in broken]
-    perhaps = [f for f in loud if f.verdict is Verdict.MISSING and f.source and not is_another_head_s(model, f.source)]
-    lines += [(logging.WARNING, line) for line in (*words.explanations(loud, fold, total), *words.hints(perhaps, fold))]
+    perhaps = words.hints(perhaps_unread(model, loud), fold)
+    lines += [(logging.WARNING, line) for line in (*words.explanations(loud, fold, total), *perhaps)]
     failure = None
     if broken:
         failure = LoadError(f"{name}: {'; '.join(words.explanations(broken, fold, total))}", tuple(broken))

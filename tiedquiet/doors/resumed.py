@@ -13,25 +13,20 @@ import torch
 from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import found_in
+from tiedquiet.proof.leftovers import not_ignored, under_other_names
 from tiedquiet.proof.memory import plain, same, types_of
+from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import (
-    ask_headers,
-    find_unread,
-    in_two_files,
-    is_ignored,
-    note_unread,
-    out_of_date,
-    under_a_prefix,
-)
+from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, note_unread, out_of_date
 from tiedquiet.verdict import Finding
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _CURE = f"{_REPAIR}, or give Trainer a model that from_pretrained loaded from this checkpoint"
+_CURE_OF_BEST = f"{_REPAIR}, or load this checkpoint with from_pretrained"
 
 
 class Inside(NamedTuple):
@@ -78,7 +73,7 @@ def inside(model: Any) -> Inside:
 
 
 def read_folder(
-    of: Inside, folder: str, missing: set[str], unexpected: set[str], may_write: bool = True
+    of: Inside, folder: str, missing: set[str], unexpected: set[str], may_write: bool = True, is_best: bool = False
 ) -> tuple[Reading, list[Finding], set[str]]:
     """What was read from a folder, and what it has but nothing read; in `repair`, that is read now.
 
@@ -88,6 +83,7 @@ def read_folder(
         missing: the names of the judged model that were reported missing.
         unexpected: the files' names that were reported to have no place.
         may_write: whether it is certain that these are the files which were read.
+        is_best: whether the run is over, and it was its best model.
 
     Returns:
         The reading; what was read now; and the keys that nothing had to read, since the model has their values already.
@@ -129,11 +125,11 @@ def read_folder(
             done.update((key, once[key]) for key, value in there.values(made) if copy_in_place(state[key], value))
 
     for made in found:
-        note_unread(reading, made, _CURE)
+        note_unread(reading, made, _CURE_OF_BEST if is_best else _CURE)
         take(made)
     used = {name for made in found for name in made.key_of}
     left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
-    rest = find_unread(model, reading, left, cure=_REPAIR)
+    rest = find_unread(model, reading, left, cure=_REPAIR, is_resumed=True)
     if rest is None and (rest := there.under_a_prefix(reading.missing - reading.found.keys(), left)) is not None:
         note_unread(reading, rest, _REPAIR)
     if rest is not None:
@@ -209,24 +205,26 @@ class _Folder:
             yield names.Made(origins, self._why(""), conversions)
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
-        """The same of what files have under one prefix more: that of the wrapper that the model has, or once had."""
-        of = self._of
-        rest = {name: header for name, header in unread.items() if not is_ignored(of.core, name)}
-        ours = {name for name, key in self._key_of.items() if key in missing}
-        prefixes = list(filter(None, (of.path + of.at, *names.common_prefixes(rest))))
-        for conversions in filter(None, self._conversions if rest and ours else ()):
-            made = under_a_prefix(of.core, rest, ours, self._core, conversions, prefixes)
-            if made is not None:
+        """The same of what files have under other names: that of the wrapper that the model has, or once had."""
+        own = self._of.path + self._of.at
+        ours = {name: self._core[name] for name, key in self._key_of.items() if key in missing}
+        theirs = not_ignored(self._of.core, unread, ours)
+        for conversions in filter(None, self._conversions if theirs and ours else ()):
+            wrappers = list(filter(None, (own, *common_prefixes(theirs))))
+            found = under_other_names(self._of.core, theirs, ours, self._core, conversions, wrappers=wrappers)
+            if found is not None:
+                made, change = found
                 origins = {self._key_of[name]: origin for name, origin in made.origins.items()}
-                return made._replace(origins=origins, why=self._why(made.prefix))
+                why = change.why if change.inside or change.new else self._why(change.old)
+                return made._replace(origins=origins, why=why)
         return None
 
     def values(self, made: names.Made) -> Iterator[tuple[str, torch.Tensor]]:
         """What the files give for the tensors of which it is known what they are made of."""
-        tensors, start = self.checkpoint.tensors, len(made.prefix)
+        tensors = self.checkpoint.tensors
         plainly = {key: origin.names[0] for key, origin in made.origins.items() if not origin.is_converted}
         yield from ((key, tensors[name]()) for key, name in plainly.items())
-        full = {name[start:]: name for name, key in made.key_of.items() if key not in plainly}
+        full = {made.known_as.get(name, name): name for name, key in made.key_of.items() if key not in plainly}
         headers = {short: self.checkpoint.headers[name] for short, name in full.items()}
         rules, key_of = made.conversions, self._key_of
         for name, _, value in names.converted(
@@ -249,7 +247,7 @@ class _Folder:
     def _why(self, prefix: str) -> str:
         """Why nothing read what the files have under a prefix."""
         own = self._of.path + self._of.at
-        return _WHY if prefix == own else names.Prefixes(prefix, own, {}).why
+        return _WHY if prefix == own else Prefixes(prefix, own, {}).why
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:

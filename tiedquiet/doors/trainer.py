@@ -170,7 +170,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
         resume.was_judged, model = True, resume.model(trainer)
         if resume.is_best and has_adapters(model):
             return None  # then peft's `load_adapter` has read it, which is a door of its own
-        return _judge(model, resume.folder, bind(wrapped, args, kwargs)["load_result"])
+        return _judge(model, resume, bind(wrapped, args, kwargs)["load_result"])
 
     def tell(*given: Any, load_result: Any = None) -> Any:
         return wrapped(*(given or (load_result,)))  # an override may call it by another name
@@ -183,10 +183,10 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
         _going_on.reset(before)
 
 
-def _judge(whole: Any, folder: str, loaded: Any) -> Outcome:
-    of = inside(whole)
+def _judge(whole: Any, resume: _Resume, loaded: Any) -> Outcome:
+    of, folder = inside(whole), resume.folder
     model, missing = of.model, {key.removeprefix(of.path) for key in loaded.missing_keys}
-    reading, mended, held = read_folder(of, folder, set(missing), set(loaded.unexpected_keys))
+    reading, mended, held = read_folder(of, folder, set(missing), set(loaded.unexpected_keys), is_best=resume.is_best)
     load = Load(model, reading, is_resumed=True)
     load.mended, load.where, load.reported = mended, folder or "the Trainer's checkpoint", missing
     outcome = conclude(load, model)

@@ -9,8 +9,8 @@ import torch
 from tiedquiet.gate.again import Again
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.leftovers import is_ignored
 from tiedquiet.proof.survey import survey
-from tiedquiet.proof.unread import is_ignored
 
 IS_IT = ": is that the right class?"
 

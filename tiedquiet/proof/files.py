@@ -23,6 +23,8 @@ _TYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+_SHARD = re.compile(r"\d+(?=-of-\d+\.safetensors$)")
+
 
 class Checkpoint:
     """The tensors that a load reads from. The files are opened on first use, and each tensor is read on demand.
@@ -128,6 +130,14 @@ class Checkpoint:
             if key in found and not identical(contents(found[key])[key](), contents(path)[key]()):
                 yield key, Path(found[key]).name, Path(path).name
             found[key] = path
+
+    def unlisted(self) -> "Checkpoint":
+        """The shards next to these, of as many, that their index does not name."""
+        own = set(map(Path, self.files))
+        kinds = {(path.parent, _SHARD.sub("", path.name)) for path in own if _SHARD.search(path.name)}
+        beside = [path for folder in {folder for folder, _ in kinds} for path in sorted(folder.iterdir())]
+        of_these = (path for path in beside if path not in own and _SHARD.search(path.name))
+        return Checkpoint(None, [str(p) for p in of_these if (p.parent, _SHARD.sub("", p.name)) in kinds])
 
     def names_of(self, name: str) -> Iterator[str]:
         """The names that files have for one of the model's tensors, unless they were renamed: its own comes first."""

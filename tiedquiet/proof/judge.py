@@ -24,7 +24,7 @@ from tiedquiet.proof.stored import judge_casts, judge_placeholders, judge_stored
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
-from tiedquiet.verdict import Finding, Proof, Verdict
+from tiedquiet.verdict import IN_FILES, Finding, Proof, Verdict
 
 
 def judge(
@@ -102,9 +102,9 @@ def proof(model: Any, inert: str = "") -> Proof:
     if len(found) == 1 and not beside:
         return found[0][1]
     findings = [
-        replace(finding, key=prefix + finding.key, source=finding.source and prefix + finding.source)
+        replace(f, key=prefix + f.key, source=prefix + f.source if f.source and f.verdict not in IN_FILES else f.source)
         for prefix, part in found
-        for finding in part.findings
+        for f in part.findings
     ]
     if not found:
         why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"

@@ -9,8 +9,9 @@ import torch
 
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.memory import Memory, by_object, equals, holds, is_copy, plain, same
+from tiedquiet.proof.names import in_common, is_in
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import Survey, embeddings, is_denied, only
+from tiedquiet.proof.survey import Survey, embeddings, is_denied, only, survey
 from tiedquiet.proof.ties import Group
 from tiedquiet.verdict import Finding, Verdict
 
@@ -164,15 +165,35 @@ def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:
     return isinstance(head, torch.nn.Module) and any(parameter is tensor for parameter in head.parameters())
 
 
-def is_another_head_s(model: Any, name: str) -> bool:
-    """Whether a tensor of the files is of the head of another class, which saved them.
+def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
+    """Findings on missing keys that the files may have under another name, without those that a head explains.
 
-    That is what lies outside the base model then: a masked language model's `lm_head.dense` is no `classifier.dense`.
+    Those are what lies outside the base model in a file that another class saved: a masked language model's
+    `lm_head.dense` is no `classifier.dense`. But if nothing of the base model was read, that may have any name.
     """
+    if not (some := [finding for finding in findings if finding.verdict is Verdict.MISSING and finding.source]):
+        return []
+    some = list(_most_alike(some))
     saved_by, base = _saved_by(model), getattr(model, "base_model_prefix", "")
     # The base model by itself has no head, and its own names without that prefix.
     is_ours = any(_is_one_of(part, saved_by) for part in (model, getattr(model, "base_model", model)))
-    return bool(saved_by and base) and not is_ours and not name.startswith(f"{base}.")
+    if is_ours or not saved_by or not base:
+        return some
+    ours = {key for key in survey(model).state if is_in(base, key)}
+    is_lost = ours and ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
+    return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
+
+
+def _most_alike(findings: Collection[Finding]) -> Iterator[Finding]:
+    """For each tensor of the files the one key that it may be; none if several are as much like it."""
+    keys_of: dict[str, list[tuple[tuple[int, int], Finding]]] = {}
+    for finding in findings:
+        keys_of.setdefault(str(finding.source), []).append((in_common(finding.key, str(finding.source)), finding))
+    for alike in keys_of.values():
+        most = max(common for common, _ in alike)
+        best = [finding for common, finding in alike if common == most]
+        if len(best) == 1:
+            yield best[0]
 
 
 def _saved_by(model: Any) -> Collection[str]:

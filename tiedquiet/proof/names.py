@@ -1,20 +1,18 @@
-"""How names in a checkpoint's files map to a model's names: by transformers' own rules, then by one of prefixes.
+"""How names in a checkpoint's files map to a model's names by transformers' own rules; prefixes.py has another.
 
 Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
-import itertools
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 Headers = Mapping[str, torch.Tensor]
-_MOST_TRIED = 64
+MOST_TRIED = 64
 
 
 class Origin(NamedTuple):
@@ -38,14 +36,14 @@ class Made(NamedTuple):
         origins: for each of the model's names, what it is made of.
         why: why nothing read them, as a clause.
         conversions: transformers' own, by which they are made; none where no more than names differ.
-        prefix: what the files' names have before those that the conversions know.
+        known_as: for each of the files' names the one that the conversions know, where that is another.
         cure: how to have `from_pretrained` read them, as a clause; empty where nothing is known.
     """
 
     origins: dict[str, Origin]
     why: str
     conversions: Sequence[Any] = ()
-    prefix: str = ""
+    known_as: Mapping[str, str] = MappingProxyType({})
     cure: str = ""
 
     @property
@@ -54,56 +52,19 @@ class Made(NamedTuple):
         return {name: key for key, origin in self.origins.items() for name in origin.names}
 
 
-@dataclass(frozen=True)
-class Prefixes:
-    """A prefix of the files' names where the model has another.
-
-    Attributes:
-        old: as the files have it, with its last dot; empty where it has to be added.
-        new: as the model has it, in the same form.
-        names: for each of the model's names the one in the files.
-        is_of_files: whether they are as the files have them; else as transformers had already renamed them.
-    """
-
-    old: str
-    new: str
-    names: dict[str, str]
-    is_of_files: bool = True
-
-    @property
-    def why(self) -> str:
-        """Why nothing read them, as a clause."""
-        return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
-
-    def key_mapping(self) -> dict[str, str]:
-        """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
-        if not self.is_of_files:
-            return {}
-        if self.old:
-            return {f"^{re.escape(self.old)}": self.new}
-        first = sorted({name.partition(".")[0] for name in self.names.values()})
-        return {f"^(?=({'|'.join(map(re.escape, first))})\\b)": self.new}
-
-    @property
-    def cure(self) -> str:
-        """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it."""
-        mapping = self.key_mapping()
-        return f"pass key_mapping={mapping} to from_pretrained" if mapping else ""
-
-
 def native_class(model: Any) -> Any:
     """The class of transformers that a model's class extends; None if it is one itself, or extends none."""
     kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")]
     return None if not kinds or kinds[0] is type(model) else kinds[0]
 
 
-def conversions_of(model: Any) -> list[Any]:
+def conversions_of(model: Any, key_mapping: dict[str, str] | None = None) -> list[Any]:
     """What transformers renames and converts when it reads a checkpoint of this class; nothing for other modules."""
     if not hasattr(model, "base_model_prefix"):
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return list(get_model_conversion_mapping(model))
+    return list(get_model_conversion_mapping(model, key_mapping))
 
 
 def all_conversions(model: Any, used: Sequence[Any]) -> list[Any]:
@@ -123,6 +84,12 @@ def all_conversions(model: Any, used: Sequence[Any]) -> list[Any]:
 def _patterns(conversion: Any) -> tuple[Any, ...]:
     scope = getattr(conversion, "scope_prefix", None)
     return type(conversion), conversion.source_patterns, conversion.target_patterns, scope
+
+
+def of_class(model: Any, conversions: Sequence[Any]) -> dict[str, str]:
+    """The mapping that a class carries itself, as far as it was used: up to 5.3.0 a user's is taken in its place."""
+    own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    return {old: new for old, new in own.items() if any(one.source_patterns == [old] for one in conversions)}
 
 
 def conversions_of_native(model: Any) -> list[Any]:
@@ -170,9 +137,7 @@ def sources(model: Any, headers: Headers, state: Headers, conversions: Sequence[
     return found
 
 
-def origins(
-    model: Any, headers: Headers, state: Headers, conversions: Sequence[Any], prefix: str = ""
-) -> dict[str, Origin]:
+def origins(model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]) -> dict[str, Origin]:
     """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
 
     Args:
@@ -180,15 +145,12 @@ def origins(
         headers: what the files hold.
         state: the model's tensors by name.
         conversions: transformers' own for its class.
-        prefix: what the files' names have before those that the conversions know; all others are left out.
 
     Returns:
         For each of the model's names that the files have something for: what. What does not fit its shape is left out.
     """
-    short = {name[len(prefix) :]: header for name, header in headers.items() if name.startswith(prefix)}
-    made = converted(model, short, state, conversions, short.__getitem__)
-    fits = {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
-    return {key: o._replace(names=tuple(prefix + name for name in o.names)) for key, o in fits.items()}
+    made = converted(model, headers, state, conversions, headers.__getitem__)
+    return {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
 
 
 def converted(
@@ -235,12 +197,20 @@ def _renamed(
     rename, renamings, converters, in_order = _machinery(conversions)
     base = getattr(model, "base_model_prefix", "")
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    for name in sorted(headers, key=in_order):
+    for name in _sorted(headers, in_order):
         key, pattern = rename(name, renamings, converters, base, state)
         if key not in state and name in state:
             key, pattern = name, None
         if key in state:
             yield name, key, None if pattern is None else (by_pattern[pattern], pattern)
+
+
+def _sorted(headers: Headers, in_order: Callable[[str], Any]) -> list[str]:
+    """In the order in which transformers takes names; of some, 5.0 cannot say which comes first."""
+    try:
+        return sorted(headers, key=in_order)
+    except TypeError:
+        return sorted(headers)
 
 
 def _machinery(conversions: Sequence[Any]) -> tuple[Any, list[Any], list[Any], Any]:
@@ -288,80 +258,6 @@ def crossed(
     return {own: name for name, key in read_into.items() if (own := straight[name]) != key and own in state}
 
 
-def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:
-    """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
-
-    It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
-    not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
-    It replaces no number by another, and nothing under which the model has such tensors itself: layer 2 is not layer 0.
-
-    Args:
-        unread: tensors of the files that nothing read.
-        missing: tensors of the model that the files did not deliver, by name.
-        needed: those of them that nothing else supplies.
-        own: the names of all of the model's tensors.
-    """
-    found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
-    for old, new in _candidates(unread, missing, needed):
-        moved = {new + name[len(old) :]: name for name in unread if name.startswith(old)}
-        names = {
-            key: name for key, name in moved.items() if key in missing and missing[key].shape == unread[name].shape
-        }
-        modules = {name.rpartition(".")[0] for name in names}
-        is_whole = len(names) == len(unread)
-        if _is_elsewhere(old, new, names.values(), own):
-            continue
-        if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
-            len(modules) > 1 or not (old and new)
-        ):
-            found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
-    # `module.model.` for `model.` is a part of what `module.` for nothing says.
-    whole = [
-        one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
-    ]
-    return whole[0] if len(whole) == 1 else None
-
-
-def _candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> list[tuple[str, str]]:
-    """Pairs of prefixes that make one chosen tensor of either side one of the other; the shortest of them.
-
-    What fits all of a side fits the chosen one. It is the one with the fewest partners of its shape, and a file of
-    strangers may have any number: of many pairs those are tried that leave the most of the names alone.
-    """
-    by_shape: dict[torch.Size, tuple[list[str], list[str]]] = {}
-    for side, headers in enumerate((unread, missing)):
-        for name, header in headers.items():
-            by_shape.setdefault(header.shape, ([], []))[side].append(name)
-    found: set[tuple[str, str]] = set()
-    if (rarest := min(unread, key=lambda name: len(by_shape[unread[name].shape][1]), default=None)) is not None:
-        found |= {pair for key in by_shape[unread[rarest].shape][1] for pair in _pairs(rarest, key)}
-    if (rarest := min(needed, key=lambda key: len(by_shape[missing[key].shape][0]), default=None)) is not None:
-        found |= {pair for name in by_shape[missing[rarest].shape][0] for pair in _pairs(name, rarest)}
-    return sorted(found, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))[:_MOST_TRIED]
-
-
-def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
-    """The pairs of prefixes that turn a name into a key: what is left of each common end of them."""
-    ends = [name[place:] for place in range(len(name)) if place == 0 or name[place - 1] == "."]
-    for end in ends:
-        if key == end or key.endswith("." + end):
-            yield name[: len(name) - len(end)], key[: len(key) - len(end)]
-
-
-def _is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str]) -> bool:
-    """Whether two prefixes are two places of a model, and not two names of one."""
-    theirs, ours = old.split(".")[:-1], new.split(".")[:-1]
-    while theirs and ours and theirs[-1] == ours[-1]:
-        theirs.pop(), ours.pop()
-    numbers = [[part for part in parts if part.isdecimal()] for parts in (theirs, ours)]
-    if all(numbers) and numbers[0] != numbers[1]:
-        return True
-    depth = len(theirs) + 1
-    places = {tuple(name.split(".")[:depth]) for name in names} if theirs else set()
-    taken = (tuple(key.split(".")) for key in own if places)
-    return any(parts[:depth] in places or parts[:-1] == tuple(theirs) for parts in taken)
-
-
 def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:
     """The names of all tensors of each shape."""
     found: dict[torch.Size, list[str]] = {}
@@ -377,25 +273,22 @@ def likely(key: str, alike: Sequence[str]) -> str | None:
         key: the missing key.
         alike: those of its shape.
     """
-    parts = key.split(".")[::-1]
-
-    def common(name: str) -> tuple[int, int]:
-        theirs = name.split(".")[::-1]
-        end = next((i for i, pair in enumerate(zip(parts, theirs, strict=False)) if len(set(pair)) > 1), len(parts))
-        return end, len(set(parts) & set(theirs))
-
-    if len(alike) > _MOST_TRIED:
+    if len(alike) > MOST_TRIED:
         return None  # one of very many is not likely
-    best = max(alike, key=common, default=None)
-    return best if best is not None and common(best)[0] else None
+    best = max(alike, key=lambda name: in_common(key, name), default=None)
+    return best if best is not None and in_common(key, best)[0] else None
 
 
-def common_prefixes(all_of: Collection[str]) -> list[str]:
-    """The prefixes that all of these names have, the shortest first."""
-    first_and_last = (min(all_of, default=""), max(all_of, default=""))
-    parts = zip(*(name.split(".")[:-1] for name in first_and_last), strict=False)
-    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
-    return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
+def in_common(key: str, name: str) -> tuple[int, int]:
+    """How many parts at the end of two names are the same; and how many wherever they are."""
+    ours, theirs = key.split(".")[::-1], name.split(".")[::-1]
+    end = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), len(ours))
+    return end, len(set(ours) & set(theirs))
+
+
+def is_in(base: str, name: str) -> bool:
+    """Whether a name is one of the base model's, whatever is before it."""
+    return bool(base) and f".{base}." in f".{name}"
 
 
 def renamed(model: Any, headers: Headers, conversions: Sequence[Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof.memory import ORDINARY
-from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.verdict import IN_FILES, Finding, Verdict
 
 _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
 _ATTRIBUTE = "_tiedquiet_record"
@@ -93,7 +93,7 @@ class Record:
 
         def of_finding(finding: Finding) -> Finding:
             source = finding.source
-            if source is not None and finding.verdict is not Verdict.UNREAD:  # there it is a name of the files
+            if source is not None and finding.verdict not in IN_FILES:
                 source = name(source) or source
             return replace(finding, key=new[finding.key], source=source)
 

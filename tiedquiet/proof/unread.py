@@ -3,9 +3,8 @@
 Their headers are asked, and only if a load is not plainly clean.
 """
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.leftovers import made_of, not_ignored
 from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
@@ -117,7 +117,12 @@ def _is_equal(checkpoint: Checkpoint, other: Checkpoint) -> bool:
 
 
 def find_unread(
-    model: Any, reading: Reading, unread: names.Headers, conversions: Sequence[Any] = (), cure: str = ""
+    model: Any,
+    reading: Reading,
+    unread: names.Headers,
+    conversions: Sequence[Any] = (),
+    cure: str = "",
+    is_resumed: bool = False,
 ) -> names.Made | None:
     """Look for missing tensors among what the files have and nothing read, and note the findings.
 
@@ -127,6 +132,7 @@ def find_unread(
         unread: what else the files have.
         conversions: what the loader renamed and converted.
         cure: what to do about it, if not to have `from_pretrained` read it.
+        is_resumed: whether the checkpoint is one of this very model, head and all.
 
     Returns:
         What they are made of: by the model's own names; or by transformers' renaming for the class that the model's
@@ -140,97 +146,28 @@ def find_unread(
         return None
     tied = declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
-    made = _find(model, unread, missing, needed, now.state, conversions)
+    made = made_of(model, unread, missing, needed, now.state, conversions, is_resumed)
     if made is not None:
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     used = made.key_of if made is not None else {}
-    rest = names.by_shape({n: header for n, header in unread.items() if n not in used and not is_ignored(model, n)})
+    rest = names.by_shape({n: h for n, h in not_ignored(model, unread, missing).items() if n not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
     return made
 
 
-def _find(
-    model: Any,
-    unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-) -> names.Made | None:
-    """What the first rule that fits makes of the unread tensors.
-
-    Args:
-        model: the model.
-        unread: what the files have and nothing read.
-        missing: what the model lacks.
-        needed: those of them that nothing else supplies.
-        state: all of the model's tensors.
-        conversions: what the loader renamed and converted.
-    """
-    if own := [key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape]:
-        why = "because they are renamed while they are read, to names that the model does not have"
-        return names.Made({key: names.Origin((key,), False) for key in own}, why)
-    # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where transformers'
-    # own renaming has a place for it, the class does not speak of it.
-    rest = {name: header for name, header in unread.items() if not is_ignored(model, name)}
-    prefixes = _prefixes(model, rest, missing, needed, state, conversions)
-    for theirs, around, rules in names.conversions_of_others(model):
-        origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
-        if origins:
-            ours = type(model).__name__
-            why = f"because transformers renames what it reads for {theirs}, but not for {around}"
-            register = f"register the conversion of {theirs} for {ours} (register_checkpoint_conversion_mapping)"
-            return names.Made(origins, why, rules, cure=(prefixes.cure if prefixes else "") or register)
-    if prefixes is not None:
-        fits = {key: names.Origin((name,), False) for key, name in prefixes.names.items()}
-        return names.Made(fits, prefixes.why, cure=prefixes.cure)
-    if names.has_converter(conversions):
-        return under_a_prefix(model, rest, missing.keys(), state, conversions, names.common_prefixes(rest), needed)
-    return None
-
-
-def _prefixes(
-    model: Any,
-    unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
-    own: Collection[str],
-    conversions: Sequence[Any],
-) -> names.Prefixes | None:
-    """The prefix that fits: of the names that the files have, or of what transformers made of these."""
-    if (prefixes := names.by_prefix(unread, missing, needed, own)) is not None or not conversions:
-        return prefixes
-    in_files = {new: old for old, new in names.renamed(model, unread, conversions).items()}
-    prefixes = names.by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed, own)
-    if prefixes is None:
-        return None
-    of_files = {key: in_files[name] for key, name in prefixes.names.items()}
-    return replace(prefixes, names=of_files, is_of_files=False)
-
-
-def under_a_prefix(
-    model: Any,
-    unread: names.Headers,
-    missing: Collection[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-    prefixes: Collection[str],
-    needed: Collection[str] = (),
-) -> names.Made | None:
-    """What transformers would convert if the files' names were without one of these prefixes.
-
-    A prefix says less than a name: all that nothing read under it has to find its place, or all that the model needs.
-    """
-    for start in prefixes:
-        found = names.origins(model, unread, state, conversions, start)
-        origins, moved = {key: o for key, o in found.items() if key in missing}, names.Prefixes(start, "", {})
-        made = names.Made(origins, moved.why, conversions, start, moved.cure)
-        rest = {name for name in unread if name.startswith(start)}
-        if origins and (rest <= made.key_of.keys() or (needed and origins.keys() >= set(needed))):
-            return made
-    return None
+def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> None:
+    """Note what lies in a shard that the index does not name: a tie would give it other values than it has there."""
+    wanted = reading.missing - reading.free - reading.found.keys()
+    if not wanted or not (others := reading.checkpoint.unlisted()).files:
+        return
+    with suppress(Exception):  # of files that nobody reads
+        made = names.origins(model, others.headers, survey(model).state, conversions)
+        shards = ", ".join(Path(path).name for path in others.files)
+        cure = "Add its tensors to the weight_map of the index, or save the checkpoint again"
+        found = {key: origin for key, origin in made.items() if key in wanted}
+        note_unread(reading, names.Made(found, f"because the index does not name {shards}"), cure)
 
 
 def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
@@ -249,9 +186,3 @@ def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales)
     if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
         return None
     return cast_finding(key, header.dtype, ours)
-
-
-def is_ignored(model: Any, name: str) -> bool:
-    """Whether the class says that the files may have a name for which the model has no place."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))

@@ -1,0 +1,176 @@
+"""How names in a checkpoint's files map to a model's names where no rule of transformers does: by what else is in them.
+
+That is a prefix, or parts in the middle of names: a wrapper's, of all the model or of each of its layers. Nothing here
+reads a value: tensors are headers on meta.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tiedquiet.proof.names import MOST_TRIED, Headers
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """A prefix of the files' names where the model has another.
+
+    Attributes:
+        old: as the files have it, with its last dot; empty where it has to be added.
+        new: as the model has it, in the same form.
+        names: for each of the model's names the one in the files.
+        is_of_files: whether they are as the files have them; else as transformers had already renamed them.
+        inside: in place of a prefix, parts in the middle of names.
+        has_them: which of the two has these parts in its names.
+    """
+
+    old: str
+    new: str
+    names: dict[str, str]
+    is_of_files: bool = True
+    inside: tuple[str, ...] = ()
+    has_them: str = "checkpoint"
+
+    @property
+    def why(self) -> str:
+        """Why nothing read them, as a clause."""
+        if self.inside:
+            return f"because names in the {self.has_them} have {' and '.join(self.inside)} in them"
+        return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
+
+    def change(self, name: str) -> str:
+        """What one of the files' names becomes: those that do not begin with this prefix stay as they are."""
+        if self.inside:
+            return without(name, self.inside)
+        return self.new + name[len(self.old) :] if name.startswith(self.old) else name
+
+    def key_mapping(self) -> dict[str, str]:
+        """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
+        if not self.is_of_files or self.inside:
+            return {}
+        # Of whole names: transformers replaces what a pattern matched wherever it is, and up to 5.3 each time.
+        if self.old:
+            return {f"^{re.escape(self.old)}(.+)": rf"{self.new}\1"}
+        first = sorted({name.partition(".")[0] for name in self.names.values()})
+        return {f"^((?:{'|'.join(map(re.escape, first))})\\b.*)": rf"{self.new}\1"}
+
+
+def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:
+    """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
+
+    It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
+    not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
+    It replaces no number by another, and nothing under which the model has such tensors itself: layer 2 is not layer 0.
+
+    Args:
+        unread: tensors of the files that nothing read.
+        missing: tensors of the model that the files did not deliver, by name.
+        needed: those of them that nothing else supplies.
+        own: the names of all of the model's tensors.
+    """
+    found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
+    for old, new in candidates(unread, missing, needed):
+        names = {
+            new + name[len(old) :]: name
+            for name in unread
+            if name.startswith(old) and _fits(unread[name], missing.get(new + name[len(old) :]))
+        }
+        modules = {name.rpartition(".")[0] for name in names}
+        is_whole = len(names) == len(unread)
+        if is_elsewhere(old, new, names.values(), own):
+            continue
+        if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
+            len(modules) > 1 or not (old and new)
+        ):
+            found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
+    # `module.model.` for `model.` is a part of what `module.` for nothing says.
+    whole = [
+        one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
+    ]
+    return whole[0] if len(whole) == 1 else None if whole else _by_parts(unread, missing, needed, own)
+
+
+def _by_parts(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str]) -> Prefixes | None:
+    """The parts that names of one side have and none of the other, if that is all they differ in: a wrapper's."""
+    for longer, shorter, others in ((unread, missing, own), (missing, unread, unread)):
+        inside = parts_besides(longer, others)
+        pairs = [(name, without(name, inside)) for name in longer]
+        pairs = [(long, short) for long, short in pairs if long != short and _fits(longer[long], shorter.get(short))]
+        names = {short: long for long, short in pairs} if longer is unread else dict(pairs)
+        if not len(names) == len(set(names.values())) == len(pairs):
+            return None
+        is_enough = len(names) == len(unread) or (needed and names.keys() >= set(needed))
+        if is_enough and len({key.rpartition(".")[0] for key in names}) > 1:
+            used = sorted({part for long, _ in pairs for part in long.split(".")}.intersection(inside))
+            return Prefixes("", "", names, inside=tuple(used), has_them="checkpoint" if longer is unread else "model")
+    return None
+
+
+def parts_besides(names: Collection[str], others: Collection[str]) -> set[str]:
+    """The parts of names, numbers aside, that none of the others has."""
+    ours, theirs = ({part for name in some for part in name.split(".")} for some in (names, others))
+    return {part for part in ours - theirs if not part.isdecimal()}
+
+
+def without(name: str, inside: Collection[str]) -> str:
+    """A name without some of its parts; its last one is no wrapper's."""
+    *path, last = name.split(".")
+    return ".".join([*(part for part in path if part not in inside), last])
+
+
+def candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> list[tuple[str, str]]:
+    """Pairs of prefixes that make one chosen tensor of either side one of the other; the shortest of them.
+
+    What fits all of a side fits the chosen one. It is the one with the fewest partners of its shape, and a file of
+    strangers may have any number: of many pairs those are tried that leave the most of the names alone. What has none
+    is made of several, or by a conversion.
+    """
+    by_shape: dict[torch.Size, tuple[list[str], list[str]]] = {}
+    for side, headers in enumerate((unread, missing)):
+        for name, header in headers.items():
+            by_shape.setdefault(header.shape, ([], []))[side].append(name)
+    found: set[tuple[str, str]] = set()
+    partners = {name: keys for name, header in unread.items() if (keys := by_shape[header.shape][1])}
+    if (rarest := min(partners, key=lambda name: len(partners[name]), default=None)) is not None:
+        found |= {pair for key in partners[rarest] for pair in _pairs(rarest, key)}
+    partners = {key: some for key in needed if (some := by_shape[missing[key].shape][0])}
+    if (rarest := min(partners, key=lambda key: len(partners[key]), default=None)) is not None:
+        found |= {pair for name in partners[rarest] for pair in _pairs(name, rarest)}
+    return sorted(found, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))[:MOST_TRIED]
+
+
+def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
+    """The pairs of prefixes that turn a name into a key: what is left of each common end of them."""
+    ends = [name[place:] for place in range(len(name)) if place == 0 or name[place - 1] == "."]
+    for end in ends:
+        if key == end or key.endswith("." + end):
+            yield name[: len(name) - len(end)], key[: len(key) - len(end)]
+
+
+def is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str]) -> bool:
+    """Whether two prefixes are two places of a model, and not two names of one."""
+    theirs, ours = old.split(".")[:-1], new.split(".")[:-1]
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs.pop(), ours.pop()
+    numbers = [[part for part in parts if part.isdecimal()] for parts in (theirs, ours)]
+    if all(numbers) and numbers[0] != numbers[1]:
+        return True
+    depth = len(theirs) + 1
+    places = {tuple(name.split(".")[:depth]) for name in names} if theirs else set()
+    taken = (tuple(key.split(".")) for key in own if places)
+    return any(parts[:depth] in places or parts[:-1] == tuple(theirs) for parts in taken)
+
+
+def _fits(header: torch.Tensor, tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and header.shape == tensor.shape
+
+
+def common_prefixes(all_of: Collection[str]) -> list[str]:
+    """The prefixes that all of these names have, the shortest first."""
+    first_and_last = (min(all_of, default=""), max(all_of, default=""))
+    parts = zip(*(name.split(".")[:-1] for name in first_and_last), strict=False)
+    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
+    return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]
