@@ -2,18 +2,24 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralForCausalLM, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    BertModel,
+    MixtralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers import initialization as init
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import SMALL, mapping_of, qwen2, verdicts, written, wrong
-from tests.gate.test_compare import mixtral
+from tests.doors.renamed import SMALL, llava, mapping_of, qwen2, verdicts, written, wrong
+from tests.gate.test_compare import bert, mixtral
 from tests.idioms import Idiom, Part, Tiny
 from tiedquiet import LoadError, Verdict
 from tiedquiet.proof.files import Checkpoint
@@ -63,6 +69,69 @@ def test_a_prefix_before_what_is_converted_while_it_is_read(
         model = kind.from_pretrained(tmp_path)
     assert not wrong(model, truth)
     assert tiedquiet.check(model).ok
+
+
+@pytest.mark.parametrize(
+    ("build", "start", "new", "beside"),
+    [
+        (mixtral, r"model\.layers", "model.blocks", 0),
+        (qwen3_moe, r"model\.layers", "model.blocks", 0),
+        (qwen3_moe, "", "student.", 4),
+        (llava, "", "student.", 4),
+        (llava, "", "module.", 0),
+    ],
+)
+def test_a_prefix_in_place_of_another_before_what_is_converted_or_renamed(
+    build: Any, start: str, new: str, beside: int, tmp_path: Path, printed: Printed
+) -> None:
+    others = {f"encoder.{number}.weight": torch.ones(3, 1 + number) for number in range(beside)}
+    truth = written(build(), tmp_path, lambda key: re.sub(f"^{start}", new, key), **others)
+    kind = type(build())
+    assert wrong(kind.from_pretrained(tmp_path), truth)
+    if mapping := mapping_of(printed.loud[0]):
+        assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping), truth), "the cure cures"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        kind.from_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = kind.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+class Ignoring(BertModel):
+    """As Bros, which has all of this."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["pooler"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embeddings.register_buffer("position_ids", self.embeddings.position_ids.clone())
+
+
+def test_what_a_class_ignores_and_has(tmp_path: Path) -> None:
+    truth = written(Ignoring(bert()), tmp_path, lambda key: f"module.{key}")
+    with tiedquiet.enable("repair"):
+        model = Ignoring.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+def test_of_two_models_that_fit_neither_is_read(tmp_path: Path) -> None:
+    truth = written(mixtral(), tmp_path, lambda key: f"student.{key}")
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {key.replace("student.", "teacher."): value + 1 for key, value in stored.items()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        proof = tiedquiet.check(MixtralForCausalLM.from_pretrained(tmp_path))
+    assert (proof.stored, proof.unread, proof.missing) == (0, 0, len(truth))
+
+
+def test_one_module_beside_others_is_no_other_name(tmp_path: Path) -> None:
+    change = re.compile(r"^(?=model\.norm\.)")
+    truth = written(mixtral(), tmp_path, lambda key: change.sub("teacher.", key), other=torch.ones(3))
+    model = MixtralForCausalLM.from_pretrained(tmp_path)
+    assert wrong(model, truth) == {"model.norm.weight"}
+    assert verdicts(model)["model.norm.weight"] is Verdict.MISSING
 
 
 def test_what_has_no_place_under_its_prefix_is_no_other_name(tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ def made_of(
     theirs = not_ignored(model, unread, missing)
     sides = [(theirs, needed)]
     base = getattr(model, "base_model_prefix", "")
-    if not is_resumed:  # a head may be in neither: that of another class in the files, and a new one in the model
-        of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)}
-        sides.append((of_base or theirs, {key for key in needed if names.is_in(base, key)}))
+    of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
+    # A head may be in neither: that of another class in the files, and a new one in the model. One module is no base.
+    if not is_resumed and len({name.rpartition(".")[0] for name in of_base}) > 1:
+        sides.append((of_base, {key for key in needed if names.is_in(base, key)}))
     for native, around, rules in names.conversions_of_others(model):
         origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
         if origins:
