@@ -1,8 +1,9 @@
-"""The census: every class of transformers that declares or carries ties, saved and loaded back in many ways.
+"""The census: every class of transformers that declares or carries ties, or every one, loaded back in many ways.
 
     python -m benchmarks.census                              # the transformers of this interpreter
     python -m benchmarks.census 5.0.0 5.2.0 5.3.0 5.13.1 5.20.2 5.24.0 --jobs 2    # in environments of tests/compat
     python -m benchmarks.census --only 'T5|Bart' --out /tmp/census
+    python -m benchmarks.census --all                        # those without a tie as well
 
 Each class is built tiny from its own default configuration and filled with random values, so that the bytes of a file
 tell which tensor is which. After each load every tensor that the file holds is compared with the file, every buffer
@@ -87,7 +88,8 @@ def main() -> int:
         "seconds": round(time.perf_counter() - started),
         "processor_seconds": round(own.ru_utime + own.ru_stime + theirs.ru_utime + theirs.ru_stime),
     }
-    path = write(f"census-{transformers.__version__}", configuration, summary, options.out)
+    theme = "census-all" if options.all else "census"
+    path = write(f"{theme}-{transformers.__version__}", configuration, summary, options.out)
     path.with_suffix(".md").write_text(table(transformers.__version__, summary, records))
     print(row(["transformers", *COLUMNS.values()]), row(["---", *["---:"] * len(COLUMNS)]), sep="\n")
     print(row([transformers.__version__, *cells(summary["total"])]))

@@ -41,15 +41,20 @@ DOORS = [
     "adapters",
     "from_pretrained",
     "modes",
+    "other_names",
     "records",
     "renamings",
+    "since",
     "strict",
     "trainer",
     "trainer_files",
+    "trainer_overrides",
     "trainer_rows",
     "unread",
+    "unread_ends",
+    "wrapped_names",
+    "wrapping",
 ]
-DOORS += ["unread_ends", "wrapping"]
 OF_NEWEST = ("transformers", "diffusers", "wrapt", "torch")
 TESTS = [
     "tests/compat",
