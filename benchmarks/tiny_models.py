@@ -84,6 +84,13 @@ def own_classes(module: Any) -> list[type[Any]]:
     ]
 
 
+def classes_with_modules(module: Any) -> list[type[Any]]:
+    """The module's own model classes, without those that are there to be extended and add no module."""
+    from transformers import PreTrainedModel
+
+    return [cls for cls in own_classes(module) if cls.__init__ is not PreTrainedModel.__init__]
+
+
 def declares(cls: type[Any]) -> bool:
     """Whether a class declares ties: itself, or while it is built."""
     declared = cls._tied_weights_keys or "_tied_weights_keys" in vars(cls)

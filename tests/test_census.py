@@ -265,8 +265,8 @@ def test_the_census_sees_a_repair_that_only_says_so(monkeypatch: pytest.MonkeyPa
 def test_the_census_sees_a_repair_that_leaves_the_optimizer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     read = trainer.read_folder
 
-    def anew(of: Any, *more: Any) -> Any:
-        found = read(of, *more)
+    def anew(of: Any, *more: Any, **named: Any) -> Any:
+        found = read(of, *more, **named)
         of.model.lm_head.weight = torch.nn.Parameter(of.model.lm_head.weight.detach().clone())
         return found
 

@@ -36,8 +36,9 @@ def census_of_module(name: str, only: str, done: set[str], every: bool = False) 
         return [] if short in done else [{"class": short, "way": None, "reason": reason(error)}]
     gc.freeze()  # or each collection walks over every module of transformers anew
     lines = []
-    declaring = tiny_models.own_classes(module) if every else tiny_models.declaring_classes(module)
-    for cls in (*declaring, *(() if every else tiny_models.classes_that_may_carry(module))):
+    declaring = tiny_models.declaring_classes(module)
+    carrying = tiny_models.classes_with_modules(module) if every else tiny_models.classes_that_may_carry(module)
+    for cls in dict.fromkeys((*declaring, *carrying)):
         if re.search(only, cls.__name__) and cls.__name__ not in done:
             with limited(SECONDS):
                 try:
@@ -45,7 +46,7 @@ def census_of_module(name: str, only: str, done: set[str], every: bool = False) 
                 except Exception as error:
                     line = {"class": cls.__name__, "way": None, "reason": reason(error)}
                     line["no_ties"] = isinstance(error, tiny_models.NoTies)
-                    line["may_carry"] = cls not in declaring
+                    line["may_carry"] = not every and cls not in declaring
                     lines.append(line)
     return lines
 
