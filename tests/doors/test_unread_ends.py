@@ -1,6 +1,7 @@
 """Two values for one tensor, in two shards or at both ends of a tie; ends that stay on disk; two changes of a name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_both_ends_of_a_tie_that_only_the_text_config_denies(tmp_path: Path, pri
         loaded.lm_head.weight, loaded.model.language_model.embed_tokens.weight
     )
     assert not [line for line in printed.loud if "ambiguous" in line]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_what_looks_like_such_a_shard_is_not_opened(tmp_path: Path) -> None:
+    """A pipe would hang the load; and a link leads out of the folder."""
+    written(qwen2(), tmp_path)
+    in_two_shards(tmp_path, {})
+    second, pipe, link = (tmp_path / f"model-0000{number}-of-00002.safetensors" for number in (2, 3, 4))
+    (tmp_path.parent / "elsewhere").mkdir(exist_ok=True)
+    link.symlink_to(second.rename(tmp_path.parent / "elsewhere" / "second.safetensors"))
+    os.mkfifo(pipe)
+    index = json.loads((path := tmp_path / "model.safetensors.index.json").read_text())
+    named = {key: file for key, file in index["weight_map"].items() if file != second.name}
+    path.write_text(json.dumps({**index, "weight_map": named}))
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert set(verdicts(model).values()) <= {Verdict.MISSING, Verdict.TIED}
 
 
 @pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])

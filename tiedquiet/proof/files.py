@@ -137,7 +137,10 @@ class Checkpoint:
         kinds = {(path.parent, _SHARD.sub("", path.name)) for path in own if _SHARD.search(path.name)}
         beside = [path for folder in {folder for folder, _ in kinds} for path in sorted(folder.iterdir())]
         of_these = (path for path in beside if path not in own and _SHARD.search(path.name))
-        return Checkpoint(None, [str(p) for p in of_these if (p.parent, _SHARD.sub("", p.name)) in kinds])
+        found = [path for path in of_these if (path.parent, _SHARD.sub("", path.name)) in kinds]
+        # A stranger's folder may have a pipe under such a name, or a link to anywhere; the hub's cache is all links.
+        places = {path.resolve().parent for path in own} if found else set()
+        return Checkpoint(None, [str(p) for p in found if p.is_file() and p.resolve().parent in places])
 
     def names_of(self, name: str) -> Iterator[str]:
         """The names that files have for one of the model's tensors, unless they were renamed: its own comes first."""
