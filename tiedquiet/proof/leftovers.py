@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tiedquiet.proof import names
 from tiedquiet.proof.prefixes import Prefixes, by_prefix, candidates, common_prefixes, is_elsewhere, parts_besides
 
+_SAMPLE = 512
 _MOST_CHANGES = 8  # of each kind that are tried before conversions: to try one takes a walk over all names
 
 
@@ -139,14 +140,22 @@ def under_other_names(
         needed: those of the missing that nothing else supplies.
         wrappers: prefixes of what may be around the model: of these, all that lies under one has to fit.
     """
+    changes = list(_changes(model, unread, missing, state, conversions, needed, wrappers))
+
+    def hits(change: Prefixes, some: Iterable[str]) -> int:
+        headers = {change.change(name): unread[name] for name in some if change.inside or name.startswith(change.old)}
+        return sum(key in missing for key in names.targets(model, headers, state, conversions).values())
+
+    # Of very many names some tell which changes are worth trying; what fits all of them fits these.
+    some = list(unread)[:: len(unread) // _SAMPLE + 1]
+    in_some = [hits(change, some) for change in changes]
+    changes = [change for change, count in zip(changes, in_some, strict=True) if 2 * count >= max(in_some) > 0]
     tried: list[tuple[int, Prefixes, dict[str, str]]] = []
-    for change in _changes(model, unread, missing, state, conversions, needed, wrappers):
+    for change in changes:
         known_as = {name: change.change(name) for name in unread if change.inside or name.startswith(change.old)}
         is_clear = len(set(known_as.values())) == len(known_as) > 0
         if is_clear and (change.inside or not is_elsewhere(change.old, change.new, known_as, state)):
-            headers = {new: unread[name] for name, new in known_as.items()}
-            targets = names.targets(model, headers, state, conversions).values()
-            tried.append((sum(key in missing for key in targets), change, known_as))
+            tried.append((hits(change, known_as), change, known_as))
     most = max((count for count, *_ in tried), default=0)
     found: dict[frozenset[str], tuple[names.Made, Prefixes]] = {}
     for _, change, known_as in (one for one in tried if one[0] == most > 0):  # to convert takes longer than names do

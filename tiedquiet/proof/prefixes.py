@@ -13,6 +13,8 @@ import torch
 
 from tiedquiet.proof.names import MOST_TRIED, Headers
 
+_MOST_PARTNERS = 1_000  # of one tensor: who has more is junk
+
 
 @dataclass(frozen=True)
 class Prefixes:
@@ -135,10 +137,10 @@ def candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> li
     found: set[tuple[str, str]] = set()
     partners = {name: keys for name, header in unread.items() if (keys := by_shape[header.shape][1])}
     if (rarest := min(partners, key=lambda name: len(partners[name]), default=None)) is not None:
-        found |= {pair for key in partners[rarest] for pair in _pairs(rarest, key)}
+        found |= {pair for key in partners[rarest][:_MOST_PARTNERS] for pair in _pairs(rarest, key)}
     partners = {key: some for key in needed if (some := by_shape[missing[key].shape][0])}
     if (rarest := min(partners, key=lambda key: len(partners[key]), default=None)) is not None:
-        found |= {pair for name in partners[rarest] for pair in _pairs(name, rarest)}
+        found |= {pair for name in partners[rarest][:_MOST_PARTNERS] for pair in _pairs(name, rarest)}
     return sorted(found, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))[:MOST_TRIED]
 
 
