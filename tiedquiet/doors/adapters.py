@@ -73,8 +73,10 @@ def unreported(load: Load, model: Any) -> list[tuple[int, str]]:
     return [(logging.WARNING, line)] if left else []
 
 
-def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
-    """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
+def note_names(model: Any, reading: Reading, unread: names.Headers) -> names.Headers:
+    """Note what an adapter's files hold under peft's own names for it, but nothing read; returns the others."""
+    if not unread:
+        return unread
     state, missing = survey(model).state, reading.missing - reading.found.keys()
     for key, own in ((key, own) for adapter in model.peft_config for key, own in saved(model, adapter).items()):
         # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
@@ -86,7 +88,13 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
             )
             reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
-    rest = unread.keys() - claimed
+    return {name: header for name, header in unread.items() if name not in claimed}
+
+
+def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
+    """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
+    rest = set(note_names(model, reading, unread))
+    claimed = {finding.source for finding in reading.found.values()}
     rest -= made_again(model, model.peft_config, rest, reading.checkpoint)
     count = len(rest) + len(claimed & unread.keys())
     reading.found.update(of_the_whole(reading.checkpoint, count, sorted(rest)))

@@ -154,7 +154,9 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     checkpoint = Checkpoint(bound.get("state_dict"), bound.get("checkpoint_files"), base)
     mended: list[Finding] = []
     reading, unread = _read(model, info, checkpoint, offloaded, config)
-    made = find_unread(model, reading, unread, config.weight_mapping or ())
+    # peft's names for them say more than what else may be in names.
+    rest = adapters.note_names(model, reading, unread) if adapters.is_loading(model) else unread
+    made = find_unread(model, reading, rest, config.weight_mapping or ())
     if made is not None and mode.current() == "repair" and not reading.is_quantised:
         to_disk = "disk" in (config.device_map or {}).values()
         if not to_disk and not _lies_in_stored(model, reading, made.origins):
