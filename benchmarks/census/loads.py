@@ -19,7 +19,7 @@ from benchmarks.census import resume
 from benchmarks.census.comparing import LOUD
 from benchmarks.census.models import Saved
 from benchmarks.census.truth import Truth
-from benchmarks.census.ways import WAYS, Tensors, Way
+from benchmarks.census.ways import WAYS, Tensors, Way, base_model_s_file
 
 SECONDS = 300  # that one class may take
 
@@ -123,6 +123,9 @@ def census_of_load(
     truth = Truth(saved, way, file, model, info, read)
     if cls is not saved.cls and truth.reported:
         truth.note_unread(read_by(saved.cls, folder))
+    if way.tensors is base_model_s_file and truth.reported:
+        prefix, base = saved.model.base_model_prefix, saved.model.base_model
+        truth.note_unread({f"{prefix}.{name}" for name in read_by(type(base), folder)})
     proof = tiedquiet.check(model)
     said = {finding.key: str(finding.verdict) for finding in proof.findings}
     hints = {finding.key: finding.source for finding in proof.findings if finding.verdict == "missing"}

@@ -151,7 +151,7 @@ class Truth:
         )
 
     def note_unread(self, others: set[str]) -> None:
-        """Note the missing keys that the files have for the class that a user's is derived from."""
+        """Note the missing keys that the files have for another class: that which a user's extends, or the base's."""
         for key in self.reported & others - self.saved.meant.keys():
             self.unread.setdefault(key, "")
 
