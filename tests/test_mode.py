@@ -150,3 +150,9 @@ def test_a_generator_closed_in_another_task_ends_its_with() -> None:
 def test_a_path_is_not_a_model() -> None:
     with pytest.raises(TypeError, match="check takes a model, not str; for files, use python -m tiedquiet check"):
         tiedquiet.check("some/folder")  # type: ignore[arg-type]
+
+
+def test_to_begin_what_another_context_has_set_changes_nothing_here() -> None:
+    before = mode.setting()
+    mode.enter(mode.Setting("strict", "elsewhere"))
+    assert mode.setting() is before

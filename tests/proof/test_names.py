@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedquiet.proof.names import by_shape, conversions_of, likely, native_class
+from tiedquiet.proof.names import _sorted, by_shape, conversions_of, likely, may_cross, native_class
 from tiedquiet.proof.prefixes import Prefixes, by_prefix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -173,3 +173,27 @@ def test_of_what_is_no_model_of_transformers_nothing_is_converted() -> None:
     module: Any = torch.nn.Linear(1, 1)
     assert conversions_of(module) == []
     assert native_class(module) is None
+
+
+def test_names_that_transformers_cannot_put_in_order() -> None:
+    """5.0 compares a number with a text."""
+    headers = {"b.1": torch.empty(1), "a.x": torch.empty(1)}
+    assert _sorted(headers, lambda name: [int(p) if p.isdecimal() else p for p in name.split(".")[1:]]) == [
+        "a.x",
+        "b.1",
+    ]
+    assert _sorted(headers, lambda name: name[::-1]) == ["b.1", "a.x"]
+
+
+@pytest.mark.parametrize("kind", ["a parameter", "a buffer", "a module", "an empty module", "nothing"])
+def test_whether_a_model_and_its_base_have_tensors_of_one_name(kind: str) -> None:
+    model, base = torch.nn.Module(), torch.nn.Module()
+    model.base_model_prefix, model.base = "base", base  # type: ignore[assignment]
+    for module in (model, base):
+        if kind == "a parameter":
+            module.own = torch.nn.Parameter(torch.ones(1))
+        if kind == "a buffer":
+            module.register_buffer("own", torch.ones(1))
+        if kind.endswith("module"):
+            module.own = torch.nn.Dropout() if "empty" in kind else torch.nn.Linear(1, 1)
+    assert may_cross(model) is (kind in ("a parameter", "a buffer", "a module"))

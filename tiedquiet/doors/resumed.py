@@ -227,11 +227,8 @@ class _Folder:
         full = {made.known_as.get(name, name): name for name, key in made.key_of.items() if key not in plainly}
         headers = {short: self.checkpoint.headers[name] for short, name in full.items()}
         rules, key_of = made.conversions, self._key_of
-        for name, _, value in names.converted(
-            self._of.core, headers, self._core, rules, lambda short: tensors[full[short]]()
-        ):
-            if key_of[name] in made.origins:
-                yield key_of[name], value
+        found = names.converted(self._of.core, headers, self._core, rules, lambda short: tensors[full[short]]())
+        yield from ((key_of[name], value) for name, _, value in found if key_of[name] in made.origins)
 
     def holds(self, made: names.Made) -> bool:
         """Whether the model has all of these values already: it was made from this very checkpoint, say."""

@@ -227,10 +227,9 @@ def may_cross(model: Any) -> bool:
     base = getattr(model, "_modules", {}).get(getattr(model, "base_model_prefix", ""))
     if base is None:
         return False
-    if model._parameters.keys() & base._parameters.keys() or model._buffers.keys() & base._buffers.keys():
-        return True
-    both = model._modules.keys() & base._modules.keys()
-    return any(next(model._modules[name].parameters(), None) is not None for name in both if model._modules[name])
+    own = model._parameters.keys() & base._parameters.keys() | model._buffers.keys() & base._buffers.keys()
+    modules = (model._modules[name] for name in model._modules.keys() & base._modules.keys())
+    return bool(own) or any(next(module.parameters(), None) is not None for module in modules if module is not None)
 
 
 def crossed(
