@@ -91,6 +91,25 @@ def test_two_that_transformers_mixes_up(differ: bool, tmp_path: Path, printed: P
     assert tiedquiet.check(model, tmp_path).ok
 
 
+def test_two_that_are_mixed_up_on_disk(tmp_path: Path, printed: Printed) -> None:
+    """There they are read anew whenever they are needed, and stay mixed up."""
+    pytest.importorskip("accelerate")
+    saved = WithNorm(GPT2Config())
+    torch.nn.init.constant_(saved.trunk.norm.weight, 3.0)
+    saved.save_pretrained(tmp_path / "files")
+    places = {"device_map": {"trunk": "disk", "norm": "cpu"}, "offload_folder": tmp_path / "disk"}
+    for mode, left in ("on", {"norm.weight", "trunk.norm.weight"}), ("repair", {"trunk.norm.weight"}):
+        with tiedquiet.enable(mode):
+            model = WithNorm.from_pretrained(tmp_path / "files", **places)
+        assert model.trunk.norm.weight.is_meta
+        found = {key for key, verdict in verdicts(model).items() if verdict is Verdict.UNREAD}
+        assert found == left
+        assert not tiedquiet.check(model).ok
+    assert "Rename one of the two modules" in printed.loud[-1]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+        WithNorm.from_pretrained(tmp_path / "files", **places)
+
+
 def test_one_that_is_missing_because_it_was_read_into_the_other(tmp_path: Path, printed: Printed) -> None:
     saved = WithNorm(GPT2Config())
     torch.nn.init.constant_(saved.trunk.norm.weight, 3.0)

@@ -59,7 +59,8 @@ def ask_headers(
     state = survey(model).state
     made = names.sources(model, headers, state, conversions)
     came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
-    _note_crossed(model, reading, names.crossed(model, headers, state, made, conversions))
+    crossed = names.crossed(model, headers, state, made, conversions)
+    _note_crossed(model, reading, made, {key: name for key, name in crossed.items() if came_from.get(name) != key})
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
@@ -79,15 +80,22 @@ def ask_headers(
     return unread
 
 
-def _note_crossed(model: Any, reading: Reading, crossed: dict[str, str]) -> None:
+def _note_crossed(
+    model: Any, reading: Reading, made: Mapping[str, names.Origin], crossed: Mapping[str, str]
+) -> None:
+    """Note the keys that were read into another, and what was read into these has other values.
+
+    The files tell that of what stays on disk, or was quantised, as well; there, nothing can be put right.
+    """
     tensors, prefix = reading.checkpoint.tensors, f"{getattr(model, 'base_model_prefix', '')}."
     why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
     for key, name in crossed.items():
         cure = "Rename one of the two modules"
         if key in reading.held:
-            if equals(reading.read_to[key], tensors[name]()) is not False:
-                continue  # they are equal, or it cannot be told
-            reading.crossed[key], cure = name, _REPAIR
+            if key not in made or equals(tensors[made[key].names[0]](), tensors[name]()):
+                continue
+            if not reading.is_quantised and not reading.held[key].is_meta:
+                reading.crossed[key], cure = name, _REPAIR
         reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, cure)
 
 
