@@ -86,7 +86,14 @@ ELSEWHERE |= {"_uncross"}  # of two tensors that transformers mixes up
 ELSEWHERE |= {"all_conversions", "_patterns"}  # of `check`, once the load is over
 ELSEWHERE |= {"move"}  # of a model that its class makes anew
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
-ELSEWHERE |= {"common_prefixes", "under_other_names", "change"}  # of what is converted under a prefix
+ELSEWHERE |= {
+    "common_prefixes",
+    "under_other_names",
+    "known_as",
+    "_hits",
+    "_converted",
+    "_changes",
+}  # of what is converted under a prefix
 ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 HOOKS = {

@@ -13,7 +13,7 @@ import torch
 from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import found_in
-from tiedquiet.proof.leftovers import not_ignored, under_other_names
+from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import plain, same, types_of
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
@@ -208,10 +208,11 @@ class _Folder:
         """The same of what files have under other names: that of the wrapper that the model has, or once had."""
         own = self._of.path + self._of.at
         ours = {name: self._core[name] for name, key in self._key_of.items() if key in missing}
-        theirs = not_ignored(self._of.core, unread, ours)
+        left = Leftovers(self._of.core, unread, ours, (), self._core, ())
+        theirs = left.not_ignored()
+        wrappers = list(filter(None, (own, *common_prefixes(theirs))))
         for conversions in filter(None, self._conversions if theirs and ours else ()):
-            wrappers = list(filter(None, (own, *common_prefixes(theirs))))
-            found = under_other_names(self._of.core, theirs, ours, self._core, conversions, wrappers=wrappers)
+            found = left._replace(unread=theirs, conversions=conversions).under_other_names(wrappers)
             if found is not None:
                 made, change = found
                 origins = {self._key_of[name]: origin for name, origin in made.origins.items()}

@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiedquiet.proof import names
 from tiedquiet.proof.prefixes import Prefixes, by_prefix, candidates, common_prefixes, is_elsewhere, parts_besides
@@ -13,59 +13,168 @@ _SAMPLE = 512
 _MOST_CHANGES = 8  # of each kind that are tried before conversions: to try one takes a walk over all names
 
 
-def made_of(
-    model: Any,
-    unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-    is_resumed: bool = False,
-) -> names.Made | None:
-    """What the first rule that fits makes of the unread tensors.
+class Leftovers(NamedTuple):
+    """What nothing read, beside the model that lacks something.
 
-    Args:
-        model: the model.
+    Attributes:
+        model: the model, or what stands for it.
         unread: what the files have and nothing read.
         missing: what the model lacks.
         needed: those of them that nothing else supplies.
         state: all of the model's tensors.
-        conversions: what the loader renamed and converted.
-        is_resumed: whether the checkpoint is one of this very model, head and all.
+        conversions: transformers' own for its class, or what the loader renamed and converted.
     """
-    if own := [key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape]:
-        why = "because they are renamed while they are read, to names that the model does not have"
-        return names.Made({key: names.Origin((key,), False) for key in own}, why)
-    # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where transformers'
-    # own renaming has a place for it, the class does not speak of it.
-    theirs = not_ignored(model, unread, missing)
-    sides = [(theirs, needed)]
-    base = getattr(model, "base_model_prefix", "")
-    of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
-    # A head may be in neither: that of another class in the files, and a new one in the model. One module is no base.
-    if not is_resumed and len({name.rpartition(".")[0] for name in of_base}) > 1:
-        sides.append((of_base, {key for key in needed if names.is_in(base, key)}))
-    for native, around, rules in names.conversions_of_others(model):
-        origins = {key: o for key, o in names.origins(model, unread, state, rules).items() if key in missing}
-        if origins:
-            ours = type(model).__name__
-            why = f"because transformers renames what it reads for {native}, but not for {around}"
-            cure = f"register the conversion of {native} for {ours} (register_checkpoint_conversion_mapping)"
-            made = names.Made(origins, why, rules)
-            plainly = (_prefixes(model, some, missing, wanted, state, conversions) for some, wanted in sides)
-            prefixes = next(filter(None, plainly), None)
-            return made._replace(cure=_cure(model, prefixes, made, unread, state, conversions) or cure)
-    for some, wanted in sides:
-        if (found := _with_other_names(model, some, missing, wanted, state, conversions)) is not None:
-            made, prefixes = found
-            return made._replace(cure=_cure(model, prefixes, made, unread, state, conversions))
-    return None
 
+    model: Any
+    unread: names.Headers
+    missing: names.Headers
+    needed: Collection[str]
+    state: names.Headers
+    conversions: Sequence[Any]
 
-def not_ignored(model: Any, unread: names.Headers, missing: Collection[str]) -> names.Headers:
-    """Those of the unread tensors that the class does not say it has no place for."""
-    ends = {".".join(parts[i:]) for parts in (key.split(".") for key in missing) for i in range(len(parts))}
-    return {name: header for name, header in unread.items() if not is_ignored(model, name, ends)}
+    def made(self, is_resumed: bool = False) -> names.Made | None:
+        """What the first rule that fits makes of the unread tensors.
+
+        Args:
+            is_resumed: whether the checkpoint is one of this very model, head and all.
+        """
+        model, unread, missing = self.model, self.unread, self.missing
+        if own := [key for key, tensor in missing.items() if key in unread and unread[key].shape == tensor.shape]:
+            why = "because they are renamed while they are read, to names that the model does not have"
+            return names.Made({key: names.Origin((key,), False) for key in own}, why)
+        sides = self._sides(is_resumed)
+        for native, around, rules in names.conversions_of_others(model):
+            origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
+            if origins:
+                ours = type(model).__name__
+                why = f"because transformers renames what it reads for {native}, but not for {around}"
+                cure = f"register the conversion of {native} for {ours} (register_checkpoint_conversion_mapping)"
+                made = names.Made(origins, why, rules)
+                prefixes = next(filter(None, (side._prefixes() for side in sides)), None)
+                return made._replace(cure=self._cure(prefixes, made) or cure)
+        for side in sides:
+            if (found := side._with_other_names()) is not None:
+                made, change = found
+                return made._replace(cure=self._cure(change, made))
+        return None
+
+    def _sides(self, is_resumed: bool) -> list["Leftovers"]:
+        """What may have to fit as a whole: all of it; and all of the base model by itself."""
+        # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where
+        # transformers' own renaming has a place for it, the class does not speak of it.
+        theirs, base = self.not_ignored(), getattr(self.model, "base_model_prefix", "")
+        of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
+        sides = [self._replace(unread=theirs)]
+        # A head may be in neither: that of another class in the files, and a new one in the model. One module is no
+        # base.
+        if not is_resumed and len({name.rpartition(".")[0] for name in of_base}) > 1:
+            needed = {key for key in self.needed if names.is_in(base, key)}
+            sides.append(self._replace(unread=of_base, needed=needed))
+        return sides
+
+    def not_ignored(self) -> names.Headers:
+        """Those of the unread tensors that the class does not say it has no place for."""
+        parts_of = [key.split(".") for key in self.missing]
+        ends = {".".join(parts[i:]) for parts in parts_of for i in range(len(parts))}
+        return {name: header for name, header in self.unread.items() if not is_ignored(self.model, name, ends)}
+
+    def _with_other_names(self) -> tuple[names.Made, Prefixes] | None:
+        """What becomes of them with a prefix in place of another, converted where that has a place for more of them."""
+        prefixes = self._prefixes()
+        if self.conversions and (prefixes is None or len(prefixes.names) < len(self.unread)):
+            found = self.under_other_names()
+            if found is not None and (prefixes is None or len(found[0].origins) > len(prefixes.names)):
+                return found
+        if prefixes is None:
+            return None
+        return names.Made({key: names.Origin((n,), False) for key, n in prefixes.names.items()}, prefixes.why), prefixes
+
+    def _prefixes(self) -> Prefixes | None:
+        """The prefix that fits: of the names that the files have, or of what transformers made of these."""
+        prefixes = by_prefix(self.unread, self.missing, self.needed, self.state)
+        if prefixes is not None or not self.conversions:
+            return prefixes
+        in_files = {new: old for old, new in names.renamed(self.model, self.unread, self.conversions).items()}
+        in_theirs = {new: self.unread[old] for new, old in in_files.items()}
+        prefixes = by_prefix(in_theirs, self.missing, self.needed, self.state)
+        if prefixes is None:
+            return None
+        of_files = {key: in_files[name] for key, name in prefixes.names.items()}
+        return replace(prefixes, names=of_files, is_of_files=False)
+
+    def under_other_names(self, wrappers: Collection[str] = ()) -> tuple[names.Made, Prefixes] | None:
+        """What transformers would convert if the files' names were others: the only change with which all fits.
+
+        Args:
+            wrappers: prefixes of what may be around the model: of these, all that lies under one has to fit.
+        """
+        changes = list(self._changes(wrappers))
+        # Of very many names some tell which changes are worth trying; what fits all of them fits these.
+        some = list(self.unread)[:: len(self.unread) // _SAMPLE + 1]
+        in_some = [self._hits(change.known_as(some)) for change in changes]
+        changes = [change for change, count in zip(changes, in_some, strict=True) if 2 * count >= max(in_some) > 0]
+        tried: list[tuple[int, Prefixes, dict[str, str]]] = []
+        for change in changes:
+            known_as = change.known_as(self.unread)
+            is_clear = len(set(known_as.values())) == len(known_as) > 0
+            if is_clear and (change.inside or not is_elsewhere(change.old, change.new, known_as, self.state)):
+                tried.append((self._hits(known_as), change, known_as))
+        most = max((count for count, *_ in tried), default=0)
+        found: dict[frozenset[str], tuple[names.Made, Prefixes]] = {}
+        for _, change, known_as in (
+            one for one in tried if one[0] == most > 0
+        ):  # to convert takes longer than names do
+            made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
+            used = frozenset(made.key_of)
+            is_wide = len({key.rpartition(".")[0] for key in made.origins}) > 1
+            is_whole = used >= (known_as.keys() if change.old in wrappers else self.unread.keys())
+            is_enough = bool(self.needed) and made.origins.keys() >= set(self.needed) and is_wide
+            if is_enough or (is_whole and (is_wide or not (change.old and change.new))):
+                found.setdefault(used, (made, change))
+        return next(iter(found.values())) if len(found) == 1 else None
+
+    def _hits(self, known_as: dict[str, str]) -> int:
+        """How many of the files' names lead to what is missing, if they are known as these."""
+        headers = {new: self.unread[name] for name, new in known_as.items()}
+        targets = names.targets(self.model, headers, self.state, self.conversions).values()
+        return sum(key in self.missing for key in targets)
+
+    def _converted(self, known_as: dict[str, str]) -> dict[str, names.Origin]:
+        """What is missing and would be made of the files' names, if they were known as these."""
+        in_files = {new: name for name, new in known_as.items()}
+        headers = {new: self.unread[name] for new, name in in_files.items()}
+        return {
+            key: origin._replace(names=tuple(map(in_files.__getitem__, origin.names)))
+            for key, origin in names.origins(self.model, headers, self.state, self.conversions).items()
+            if key in self.missing
+        }
+
+    def _changes(self, wrappers: Collection[str]) -> Iterator[Prefixes]:
+        """What the files' names may have: a prefix of all or of many, one for another, parts in the middle."""
+        unread, conversions = self.unread, self.conversions
+        first = Counter(f"{name.partition('.')[0]}." for name in unread).most_common(_MOST_CHANGES)
+        pairs = [(start, "") for start in (*wrappers, *common_prefixes(unread), *(start for start, _ in first))]
+        in_theirs = {new: unread[old] for old, new in names.renamed(self.model, unread, conversions).items()}
+        for some in (unread, in_theirs):
+            pairs += candidates(some, self.missing, self.needed)[:_MOST_CHANGES]
+        yield from (Prefixes(old, new, {}) for old, new in dict.fromkeys(pairs) if old or new)
+        patterns = [*self.state, *(str(pattern) for one in conversions for pattern in one.source_patterns)]
+        if inside := parts_besides(unread, [part for pattern in patterns for part in re.findall(r"\w+", pattern)]):
+            yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
+
+    def _cure(self, prefixes: Prefixes | None, made: names.Made) -> str:
+        """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it.
+
+        Up to 5.3 that takes the place of the class's own.
+        """
+        if prefixes is None or not (mapping := prefixes.key_mapping()):
+            return ""
+        mapping |= names.of_class(self.model, self.conversions)
+        read_to = names.targets(self.model, self.unread, self.state, names.conversions_of(self.model, mapping))
+        if not all(read_to.get(name) in made.origins for name in made.key_of):
+            return ""
+        # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
+        return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"
 
 
 def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:
@@ -80,141 +189,3 @@ def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     matches = (re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"))
     return any(match and name[name.rfind(".", 0, match.start() + 1) + 1 :] not in ends for match in matches)
-
-
-def _with_other_names(
-    model: Any,
-    unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-) -> tuple[names.Made, Prefixes] | None:
-    """What becomes of them with one prefix in place of another, converted where that has a place for more of them."""
-    prefixes = _prefixes(model, unread, missing, needed, state, conversions)
-    if conversions and (prefixes is None or len(prefixes.names) < len(unread)):
-        found = under_other_names(model, unread, missing.keys(), state, conversions, needed)
-        if found is not None and (prefixes is None or len(found[0].origins) > len(prefixes.names)):
-            return found
-    if prefixes is None:
-        return None
-    return names.Made({key: names.Origin((n,), False) for key, n in prefixes.names.items()}, prefixes.why), prefixes
-
-
-def _prefixes(
-    model: Any,
-    unread: names.Headers,
-    missing: names.Headers,
-    needed: set[str],
-    own: Collection[str],
-    conversions: Sequence[Any],
-) -> Prefixes | None:
-    """The prefix that fits: of the names that the files have, or of what transformers made of these."""
-    if (prefixes := by_prefix(unread, missing, needed, own)) is not None or not conversions:
-        return prefixes
-    in_files = {new: old for old, new in names.renamed(model, unread, conversions).items()}
-    prefixes = by_prefix({new: unread[old] for new, old in in_files.items()}, missing, needed, own)
-    if prefixes is None:
-        return None
-    of_files = {key: in_files[name] for key, name in prefixes.names.items()}
-    return replace(prefixes, names=of_files, is_of_files=False)
-
-
-def under_other_names(
-    model: Any,
-    unread: names.Headers,
-    missing: Collection[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-    needed: Collection[str] = (),
-    wrappers: Collection[str] = (),
-) -> tuple[names.Made, Prefixes] | None:
-    """What transformers would convert if the files' names were others: the only change of them with which all fits.
-
-    Args:
-        model: it, or what stands for it.
-        unread: what the files have and nothing read.
-        missing: the names of the model that it lacks.
-        state: all of the model's tensors.
-        conversions: transformers' own for its class.
-        needed: those of the missing that nothing else supplies.
-        wrappers: prefixes of what may be around the model: of these, all that lies under one has to fit.
-    """
-    changes = list(_changes(model, unread, missing, state, conversions, needed, wrappers))
-
-    def hits(change: Prefixes, some: Iterable[str]) -> int:
-        headers = {change.change(name): unread[name] for name in some if change.inside or name.startswith(change.old)}
-        return sum(key in missing for key in names.targets(model, headers, state, conversions).values())
-
-    # Of very many names some tell which changes are worth trying; what fits all of them fits these.
-    some = list(unread)[:: len(unread) // _SAMPLE + 1]
-    in_some = [hits(change, some) for change in changes]
-    changes = [change for change, count in zip(changes, in_some, strict=True) if 2 * count >= max(in_some) > 0]
-    tried: list[tuple[int, Prefixes, dict[str, str]]] = []
-    for change in changes:
-        known_as = {name: change.change(name) for name in unread if change.inside or name.startswith(change.old)}
-        is_clear = len(set(known_as.values())) == len(known_as) > 0
-        if is_clear and (change.inside or not is_elsewhere(change.old, change.new, known_as, state)):
-            tried.append((hits(change, known_as), change, known_as))
-    most = max((count for count, *_ in tried), default=0)
-    found: dict[frozenset[str], tuple[names.Made, Prefixes]] = {}
-    for _, change, known_as in (one for one in tried if one[0] == most > 0):  # to convert takes longer than names do
-        in_files = {new: name for name, new in known_as.items()}
-        headers = {new: unread[name] for new, name in in_files.items()}
-        origins = {
-            key: origin._replace(names=tuple(map(in_files.__getitem__, origin.names)))
-            for key, origin in names.origins(model, headers, state, conversions).items()
-            if key in missing
-        }
-        made = names.Made(origins, change.why, conversions, known_as)
-        used = frozenset(made.key_of)
-        is_wide = len({key.rpartition(".")[0] for key in origins}) > 1
-        is_whole = used >= (known_as.keys() if change.old in wrappers else unread.keys())
-        is_enough = bool(needed) and origins.keys() >= set(needed) and is_wide
-        if is_enough or (is_whole and (is_wide or not (change.old and change.new))):
-            found.setdefault(used, (made, change))
-    return next(iter(found.values())) if len(found) == 1 else None
-
-
-def _changes(
-    model: Any,
-    unread: names.Headers,
-    missing: Collection[str],
-    state: names.Headers,
-    conversions: Sequence[Any],
-    needed: Collection[str],
-    wrappers: Collection[str],
-) -> Iterator[Prefixes]:
-    """What the files' names may have: a prefix of all or of many, one for another, parts in the middle."""
-    lacking = {key: state[key] for key in missing}
-    first = Counter(f"{name.partition('.')[0]}." for name in unread).most_common(_MOST_CHANGES)
-    pairs = [(start, "") for start in (*wrappers, *common_prefixes(unread), *(start for start, _ in first))]
-    in_theirs = {new: unread[old] for old, new in names.renamed(model, unread, conversions).items()}
-    for some in (unread, in_theirs):
-        pairs += candidates(some, lacking, needed)[:_MOST_CHANGES]
-    yield from (Prefixes(old, new, {}) for old, new in dict.fromkeys(pairs) if old or new)
-    patterns = [*state, *(str(pattern) for one in conversions for pattern in one.source_patterns)]
-    if inside := parts_besides(unread, [part for pattern in patterns for part in re.findall(r"\w+", pattern)]):
-        yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
-
-
-def _cure(
-    model: Any,
-    prefixes: Prefixes | None,
-    made: names.Made,
-    unread: names.Headers,
-    state: names.Headers,
-    conversions: Sequence[Any],
-) -> str:
-    """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it.
-
-    Up to 5.3 that takes the place of the class's own.
-    """
-    if prefixes is None or not (mapping := prefixes.key_mapping()):
-        return ""
-    mapping |= names.of_class(model, conversions)
-    read_to = names.targets(model, unread, state, names.conversions_of(model, mapping))
-    if not all(read_to.get(name) in made.origins for name in made.key_of):
-        return ""
-    # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
-    return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"

@@ -43,11 +43,11 @@ class Prefixes:
             return f"because names in the {self.has_them} have {' and '.join(self.inside)} in them"
         return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
 
-    def change(self, name: str) -> str:
-        """What one of the files' names becomes: those that do not begin with this prefix stay as they are."""
+    def known_as(self, of: Collection[str]) -> dict[str, str]:
+        """What becomes of the files' names, without those that do not begin with this prefix."""
         if self.inside:
-            return without(name, self.inside)
-        return self.new + name[len(self.old) :] if name.startswith(self.old) else name
+            return {name: without(name, self.inside) for name in of}
+        return {name: self.new + name[len(self.old) :] for name in of if name.startswith(self.old)}
 
     def key_mapping(self) -> dict[str, str]:
         """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""

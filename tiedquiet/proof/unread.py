@@ -12,7 +12,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.leftovers import made_of, not_ignored
+from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
@@ -80,9 +80,7 @@ def ask_headers(
     return unread
 
 
-def _note_crossed(
-    model: Any, reading: Reading, made: Mapping[str, names.Origin], crossed: Mapping[str, str]
-) -> None:
+def _note_crossed(model: Any, reading: Reading, made: Mapping[str, names.Origin], crossed: Mapping[str, str]) -> None:
     """Note the keys that were read into another, and what was read into these has other values.
 
     The files tell that of what stays on disk, or was quantised, as well; there, nothing can be put right.
@@ -154,11 +152,12 @@ def find_unread(
         return None
     tied = declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
-    made = made_of(model, unread, missing, needed, now.state, conversions, is_resumed)
+    left = Leftovers(model, unread, missing, needed, now.state, conversions)
+    made = left.made(is_resumed)
     if made is not None:
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     used = made.key_of if made is not None else {}
-    rest = names.by_shape({n: h for n, h in not_ignored(model, unread, missing).items() if n not in used})
+    rest = names.by_shape({n: h for n, h in left.not_ignored().items() if n not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
         if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
