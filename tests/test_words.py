@@ -107,3 +107,13 @@ def test_to_set_repair_is_no_advice_in_repair(cure: str, left: str) -> None:
     assert line.endswith(
         "a by it. Make that code skip loaded tensors, as the functions of transformers.initialization do"
     )
+
+
+def test_a_name_keeps_its_own_words_in_repair() -> None:
+    """What takes the advice back looks at the advice alone."""
+    name = "Set TIEDQUIET=repair to a.weight"
+    found = [Finding(name, Verdict.UNREAD, name, "because", True, "Set TIEDQUIET=repair to read them")]
+    with tiedquiet.enable("repair"):
+        (line,) = explanations(found, list, 1)
+    assert line.count(name) == 2
+    assert line.endswith("TIEDQUIET=repair did not read them")

@@ -15,6 +15,7 @@ _SKIP = (
     "Set TIEDQUIET=repair to keep what was stored, or make that code skip loaded tensors, as the functions of "
     "transformers.initialization do"
 )
+_COMPUTE = "Set TIEDQUIET=repair, or compute them in _init_weights too"
 
 Fold = Callable[[list[str]], Iterable[str]]
 
@@ -55,24 +56,28 @@ def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> lis
             for cure in dict.fromkeys(finding.cure for finding in some):
                 alike = _by_cause(finding for finding in some if finding.cure == cure)
                 where = ", ".join(f"{_keys(lost, fold)} {why}" for why, lost in alike)
-                lines.append(f"overwritten, stored values were LOST after they were read: {where}. {cure or _SKIP}")
+                lines.append(
+                    f"overwritten, stored values were LOST after they were read: {where}. {_left_to_do(cure or _SKIP)}"
+                )
         else:
             for broken in (True, False):
                 causes = _by_cause(finding for finding in some if finding.broken is broken)
                 lines += [_explain(verdict, why, alike, fold, total) for why, alike in causes]
-    return [_without_what_was_tried(line) for line in lines] if current() == "repair" else lines
+    return lines
 
 
-def _without_what_was_tried(line: str) -> str:
-    """A line in `repair`, which has done what it could: to set it is no advice any more."""
-    line = re.sub(r"\bset TIEDQUIET=repair or ", "", line)
-    line = re.sub(r"\bSet TIEDQUIET=repair(?: to [a-z ]+)?, or (\w)", lambda found: found[1].upper(), line)
-    line = re.sub(r"\b[Ss]et (TIEDQUIET=repair) to ", r"\1 did not ", line)
-    return re.sub(r"\b[Ss]et (TIEDQUIET=repair)", r"\1 did not mend it", line)
+def _left_to_do(cure: str) -> str:
+    """A cure; in `repair`, which has done what it could, without the advice to set that."""
+    if current() != "repair":
+        return cure
+    cure = re.sub(r"\bset TIEDQUIET=repair or ", "", cure)
+    cure = re.sub(r"\bSet TIEDQUIET=repair(?: to [a-z ]+)?, or (\w)", lambda found: found[1].upper(), cure)
+    cure = re.sub(r"\b[Ss]et (TIEDQUIET=repair) to ", r"\1 did not ", cure)
+    return re.sub(r"\b[Ss]et (TIEDQUIET=repair)", r"\1 did not mend it", cure)
 
 
 def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, total: int) -> str:
-    cure = findings[0].cure
+    cure = _left_to_do(findings[0].cure)
     if verdict is Verdict.UNREAD and not findings[0].key:
         return f"unread, {why}. {cure}"
     if verdict is Verdict.UNREAD and findings[0].source is None:
@@ -109,7 +114,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
     if why == BUFFER:
         return (
             f"unwritten, uninitialised memory: {_keys(findings, fold)}. transformers 5 re-allocates such buffers and "
-            "discards what __init__ computed. Set TIEDQUIET=repair, or compute them in _init_weights too"
+            f"discards what __init__ computed. {_left_to_do(_COMPUTE)}"
         )
     return (
         f"unwritten, uninitialised memory: {_keys(findings, fold)}; nothing was read into it, and no initialiser wrote "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,8 +25,6 @@ from tests.checkpoints import state_of
 from tiedquiet import Verdict
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-
-
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
@@ -69,6 +68,14 @@ def written(model: Any, folder: Path, change: Callable[[str], str] = str, **more
 def wrong(model: Any, truth: dict[str, torch.Tensor]) -> set[str]:
     now = model.state_dict()
     return {key for key in truth if now[key].shape != truth[key].shape or not torch.equal(now[key], truth[key])}
+
+
+def stopped_and_repaired(kind: Any, folder: Path) -> Any:
+    """What `repair` makes of a load that `strict` stops."""
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="unread"):
+        kind.from_pretrained(folder)
+    with tiedquiet.enable("repair"):
+        return kind.from_pretrained(folder)
 
 
 def verdicts(model: Any) -> dict[str, Verdict]:
