@@ -3,6 +3,7 @@
 import threading
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -25,6 +26,23 @@ class FilledInPart(Tiny):
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.table.sum()
+
+
+@idiom()
+@idiom("MadeOfNumpy, scale missing", missing=("scale",))
+class MadeOfNumpy(FilledInPart):
+    """Sinusoids of numpy, and a parameter of torch's old constructors: neither is on meta while `__init__` runs."""
+
+    def add(self, config: Any) -> None:
+        angles = numpy.outer(numpy.arange(4.0), numpy.arange(1.0, 4.0)).astype(numpy.float32)
+        self.register_buffer("table", torch.from_numpy(numpy.sin(angles)), persistent=False)
+        self.scale = nn.Parameter(torch.FloatTensor(3, 4).zero_())
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table.sum() + self.scale.sum()
 
 
 @idiom()

@@ -75,21 +75,25 @@ class Load:
         del vars(model)[_ATTRIBUTE]
         vars(other)[_ATTRIBUTE] = self
 
-    def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
-        """Note what has just been allocated for tensors that were on meta: unwritten memory."""
+    def unread(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors that may be given new memory, by name: buffers that no file has, and what was not read."""
+        # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
+        names = (*self.reading.buffers, *self.reading.missing)
+        return {name: tensor for name in names if (tensor := tensor_at(model, name)) is not None}
+
+    def note_placeholders(self, model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+        """Note what has just been allocated in place of these tensors: unwritten memory, whatever they held.
+
+        What `__init__` makes without a device (`torch.from_numpy`, `torch.FloatTensor`) had its values until then.
+        """
         was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
+        now = ((tensor_at(model, name), earlier) for name, earlier in before.items())
+        fresh = [tensor for tensor, earlier in now if tensor is not None and tensor is not earlier]
         with self.watch.aside():
-            # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
-            for number, name in enumerate(sorted(were_on_meta, key=self.reading.missing.__contains__)):
-                tensor = tensor_at(model, name)
-                if tensor is not None and not tensor.is_meta:
+            for number, tensor in enumerate(fresh):
+                if not tensor.is_meta:
                     self.watch.placeholders.add(tensor, is_fresh=number < _MOST_MARKED)
         self.watch.open = was_open
-
-    def on_meta(self, model: torch.nn.Module) -> set[str]:
-        """The names of the tensors without values that may get memory: what was not read, and buffers."""
-        names = (*self.reading.missing, *self.reading.buffers)
-        return {name for name in names if (tensor := tensor_at(model, name)) is not None and tensor.is_meta}
 
     def findings(self, model: torch.nn.Module) -> list[Finding]:
         """Judge it, now that it has ended; later writes do not concern it.
