@@ -145,9 +145,9 @@ class Truth:
         """Whether what was read under a name is what the file has for another one."""
         import torch
 
-        now = self.read.get(key)
+        now, own = self.read.get(key), self.stored[key]
         return now is not None and any(
-            torch.equal(now, value.to(now.dtype)) for name, value in self.stored.items() if name != key
+            torch.equal(now, value.to(now.dtype)) for value in self.file.values() if value is not own
         )
 
     def note_unread(self, others: set[str]) -> None:
@@ -229,7 +229,9 @@ class Truth:
         found = {name: "unwritten" for name, tensor in self.everything.items() if never_written(tensor)}
         for key in self.stored:
             if not self.intact(key):
-                found[key] = "unread" if self.is_mixed_up(key) else "overwritten"
+                # A key that its class says needs no file is not reported, whether anything was read into it or not.
+                is_unread = key not in self.read and not self.now[key].is_meta
+                found[key] = "unread" if is_unread or self.is_mixed_up(key) else "overwritten"
         for group in self.saved.groups:
             members = sorted(name for name in group if name in self.now)
             stored = [name for name in members if name in self.stored]

@@ -192,8 +192,10 @@ class _Folder:
         for conversions in self._conversions:
             core, headers = self._of.core, self.checkpoint.headers
             made = names.origins(core, headers, self._core, conversions)
-            crossed = names.crossed(core, headers, self._core, made, conversions)
-            made |= {name: names.Origin((own,), False) for name, own in crossed.items()}
+            for name, own in names.crossed(core, headers, self._core, made, conversions).items():
+                made.pop(name, None)  # Trainer reads each under its own name alone
+                if own is not None:
+                    made[name] = names.Origin((own,), False)
             origins = {
                 key: origin
                 for key, origin in ((self._key_of[name], origin) for name, origin in made.items())

@@ -234,11 +234,12 @@ def may_cross(model: Any) -> bool:
 
 def crossed(
     model: Any, headers: Headers, state: Headers, made: Mapping[str, Origin], conversions: Sequence[Any]
-) -> dict[str, str]:
-    """The keys that transformers reads into another one.
+) -> dict[str, str | None]:
+    """The keys that transformers reads into another one, or another one into them.
 
     It adds the prefix of the base model to a name, or takes it off, wherever the result is a name of the model. But
-    where one of the files' names has that prefix, none of them needs another.
+    where one of the files' names has that prefix, as they are or as they are renamed for the class that may have saved
+    them, none of them needs another.
 
     Args:
         model: the model.
@@ -248,13 +249,29 @@ def crossed(
         conversions: what the loader renames and converts.
 
     Returns:
-        For each of these keys the name that the files have for it.
+        For each of these keys the name that the files have for it; None where they have none.
     """
-    straight = renamed(model, headers, conversions) if may_cross(model) else {}
-    if not any(own.startswith(f"{model.base_model_prefix}.") and own in state for own in straight.values()):
+    if not may_cross(model):
         return {}
-    read_into = {name: key for key, origin in made.items() if not origin.is_converted for name in origin.names}
-    return {own: name for name, key in read_into.items() if (own := straight[name]) != key and own in state}
+    prefix = f"{model.base_model_prefix}."
+    for rules in (conversions, *(rules for _, _, rules in conversions_of_others(model))):
+        straight = renamed(model, headers, rules)
+        meant_for = {own: name for name, own in straight.items() if own in state}
+        if any(own.startswith(prefix) for own in meant_for):
+            break
+    else:
+        return {}
+    given, would = (
+        {
+            name: key
+            for key, origin in some.items()
+            if not origin.is_converted
+            for name in origin.names
+            if straight[name] in state and straight[name] != key
+        }
+        for some in (made, {} if rules is conversions else sources(model, headers, state, rules))
+    )
+    return {key: meant_for.get(key) for key in (*(straight[name] for name in (*given, *would)), *given.values())}
 
 
 def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:

@@ -64,7 +64,8 @@ def ask_headers(
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
-    unread = {name: header for name, header in headers.items() if came_from.get(name) not in reading.held}
+    told = set(crossed.values())
+    unread = {n: header for n, header in headers.items() if came_from.get(n) not in reading.held and n not in told}
     if reading.is_quantised:
         return unread  # types and shapes of the two differ anyway
     scales, tensors = Scales(unread), reading.checkpoint.tensors
@@ -80,14 +81,19 @@ def ask_headers(
     return unread
 
 
-def _note_crossed(model: Any, reading: Reading, made: Mapping[str, names.Origin], crossed: Mapping[str, str]) -> None:
-    """Note the keys that were read into another, and what was read into these has other values.
+def _note_crossed(
+    model: Any, reading: Reading, made: Mapping[str, names.Origin], crossed: Mapping[str, str | None]
+) -> None:
+    """Note the keys that were read into another, or another into them, if that has other values.
 
     The files tell that of what stays on disk, or was quantised, as well; there, nothing can be put right.
     """
     tensors, prefix = reading.checkpoint.tensors, f"{getattr(model, 'base_model_prefix', '')}."
     why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
     for key, name in crossed.items():
+        if name is None:
+            reading.found[key] = Finding(key, Verdict.MISSING, None, f"it was given what is {made[key].names[0]} there")
+            continue
         cure = "Rename one of the two modules"
         if key in reading.held:
             if key not in made or equals(tensors[made[key].names[0]](), tensors[name]()):
