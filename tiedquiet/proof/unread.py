@@ -60,7 +60,8 @@ def ask_headers(
     made = names.sources(model, headers, state, conversions)
     came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
     crossed = names.crossed(model, headers, state, made, conversions)
-    _note_crossed(model, reading, made, {key: name for key, name in crossed.items() if came_from.get(name) != key})
+    left = {key: name for key, name in crossed.items() if name is None or came_from.get(name) != key}
+    _note_crossed(model, reading, made, left)
     for name, first, second in reading.checkpoint.twice():
         for key in [key for key in (came_from.get(name), name) if key in reading.held][:1]:
             reading.found[key] = in_two_files(key, first, second)
