@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
@@ -80,6 +81,8 @@ class Buffers(nn.Module):
     def first_values(self) -> torch.Tensor:
         if self.table.form == "inv":
             return self.factor / (10.0 ** (torch.arange(1, 5) / 4))
+        if self.table.form == "sines":
+            return torch.from_numpy(numpy.sin(numpy.arange(1.0, 5.0, dtype=numpy.float32) * self.factor))
         if self.table.form == "ids":
             return (torch.arange(5) * int(4 * self.factor)).expand(1, -1).clone()
         if self.table.form == "mask":

@@ -78,14 +78,16 @@ def _shape(rng: random.Random) -> Shape:
 
 
 def _table(rng: random.Random, path: str) -> Table:
-    form = rng.choice(("inv", "inv", "inv", "ids", "mask", "zeros"))
+    form = rng.choice(("inv", "inv", "sines", "ids", "mask", "zeros"))
     persistent = rng.random() < 0.3
-    derived = tuple(rng.sample(sorted(DERIVED), _some(rng, 2, 3, 1))) if form == "inv" else ()
+    derived = tuple(rng.sample(sorted(DERIVED), _some(rng, 2, 3, 1))) if form in ("inv", "sines") else ()
     moment = way = again = ""
     if not persistent and rng.random() < 0.75:
         moment = rng.choice(("_init_weights", "_init_weights", "tie_weights", *MOMENTS[4:7]))
         way = rng.choice(("", *sorted(FILLS), *sorted(FILLS)))
         again = rng.choice(("", *sorted(AGAIN), *sorted(AGAIN))) if derived else ""
+    if form == "sines":  # what is not on meta cannot be computed with what is
+        derived, again = (), ""
     return Table(path, form, persistent, derived, rng.random() < 0.4, moment, way, again)
 
 

@@ -29,7 +29,7 @@ class Table:
 
     Attributes:
         path: its dotted path.
-        form: what the first buffer holds: `inv`, `ids`, `mask`, `zeros`.
+        form: what the first buffer holds: `inv`, `ids`, `mask`, `zeros`; or `sines`, made by numpy.
         persistent: whether files hold them.
         derived: what is computed from the first one, each an operation of `classes.DERIVED`.
         weight: whether a parameter lies beside them.
