@@ -1,5 +1,6 @@
 """Adapters of a model whose vocabulary was made larger: peft saves the embeddings of the base model along with them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def larger(base: Path) -> Any:
     return model
 
 
-def saved(base: Path, kind: str) -> Path:
+def saved(base: Path, kind: str = "", **how: Any) -> Path:
     with tiedquiet.enable("off"):
-        model = peft.get_peft_model(larger(base), peft.LoraConfig(r=2, **KINDS[kind]))
+        model = peft.get_peft_model(larger(base), peft.LoraConfig(r=2, **(how or KINDS[kind])))
         for value in model.parameters():
             if value.requires_grad:
                 torch.nn.init.normal_(value)
@@ -86,3 +87,28 @@ def test_one_of_the_two_names_that_has_other_values(base: Path) -> None:
 def test_the_base_s_embeddings_stay_when_the_adapter_is_taken_away(base: Path) -> None:
     model = peft.PeftModel.from_pretrained(larger(base), saved(base, "layers"), low_cpu_mem_usage=True)
     assert tiedquiet.check(model.unload()).ok
+
+
+@pytest.mark.parametrize("base", [True], indirect=True, ids=["tied"])
+@pytest.mark.parametrize("how", ["copied", "assigned", "by transformers"])
+def test_a_head_that_is_parted_from_the_embedding_that_the_adapter_brings(
+    how: str, base: Path, printed: Printed
+) -> None:
+    """Peft copies it into the base model's, or puts it in its place; the head is then what it was."""
+    adapter = saved(base, target_modules=[*PROJECTIONS, "embed_tokens"])
+
+    def load() -> tuple[Any, Any]:
+        model = larger(base)
+        if how == "by transformers":
+            model.load_adapter(str(adapter))
+        else:
+            peft.PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=how == "assigned")
+        return model, model.get_input_embeddings().base_layer.weight
+
+    model, embedding = load()
+    is_parted = not torch.equal(model.lm_head.weight, embedding)
+    assert is_parted == (how != "copied")
+    assert tiedquiet.check(model).ok != is_parted
+    assert any("lm_head.weight is not model.embed_tokens.weight" in line for line in printed.loud) == is_parted
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="untied") if is_parted else nullcontext():
+        load()
