@@ -13,6 +13,7 @@ import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.test_adapters import FILE, SMALL
 from tests.doors.test_adapters_kinds import PROJECTIONS, are_all_in
+from tests.doors.training import trainer_of
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -112,3 +113,21 @@ def test_a_head_that_is_parted_from_the_embedding_that_the_adapter_brings(
     assert any("lm_head.weight is not model.embed_tokens.weight" in line for line in printed.loud) == is_parted
     with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="untied") if is_parted else nullcontext():
         load()
+
+
+def test_the_best_model_s_adapter_that_trainer_does_not_read(base: Path) -> None:
+    folder = base.parent / "checkpoint-2"
+    for is_first in (True, False):
+        model = peft.get_peft_model(
+            larger(base), peft.LoraConfig(r=2, target_modules=PROJECTIONS), adapter_name="other"
+        )
+        if is_first:
+            model.save_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    trainer = trainer_of(model, base.parent)
+    trainer.state.best_model_checkpoint = str(folder)
+    with tiedquiet.enable("repair"):
+        trainer._load_best_model()
+    assert are_all_in(model, folder / "other")
+    assert tiedquiet.check(model).ok

@@ -10,7 +10,7 @@ import torch
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import base_of, saved, without
+from tiedquiet.proof.adapted import base_of, base_s_own, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -56,9 +56,9 @@ class Adapter:
         read = {id(self._whole[name]) for name in own.keys() - unseen}
         missing = {key for key in self.in_files if id(self._state[key]) not in read}
         adapted = set(self.in_files)
-        # With an embedding that was made larger, or is adapted, peft saves the base model's own as well.
-        along = {key: self.prefix + key for key in self._state if self.prefix + key in self.checkpoint.headers}
-        self.in_files |= {key: name for key, name in along.items() if key not in adapted and name not in unseen}
+        whole_names = (self.prefix + key for key in self._state.keys() - adapted)
+        for name in base_s_own(self.checkpoint.headers, unseen, whole_names):
+            self.in_files[name.removeprefix(self.prefix)] = name
         stored = self.in_files.keys() - missing
         self.known = Record(stored, missing, len(self.in_files), files=self.checkpoint.files, model=ref(self.base))
         self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
