@@ -39,6 +39,8 @@ RELEASES = {
 NEWEST = "newest"
 DOORS = [
     "adapters",
+    "adapters_kinds",
+    "adapters_larger",
     "from_pretrained",
     "modes",
     "other_names",
@@ -50,6 +52,7 @@ DOORS = [
     "trainer_files",
     "trainer_overrides",
     "trainer_rows",
+    "trainer_types",
     "unread",
     "unread_ends",
     "wrapped_names",

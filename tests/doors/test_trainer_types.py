@@ -1,4 +1,4 @@
-"""A resume into other types than the files have: what the cast loses."""
+"""A resume into other types than the files have: what the cast loses; and into other shapes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import SMALL, llama, trainer_of
+from tests.doors.training import SMALL, llama, llava, mixtral, state, trainer_of
 from tiedquiet import LoadError, Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -104,3 +104,55 @@ def test_whole_numbers_in_it_are_no_finding(tmp_path: Path) -> None:
     assert wrong(resumed(counts(), checkpoint_of(counts, tmp_path / "as float", steps=torch.ones(4)))) == {}
     with tiedquiet.enable("strict"):
         assert wrong(resumed(counts(), checkpoint_of(counts, tmp_path / "as it is"))) == {}
+
+
+def larger_llava() -> Any:
+    model = llava()
+    model.resize_token_embeddings(70)
+    return model
+
+
+def larger_mixtral() -> Any:
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=3))
+
+
+@pytest.mark.parametrize(
+    ("written", "build", "how_many"),
+    [(llava, larger_llava, 2), (larger_llava, llava, 2), (mixtral, larger_mixtral, 6), (larger_mixtral, mixtral, 6)],
+)
+def test_what_is_renamed_and_has_another_shape(
+    written: Any, build: Any, how_many: int, tmp_path: Path, printed: Printed
+) -> None:
+    """Torch stops where the names are the same; these it never compares."""
+    model = written()
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(1)
+    model.save_pretrained(tmp_path)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="in another shape"):
+        resumed(build(), tmp_path)
+    model = build()
+    before = state(model)
+    with tiedquiet.enable("repair"):
+        resumed(model, tmp_path)
+    lost = {key for key, verdict in wrong(model).items() if verdict is Verdict.UNREAD}
+    assert len(lost) == how_many
+    assert all(torch.equal(state(model)[key], before[key]) for key in lost)
+    (line,) = printed.loud
+    assert f"unread, {how_many} of" in line
+    assert line.endswith(
+        "there, in another shape. Give Trainer a model that from_pretrained loaded from this checkpoint"
+    )
+
+
+def test_rows_that_were_appended_to_what_the_model_was_made_from(tmp_path: Path, printed: Printed) -> None:
+    llava().save_pretrained(tmp_path)
+    for is_changed in (False, True):
+        model = type(llava()).from_pretrained(tmp_path)
+        model.resize_token_embeddings(70)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0, 0] += is_changed
+        resumed(model, tmp_path)
+        found = {"model.language_model.embed_tokens.weight": Verdict.UNREAD} if is_changed else {}
+        assert wrong(model) == found
+        assert bool(printed.loud) == is_changed

@@ -10,7 +10,7 @@ import torch
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import base_of, saved, without
+from tiedquiet.proof.adapted import base_of, base_s_own, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -55,10 +55,14 @@ class Adapter:
         # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
         read = {id(self._whole[name]) for name in own.keys() - unseen}
         missing = {key for key in self.in_files if id(self._state[key]) not in read}
+        adapted = set(self.in_files)
+        whole_names = (self.prefix + key for key in self._state.keys() - adapted)
+        for name in base_s_own(self.checkpoint.headers, unseen, whole_names):
+            self.in_files[name.removeprefix(self.prefix)] = name
         stored = self.in_files.keys() - missing
         self.known = Record(stored, missing, len(self.in_files), files=self.checkpoint.files, model=ref(self.base))
         self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
-        self.known.adapted = set(self.in_files)
+        self.known.adapted = adapted
         self.repaired: list[Finding] = []
 
     def judge(self, reported: Collection[str]) -> list[Finding]:
@@ -131,10 +135,12 @@ class Adapter:
 
 
 def made_again(model: Any, adapters: Collection[str], rest: Collection[str], checkpoint: Checkpoint) -> set[str]:
-    """Those names in the files that have no place because the model makes their values from a seed again.
+    """Those names in the files that have no place because the model has their values without them.
 
-    It may do so once above its layers (VeRA's projections, for which peft 0.18 has no place) or in each of them
-    (RandLora's bases). It has to have the very values that the files have.
+    It may make them from a seed again, once above its layers (VeRA's projections, for which peft 0.18 has no place) or
+    in each of them (RandLora's bases). And where a vocabulary was made larger, peft saves embeddings that were trained
+    as a whole under two names, and reads one; transformers reads one of two that are tied. It has to have the very
+    values that the files have.
 
     Args:
         model: the model.
@@ -145,12 +151,15 @@ def made_again(model: Any, adapters: Collection[str], rest: Collection[str], che
     if not rest:
         return set()  # no file is opened for that
     now, found = survey(model), set()
-    by_end: dict[str, list[torch.Tensor]] = {}
+    known_as: dict[str, list[torch.Tensor]] = {}
     for key, tensor in (*now.state.items(), *now.others.items()):
-        by_end.setdefault(".".join(key.split(".")[-2:]), []).append(tensor)
+        wholes = (key.replace(f"modules_to_save.{adapter}.", "modules_to_save.") for adapter in adapters)
+        for name in {key, ".".join(key.split(".")[-2:]), *wholes}:
+            known_as.setdefault(name, []).append(tensor)
     for name in checkpoint.tensors.keys() & rest:
         ends = (f"{name.rpartition('.')[-1]}.{adapter}" for adapter in adapters)
-        own = [tensor for end in ends for tensor in by_end.get(end, ())]
+        ours = {name, name.removeprefix("base_model.model."), *ends}
+        own = [tensor for one in ours for tensor in known_as.get(one, ())]
         if own and all(equals(tensor, checkpoint.tensors[name]()) for tensor in own):
             found.add(name)
     return found

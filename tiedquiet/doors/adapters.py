@@ -6,6 +6,7 @@ adapters need are here, for both.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tiedquiet import mode, words
@@ -14,13 +15,17 @@ from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
+from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.reading import Reading
+from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
 _BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
+_COPIED_BY_PEFT = f"{_BY_PEFT} and without low_cpu_mem_usage"
+_PARTED = "although the two were one tensor when the base model was loaded"
 
 
 def is_loading(model: Any) -> bool:
@@ -71,6 +76,27 @@ def unreported(load: Load, model: Any) -> list[tuple[int, str]]:
     left = reading.missing - reading.found.keys() - reading.free - load.reported if reading.is_of_adapter else set()
     line = f"{words.name_of(model, load.where)}: {of_missing(left, reading.total)}"
     return [(logging.WARNING, line)] if left else []
+
+
+def note_parted(model: Any, where: object, earlier: Record | None, outcome: Outcome) -> None:
+    """Add to an outcome what was tied when the base model was loaded, and is another weight now that an adapter is in.
+
+    The embedding that an adapter brings along may be put in the place of the base model's, which is one with its head.
+
+    Args:
+        model: the base model, with the record of both loads.
+        where: the adapter.
+        earlier: the record of the base model's load.
+        outcome: what the adapter's load has come to.
+    """
+    tied = {key for key, finding in earlier.findings.items() if finding.verdict is Verdict.TIED} if earlier else set()
+    if not tied or (known := record.of(model)) is None:
+        return
+    now = [f for f in proof_of(model, known).findings if f.key in tied and f.verdict is Verdict.UNTIED]
+    parted = [replace(finding, why=_PARTED, broken=True, cure=_COPIED_BY_PEFT) for finding in now]
+    rest = outcome_of(model, where, parted, [], set(), known.total)
+    outcome.lines += rest.lines
+    outcome.failure = outcome.failure or rest.failure
 
 
 def note_names(model: Any, reading: Reading, unread: names.Headers) -> names.Headers:
@@ -155,6 +181,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
     earlier = record.of(base)
     if earlier is not None or adapter.in_files or findings:
         record.leave(base, known if earlier is None else known.after(earlier))
+    note_parted(base, adapter.where, earlier, outcome)
     return outcome
 
 

@@ -131,7 +131,9 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
             load.reported = reported - earlier
             lines += adapters.unreported(load, bound["model"])
             with load.watch.aside():
+                base = record.of(bound["model"])
                 outcome = conclude(load, bound["model"])
+            adapters.note_parted(bound["model"], load.where, base, outcome)
             outcome.lines += lines
             outcome.arguments = _with_missing(bound, outcome.missing)
             return outcome

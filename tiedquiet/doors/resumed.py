@@ -14,7 +14,7 @@ from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.leftovers import Leftovers
-from tiedquiet.proof.memory import plain, same, types_of
+from tiedquiet.proof.memory import holds, plain, same, types_of
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
@@ -25,8 +25,8 @@ from tiedquiet.verdict import Finding
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 _REPAIR = "Set TIEDQUIET=repair to read them"
-_CURE = f"{_REPAIR}, or give Trainer a model that from_pretrained loaded from this checkpoint"
-_CURE_OF_BEST = f"{_REPAIR}, or load this checkpoint with from_pretrained"
+_BY_HAND = "give Trainer a model that from_pretrained loaded from this checkpoint"
+_BY_HAND_OF_BEST = "load this checkpoint with from_pretrained"
 
 
 class Inside(NamedTuple):
@@ -124,10 +124,17 @@ def read_folder(
         elif may_write and mode.current() == "repair":
             done.update((key, once[key]) for key, value in there.values(made) if copy_in_place(state[key], value))
 
+    by_hand = _BY_HAND_OF_BEST if is_best else _BY_HAND
     for made in found:
-        note_unread(reading, made, _CURE_OF_BEST if is_best else _CURE)
+        note_unread(reading, made, f"{_REPAIR}, or {by_hand}")
         take(made)
-    used = {name for made in found for name in made.key_of}
+    unfit = {key: own for key, own in there.unfit.items() if key in reading.missing - reading.found.keys()}
+    # Rows that were appended since, to what the model was made from, are no loss.
+    grown = {key: own for key, own in unfit.items() if there.has_in_larger(key, own)}
+    held.update(grown)
+    lost = names.Made({key: own for key, own in unfit.items() if key not in grown}, "in another shape")
+    note_unread(reading, lost, by_hand[0].upper() + by_hand[1:])
+    used = {name for made in (*found, names.Made(unfit, "")) for name in made.key_of}
     left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
     rest = find_unread(model, reading, left, cure=_REPAIR, is_resumed=True)
     if rest is None and (rest := there.under_a_prefix(reading.missing - reading.found.keys(), left)) is not None:
@@ -175,12 +182,14 @@ class _Folder:
     Attributes:
         checkpoint: the files.
         state: the tensors of the judged model.
+        unfit: what was left over and has another shape than the model's; known once `made` was asked.
     """
 
     def __init__(self, of: Inside, folder: str) -> None:
         self._of = of
         self.checkpoint = found_in(folder, of.path.rstrip(".") or getattr(of.model, "base_model_prefix", ""))
         self.state = survey(of.model).state
+        self.unfit: dict[str, names.Origin] = {}
 
     def made(self, missing: set[str], unexpected: set[str]) -> Iterator[names.Made]:
         """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
@@ -191,7 +200,9 @@ class _Folder:
         path, claimed = self._of.path, set[str]()
         for conversions in self._conversions:
             core, headers = self._of.core, self.checkpoint.headers
-            made = names.origins(core, headers, self._core, conversions)
+            unfit: dict[str, names.Origin] = {}
+            made = names.origins(core, headers, self._core, conversions, unfit)
+            self.unfit |= {self._key_of[name]: own for name, own in unfit.items() if unexpected >= set(own.names)}
             for name, own in names.crossed(core, headers, self._core, made, conversions).items():
                 made.pop(name, None)  # Trainer reads each under its own name alone
                 if own is not None:
@@ -243,6 +254,10 @@ class _Folder:
                 return False
             seen.add(key)
         return seen == made.origins.keys()
+
+    def has_in_larger(self, key: str, origin: names.Origin) -> bool:
+        """Whether a tensor that has another shape than the files' has all of their values."""
+        return not origin.is_converted and bool(holds(self.state[key], self.checkpoint.tensors[origin.names[0]]()))
 
     def _why(self, prefix: str) -> str:
         """Why nothing read what the files have under a prefix."""

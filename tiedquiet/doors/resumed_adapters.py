@@ -15,7 +15,7 @@ from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import FOR_INFERENCE, altered_prompts, of_missing
 from tiedquiet.doors.outcome import Outcome, outcome_of
 from tiedquiet.proof import record
-from tiedquiet.proof.adapted import base_of, names_in_files, saved
+from tiedquiet.proof.adapted import base_of, base_s_own, names_in_files, saved
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.memory import equals
 from tiedquiet.proof.placeholders import version_of
@@ -68,7 +68,8 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     state, earlier = survey(model).state, record.of(base)
     own = {adapter: saved(model, adapter) for adapter in before}
     read = {id(state[key]) for adapter in before.keys() - set(rest) for key in own[adapter]}
-    in_base = {id(tensor) for key, tensor in state.items() if key.startswith(prefix)}
+    in_base_names = [key for key in state if key.startswith(prefix)]
+    in_base = {id(state[key]) for key in in_base_names}
     known, repaired, lines = Record(set(), set(), 0, model=ref(base)), [], []
     for adapter in rest:
         # What the layers share has a name above them as well.
@@ -83,6 +84,8 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
             known.findings[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
         known.files += checkpoint.files
+        known.adapted |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        names |= base_s_own(checkpoint.headers, names, in_base_names)
         missing = []
         for name, own_name in ((name, n) for name, n in names.items() if id(state[name]) not in read):
             key, values = name.removeprefix(prefix), checkpoint.tensors.get(own_name)
@@ -107,7 +110,6 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
         return None
     known.lasting = {key: f for key, f in known.findings.items() if f.verdict is Verdict.UNREAD or not key}
     known.tensors = record.refs_to({key: state[prefix + key] for key in known.stored})
-    known.adapted = known.stored | known.missing
     outcome = outcome_of(model, folder, list(known.findings.values()), repaired, set(), known.total)
     outcome.lines += lines
     record.leave(base, known if earlier is None else known.after(earlier))

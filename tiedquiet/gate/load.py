@@ -192,9 +192,10 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None
         try:
             loaded = _from_pretrained(part, loader, how)
         except (AttributeError, TypeError) as error:
-            if "'tuple'" not in str(error):
+            if "'tuple'" not in str(error) and "'to_dict'" not in str(error):
                 raise
-            # A `from_pretrained` of its own does something to the model, and took the pair for it.
+            # A `from_pretrained` of its own does something to the model, and took the pair for it; and 5.2 and 5.3 have
+            # nothing to say of an adapter's load.
             loaded = _from_pretrained(part, loader, how, output_loading_info=False), None
     except Exception as error:
         raise CannotCheck(_reason(part, loader, how, error)) from error

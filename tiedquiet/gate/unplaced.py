@@ -10,6 +10,7 @@ from tiedquiet.gate.again import Again
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import is_ignored
+from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.survey import survey
 
 IS_IT = ": is that the right class?"
@@ -53,8 +54,11 @@ def left_of(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> l
         headers = checkpoint.headers
     except Exception:
         return []  # as the comparison says
-    placed, renamed = names.targets(model, headers, survey(model).state, rules), names.renamed(model, headers, rules)
-    return [n for n in headers if n not in placed and not is_ignored(model, n) and not is_ignored(model, renamed[n])]
+    state = {loaded_name(key): tensor for key, tensor in survey(model).state.items()}  # before peft put anything in
+    placed, renamed = names.targets(model, headers, state, rules), names.renamed(model, headers, rules)
+    left = (n for n in headers if n not in placed and not is_ignored(model, n) and not is_ignored(model, renamed[n]))
+    # What an adapter has besides is said where it is loaded.
+    return [n for n in left if not (n.startswith("base_model.") and hasattr(model, "peft_config"))]
 
 
 def of_gguf(model: Any, files: Sequence[str], again: Again) -> tuple[list[str], str]:

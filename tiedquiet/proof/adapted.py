@@ -1,6 +1,6 @@
 """Which of a model's tensors belong to an adapter that peft put into it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -51,6 +51,19 @@ def saved(model: Any, adapter: str) -> dict[str, str]:
         }
     names = {key: by_tensor.get(id(tensor), by_name.get(key, "")) for key, tensor in state.items()}
     return {key: name for key, name in names.items() if name in theirs}
+
+
+def base_s_own(in_files: Collection[str], adapted: Collection[str], names: Iterable[str]) -> dict[str, str]:
+    """What an adapter's files have of the base model, each tensor with its name in them.
+
+    With embeddings that were made larger, or that are adapted, peft saves the base model's own as well.
+
+    Args:
+        in_files: the names in the files.
+        adapted: the names of the adapter's tensors.
+        names: those of the base model's, in peft's model.
+    """
+    return {name: name for name in names if name in in_files and name not in adapted}
 
 
 def replaced(model: torch.nn.Module, missing: Collection[str], read: Collection[str]) -> set[str]:

@@ -137,7 +137,9 @@ def sources(model: Any, headers: Headers, state: Headers, conversions: Sequence[
     return found
 
 
-def origins(model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]) -> dict[str, Origin]:
+def origins(
+    model: Any, headers: Headers, state: Headers, conversions: Sequence[Any], unfit: dict[str, Origin] | None = None
+) -> dict[str, Origin]:
     """What each tensor of a model is made of by `from_pretrained`, by names and shapes.
 
     Args:
@@ -145,12 +147,16 @@ def origins(model: Any, headers: Headers, state: Headers, conversions: Sequence[
         headers: what the files hold.
         state: the model's tensors by name.
         conversions: transformers' own for its class.
+        unfit: takes what does not fit the model's shape.
 
     Returns:
         For each of the model's names that the files have something for: what. What does not fit its shape is left out.
     """
-    made = converted(model, headers, state, conversions, headers.__getitem__)
-    return {key: origin for key, origin, tensor in made if tensor.shape == state[key].shape}
+    found: dict[str, Origin] = {}
+    for key, origin, tensor in converted(model, headers, state, conversions, headers.__getitem__):
+        fits = tensor.shape == state[key].shape
+        (found if fits else {} if unfit is None else unfit)[key] = origin
+    return found
 
 
 def converted(
