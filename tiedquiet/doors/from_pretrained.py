@@ -99,15 +99,15 @@ def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
     load = Load.of(model)
     if load is None:
         return wrapped(*args, **kwargs)
-    were_on_meta: set[str] = set()
+    before: Any = {}
     try:
-        were_on_meta = load.on_meta(model)
+        before = load.may_be_replaced(model)
     except Exception as error:
         load.watch.give_up(error)
     with load.watch.aside():
         result = wrapped(*args, **kwargs)
     try:
-        load.note_placeholders(model, were_on_meta)
+        load.note_placeholders(model, before)
     except Exception as error:
         load.watch.give_up(error)
     return result

@@ -1,7 +1,9 @@
 """A load in progress: what was read, and the watch over it. It lives on the model, and leaves its record there."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -75,21 +77,24 @@ class Load:
         del vars(model)[_ATTRIBUTE]
         vars(other)[_ATTRIBUTE] = self
 
-    def note_placeholders(self, model: torch.nn.Module, were_on_meta: set[str]) -> None:
-        """Note what has just been allocated for tensors that were on meta: unwritten memory."""
+    def note_placeholders(self, model: torch.nn.Module, before: "Mapping[str, ref[torch.Tensor]]") -> None:
+        """Note what has just been allocated in place of other tensors: unwritten memory.
+
+        Those had no values, or had some that are gone: of a buffer that `__init__` made on the CPU, from numpy say.
+        """
         was_open, self.watch.open = self.watch.open, False  # it is not to see how they are marked
         with self.watch.aside():
             # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
-            for number, name in enumerate(sorted(were_on_meta, key=self.reading.missing.__contains__)):
+            for number, name in enumerate(sorted(before, key=self.reading.missing.__contains__)):
                 tensor = tensor_at(model, name)
-                if tensor is not None and not tensor.is_meta:
+                if tensor is not None and tensor is not before[name]() and not tensor.is_meta:
                     self.watch.placeholders.add(tensor, is_fresh=number < _MOST_MARKED)
         self.watch.open = was_open
 
-    def on_meta(self, model: torch.nn.Module) -> set[str]:
-        """The names of the tensors without values that may get memory: what was not read, and buffers."""
+    def may_be_replaced(self, model: torch.nn.Module) -> "dict[str, ref[torch.Tensor]]":
+        """The tensors in place of which others may be allocated: what was not read, and buffers."""
         names = (*self.reading.missing, *self.reading.buffers)
-        return {name for name in names if (tensor := tensor_at(model, name)) is not None and tensor.is_meta}
+        return {name: ref(tensor) for name in names if (tensor := tensor_at(model, name)) is not None}
 
     def findings(self, model: torch.nn.Module) -> list[Finding]:
         """Judge it, now that it has ended; later writes do not concern it.
