@@ -76,6 +76,22 @@ def test_several_parts_under_other_prefixes(
     assert tiedquiet.check(model).ok
 
 
+@pytest.mark.parametrize("key", ["state_dict", "module"])
+def test_a_pickle_in_which_all_lies_in_a_dict(key: str, tmp_path: Path, printed: Printed) -> None:
+    """A training script wrote it, and somebody gave it the name that transformers reads."""
+    model = qwen2()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    truth = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({key: truth, "epoch": 3, "random": {"numbers": torch.ones(3)}}, tmp_path / "pytorch_model.bin")
+    assert set(verdicts(type(model).from_pretrained(tmp_path)).values()) == {Verdict.UNREAD}
+    assert "or save these tensors by themselves, with no dict around them" in printed.loud[0]
+    assert "key_mapping" not in printed.loud[0]
+    repaired = stopped_and_repaired(type(model), tmp_path)
+    assert not wrong(repaired, truth)
+    assert tiedquiet.check(repaired).ok
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
 @pytest.mark.parametrize("build", [mixtral, qwen3_moe])
 def test_a_prefix_before_what_is_converted_while_it_is_read(
