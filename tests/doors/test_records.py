@@ -37,23 +37,6 @@ def test_nothing_keeps_a_model_or_its_tensors_alive(tmp_path: Path) -> None:
     assert [reference() for reference in gone] == [None, None]
 
 
-def test_an_error_that_is_kept_keeps_no_model(tmp_path: Path) -> None:
-    """A program that tries many checkpoints, and lists at its end what was wrong with each."""
-    cls, _ = cases.CASES["DoesNothing"](tmp_path)
-    made: list[weakref.ref[torch.nn.Module]] = []
-
-    class Noted(cls):  # type: ignore[misc, valid-type]
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            made.append(weakref.ref(self))
-
-    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError) as raised:
-        Noted.from_pretrained(tmp_path)
-    gc.collect()
-    assert [reference() for reference in made] == [None]
-    assert raised.value.findings
-
-
 class EqualToAll(cases.DeclaresNothing):
     """Value-equal models are still two."""
 
