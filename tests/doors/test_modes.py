@@ -135,7 +135,13 @@ def test_the_flag_is_the_cause_when_the_source_is_the_missing_end_too(tmp_path: 
     assert "transformer.wte.weight is not lm_head.weight, because GPT2Config.tie_word_embeddings is" in printed.loud[0]
 
 
-def test_two_loads_at_once_are_named_as_the_cause(tmp_path: Path, printed: Printed) -> None:
+class TiesAsItsClassDoes(GPT2LMHeadModel):
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [GPT2LMHeadModel, TiesAsItsClassDoes])
+def test_two_loads_at_once_are_named_as_the_cause(cls: Any, tmp_path: Path, printed: Printed) -> None:
     """Transformers swaps `PreTrainedModel.tie_weights` for an empty function while it builds a model, and so puts back
     another thread's empty one. From 5.1.0 on, where the function has a name that tells.
     """
@@ -144,7 +150,7 @@ def test_two_loads_at_once_are_named_as_the_cause(tmp_path: Path, printed: Print
         pytest.skip("this release empties it under another name")
     save(GPT2LMHeadModel(gpt2()), tmp_path)
     with initialization.no_tie_weights():
-        GPT2LMHeadModel.from_pretrained(tmp_path)
+        cls.from_pretrained(tmp_path)
     assert "because two models were loaded at once in two threads" in printed.loud[0]
     assert "set TIEDQUIET=repair or load one after the other;" in printed.loud[0]
 

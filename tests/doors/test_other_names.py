@@ -50,6 +50,48 @@ def test_a_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> N
     assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
 
 
+@pytest.mark.parametrize(
+    ("build", "renamed"),
+    [
+        (llava, {"vision_tower": "vit", "multi_modal_projector": "mm_proj"}),
+        (lambda: BertModel(bert()), {"^embeddings": "emb", "^encoder": "enc"}),
+        (lambda: BertModel(bert()), {"attention.self": "attn"}),
+    ],
+)
+def test_several_parts_under_other_prefixes(
+    build: Any, renamed: dict[str, str], tmp_path: Path, printed: Printed
+) -> None:
+    def other(key: str) -> str:
+        for old, new in renamed.items():
+            key = re.sub(old, new, key, count=1)
+        return key
+
+    truth = written(build(), tmp_path, other)
+    kind = type(build())
+    assert wrong(kind.from_pretrained(tmp_path), truth)
+    if mapping := mapping_of(printed.loud[0]):
+        assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping), truth), "the cure cures"
+    model = stopped_and_repaired(kind, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module"])
+def test_a_pickle_in_which_all_lies_in_a_dict(key: str, tmp_path: Path, printed: Printed) -> None:
+    """A training script wrote it, and somebody gave it the name that transformers reads."""
+    model = qwen2()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    truth = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({key: truth, "epoch": 3, "random": {"numbers": torch.ones(3)}}, tmp_path / "pytorch_model.bin")
+    assert set(verdicts(type(model).from_pretrained(tmp_path)).values()) == {Verdict.UNREAD}
+    assert "or save these tensors by themselves, with no dict around them" in printed.loud[0]
+    assert "key_mapping" not in printed.loud[0]
+    repaired = stopped_and_repaired(type(model), tmp_path)
+    assert not wrong(repaired, truth)
+    assert tiedquiet.check(repaired).ok
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
 @pytest.mark.parametrize("build", [mixtral, qwen3_moe])
 def test_a_prefix_before_what_is_converted_while_it_is_read(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM, ResNetConfig, ResNetModel
 
 import tiedquiet
 from tests.doors.renamed import qwen2, written
@@ -35,6 +35,21 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
     }
     for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
         assert after(harmless) == {}
+
+
+def test_buffers_of_a_model_that_was_converted(tmp_path: Path) -> None:
+    """`Module.to` makes other buffers, of whatever has batch norm, say, and keeps parameters."""
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)
+    model: Any = ResNetModel.from_pretrained(tmp_path)
+    for convert in (lambda: model.half(), lambda: model.to(torch.float64)):
+        convert()
+        assert tiedquiet.check(model).ok
+    model.embedder.embedder.normalization.running_mean = torch.ones(8)
+    assert [finding.key for finding in tiedquiet.check(model).findings] == [
+        "embedder.embedder.normalization.running_mean"
+    ]
+    (tmp_path / "model.safetensors").unlink()
+    assert not tiedquiet.check(model).ok, "there is nothing to compare with"
 
 
 def test_what_cannot_be_compared_any_more_is_as_it_was(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What `strict` stops, and what it lets pass."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,23 @@ def test_strict_raises_after_the_report(name: str, tmp_path: Path, printed: Prin
     assert {finding.broken for finding in caught.value.findings} == {True}
     assert "\n" not in str(caught.value)
     assert printed.loud == [], "it stands once, in the error"
+
+
+def test_an_error_that_is_kept_keeps_no_model(tmp_path: Path) -> None:
+    """A program that tries many checkpoints, and lists at its end what was wrong with each."""
+    cls, _ = cases.CASES["DoesNothing"](tmp_path)
+    made: list[weakref.ref[torch.nn.Module]] = []
+
+    class Noted(cls):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            made.append(weakref.ref(self))
+
+    with tiedquiet.enable("strict"), pytest.raises(LoadError) as raised:
+        Noted.from_pretrained(tmp_path)
+    gc.collect()
+    assert [reference() for reference in made] == [None]
+    assert raised.value.findings
 
 
 def test_strict_raises_for_what_was_overwritten(tmp_path: Path) -> None:

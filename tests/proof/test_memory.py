@@ -249,12 +249,16 @@ def test_whole_numbers_are_compared_as_numbers() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_all_values_are_there_in_whatever_order_of_dimensions(data: Any) -> None:
-    """`holds`, over shapes, layouts, types and kinds of tensors; and one value less is one too few."""
+    """`holds`, over shapes, layouts, types and kinds of tensors; and one value less is one too few.
+
+    A convolution that is turned for a linear layer is flattened as well.
+    """
     shape = data.draw(st.lists(st.integers(1, 4), max_size=5))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float64]))
     before = (torch.randperm(max(1, math.prod(shape))).view(shape) + 1).to(dtype)
     order = data.draw(st.permutations(range(len(shape))))
     now = before.permute(order)
+    now = now.flatten(data.draw(st.integers(0, now.dim() - 1))) if shape and data.draw(st.booleans()) else now
     now = data.draw(st.sampled_from([now, now.contiguous(), torch.nn.Parameter(now.double(), requires_grad=False)]))
     if data.draw(st.booleans()):
         now = now.clone().as_subclass(Kind)

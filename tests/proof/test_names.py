@@ -71,6 +71,30 @@ def test_one_prefix_in_place_of_another(old: str, new: str) -> None:
         assert (old + name).replace(match[0], replacement.replace(r"\1", match[1])) == new + name
 
 
+def test_several_prefixes_each_in_place_of_another() -> None:
+    files, wanted = {**under("vit."), **under("mm.", LAYER)}, {**under("vision."), **under("projector.", LAYER)}
+    found = fitting(files, wanted)
+    assert found is not None
+    assert found.names == {key: name for name, key in zip(files, wanted, strict=True)}
+    assert found.why == (
+        "because the checkpoint has vit. where the model has vision. and mm. where the model has projector."
+    )
+    assert found.key_mapping() == {r"^vit\.(.+)": r"vision.\1", r"^mm\.(.+)": r"projector.\1"}
+    assert fitting({**files, "logit_scale": ()}, wanted) is not None, "all that the model needs"
+    assert fitting(files, {**wanted, "head.weight": (7,)}) is not None, "all that the files have"
+    assert fitting({**files, "a.weight": ()}, {**wanted, "head.weight": (7,)}) is None
+    # Of two towers alike nobody knows which is which, and a tensor is no two others.
+    assert fitting({**under("vit."), **under("mm.")}, {**under("vision."), **under("text.")}) is None
+    assert fitting({**under("vit."), **under("mm.", LAYER)}, {**wanted, **under("another.")}) is None
+    # Of layers each is the one with its number; one module is no prefix.
+    files, wanted = ({f"layers.{i}.{part}.{k}": v for i in range(4) for k, v in LAYER.items()} for part in ("a", "b"))
+    found = fitting(files, {**wanted, "norm.weight": (3,)}, set(wanted))
+    assert found is not None
+    assert found.names == {key: name for name, key in zip(files, wanted, strict=True)}
+    assert found.why.endswith(" and 2 more such prefixes")
+    assert fitting({"a.x.weight": (1,), "b.x.weight": (2,)}, {"c.x.weight": (1,), "d.x.weight": (2,)}) is None
+
+
 def test_a_name_that_is_right_already_is_not_touched_by_the_mapping() -> None:
     found = fitting(TRUNK, under("model."))
     assert found is not None

@@ -60,7 +60,9 @@ class Call:
         failures = [failure, *(end(load, model) for load, model in self._open)]
         with suppress(Exception):
             self._see_to_copy(returned)
-        for failure in filter(None, failures):
+        if (failure := next(filter(None, failures), None)) is not None:
+            result = returned = None  # who keeps the error keeps this frame, and is not to keep the model
+            self._open.clear()
             raise failure
         return result
 

@@ -101,7 +101,7 @@ def _on_move(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
         return wrapped(*args, **kwargs)
     before: dict[str, Any] = {}
     try:
-        before = load.unread(model)
+        before = load.may_be_replaced(model)
     except Exception as error:
         load.watch.give_up(error)
     with load.watch.aside():

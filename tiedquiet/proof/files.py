@@ -142,6 +142,10 @@ class Checkpoint:
         places = {path.resolve().parent for path in own} if found else set()
         return Checkpoint(None, [str(p) for p in found if p.is_file() and p.resolve().parent in places])
 
+    def is_inside(self, name: str) -> bool:
+        """Whether a tensor lies in a mapping that a pickle has in place of one, and not by itself."""
+        return getattr(self.tensors.get(name), "func", None) is _inner
+
     def names_of(self, name: str) -> Iterator[str]:
         """The names that files have for one of the model's tensors, unless they were renamed: its own comes first."""
         for key in dict.fromkeys((name, name.removeprefix(self._base), self._base + name)):
@@ -250,8 +254,13 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
     if reason := closed_because([path]):
         raise ValueError(reason)
-    tensors = unpickled(path)
-    yield from ((key, partial(_itself, value)) for key, value in tensors.items() if torch.is_tensor(value))
+    for key, value in unpickled(path).items():
+        if torch.is_tensor(value):
+            yield key, partial(_itself, value)
+        elif isinstance(value, Mapping):  # a training script's `{"state_dict": ...}`, of which a loader reads nothing
+            yield from (
+                (f"{key}.{name}", partial(_inner, part)) for name, part in value.items() if torch.is_tensor(part)
+            )
 
 
 def unpickled(path: str) -> Any:
@@ -268,3 +277,7 @@ def unpickled(path: str) -> Any:
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor  # apart from `_itself` only for `is_inside` to tell the two

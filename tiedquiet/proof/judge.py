@@ -5,7 +5,7 @@ and then both names hold the same random values. So a stored tensor counts as he
 and nobody was seen to write there, or if it equals in full what was read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -16,11 +16,11 @@ from tiedquiet.proof import record
 from tiedquiet.proof.adapted import replaced
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.files import stamp
-from tiedquiet.proof.memory import ORDINARY, by_object
+from tiedquiet.proof.memory import ORDINARY, by_object, equals
 from tiedquiet.proof.missing import Values, judge_missing, judge_two_ends
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.stored import judge_casts, judge_placeholders, judge_stored, sources_since
+from tiedquiet.proof.stored import Sources, judge_casts, judge_placeholders, judge_stored, sources_since
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
@@ -131,14 +131,15 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     known = _followed(known, now)
     if set_aside := replaced(model, known.missing, known.stored - known.lasting.keys()):
         known = replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside))
-    judge_casts(known, now, sources_since(model, known, now))
+    sources = sources_since(model, known, now)
+    judge_casts(known, now, sources)
     # A tie is declared under the names that its ends had before PEFT wrapped one of them.
     before = set(map(record.loaded_name, known.stored)) - known.missing
     by_loaded_name = replace(known, stored=known.stored | before)
     tied = ties(now, known.missing, by_loaded_name.stored) if known.missing else {}
     findings = {finding.key: finding for finding in _judge_now(model, by_loaded_name, now, tied)}
     findings.update(
-        (finding.key, finding) for finding in _judge_since(model, known, now) if finding.key not in findings
+        (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
@@ -194,7 +195,7 @@ def _judge_now(
     return [findings[key] for key in sorted(findings) if key in now.state or key in now.others or not key]
 
 
-def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator[Finding]:
+def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load; none for a copy."""
     if known.model is None or known.model() is not model:
         return  # a copy has tensors of its own
@@ -210,7 +211,15 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey) -> Iterator
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
         elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
+            # `Module.to` makes other buffers, where it keeps parameters.
+            if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):
+                continue
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
             yield Finding(name, Verdict.UNPROVEN, None, why)
+
+
+def _has_values(tensor: torch.Tensor, own: list[Callable[[], torch.Tensor]] | None) -> bool:
+    """Whether a tensor has the values that the files have for it, cast to its type."""
+    return own is not None and len(own) == 1 and bool(equals(tensor, own[0]()))

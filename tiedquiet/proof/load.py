@@ -75,8 +75,8 @@ class Load:
         del vars(model)[_ATTRIBUTE]
         vars(other)[_ATTRIBUTE] = self
 
-    def unread(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The tensors that may be given new memory, by name: buffers that no file has, and what was not read."""
+    def may_be_replaced(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors in place of which others may be allocated, by name: buffers, and what was not read."""
         # Buffers first: those are filled in many a way, and of very many tensors not all can be marked.
         names = (*self.reading.buffers, *self.reading.missing)
         return {name: tensor for name in names if (tensor := tensor_at(model, name)) is not None}

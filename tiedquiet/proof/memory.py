@@ -257,9 +257,9 @@ def is_copy(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def holds(tensor: Place, values: Place) -> bool | None:
-    """Whether all of `values` are still there: cast, reshaped, permuted, or with rows appended to them.
+    """Whether all of `values` are still there: cast, permuted, reshaped, or with rows appended to them.
 
-    Permuted means with its dimensions in another order, like a transposed matrix.
+    Permuted means with its dimensions in another order, like a transposed matrix; a convolution may then be flattened.
 
     None where that cannot be told.
     """
@@ -273,10 +273,16 @@ def holds(tensor: Place, values: Place) -> bool | None:
         return None if now.numel() > before.numel() else False
     if same(now.reshape(-1), before.reshape(-1)):
         return True
-    if not 1 < before.dim() <= _MOST_DIMENSIONS or now.dim() != before.dim():
+    if not 1 < before.dim() <= _MOST_DIMENSIONS:
         return False
     turned = (before.permute(order) for order in permutations(range(before.dim())))
-    return any(now.shape == other.shape and same(now, other) for other in turned)
+    return any(_has_first(now, other) and same(now.reshape(other.shape), other) for other in turned)
+
+
+def _has_first(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a tensor begins with the first of what other dimensions make of values: to make all of it takes long."""
+    first = values[:1].reshape(-1)
+    return same(tensor.reshape(-1)[: len(first)], first)
 
 
 def types_of(tensors: Iterable[Any]) -> list[torch.dtype]:

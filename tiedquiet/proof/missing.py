@@ -221,13 +221,14 @@ def rival_of(source: str, group: Group, stored: dict[str, torch.Tensor]) -> str 
 
 def _why_untied(model: Any, group: Group) -> tuple[str, str]:
     """Why a tie that is asked for does not hold, as a clause, and what fixes it besides `repair`."""
-    method = inspect.unwrap(getattr(type(model), "tie_weights", len))
-    if "no_tie_weights" in method.__qualname__:
+    methods = [inspect.unwrap(vars(kind)["tie_weights"]) for kind in type(model).__mro__ if "tie_weights" in vars(kind)]
+    if any("no_tie_weights" in method.__qualname__ for method in methods):  # an override may call that one
         why = "because two models were loaded at once in two threads, which left PreTrainedModel.tie_weights empty"
         return why, "load one after the other"
     if group.by_config:
         why = f"although its config asks for it, because {group.by_config}._tied_weights_keys does not declare it"
         return why, "declare it there"
+    method = methods[0] if methods else len
     code = getattr(method, "__code__", None)
     if code is not None and not method.__module__.startswith("transformers."):
         why = f"because {method.__qualname__} ({code.co_filename}:{code.co_firstlineno}) does not tie it"

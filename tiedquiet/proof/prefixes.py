@@ -14,6 +14,8 @@ import torch
 from tiedquiet.proof.names import MOST_TRIED, Headers
 
 _MOST_PARTNERS = 1_000  # of one tensor: who has more is junk
+_MOST_PARTS = 16  # of a name that may be a prefix
+_MOST_NAMED = 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Prefixes:
         new: as the model has it, in the same form.
         names: for each of the model's names the one in the files.
         is_of_files: whether they are as the files have them; else as transformers had already renamed them.
+        parts: in place of one prefix, several, each of names of its own.
         inside: in place of a prefix, parts in the middle of names.
         has_them: which of the two has these parts in its names.
     """
@@ -33,6 +36,7 @@ class Prefixes:
     new: str
     names: dict[str, str]
     is_of_files: bool = True
+    parts: "tuple[Prefixes, ...]" = ()
     inside: tuple[str, ...] = ()
     has_them: str = "checkpoint"
 
@@ -41,7 +45,11 @@ class Prefixes:
         """Why nothing read them, as a clause."""
         if self.inside:
             return f"because names in the {self.has_them} have {' and '.join(self.inside)} in them"
-        return f"because the checkpoint has {self.old or 'no prefix'} where the model has {self.new or 'no prefix'}"
+        pairs = [
+            f"{one.old or 'no prefix'} where the model has {one.new or 'no prefix'}" for one in self.parts or [self]
+        ]
+        more = [f"{len(pairs) - _MOST_NAMED} more such prefixes"] if len(pairs) > _MOST_NAMED else []
+        return f"because the checkpoint has {' and '.join(pairs[:_MOST_NAMED] + more)}"
 
     def known_as(self, of: Collection[str]) -> dict[str, str]:
         """What becomes of the files' names, without those that do not begin with this prefix."""
@@ -53,6 +61,8 @@ class Prefixes:
         """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
         if not self.is_of_files or self.inside:
             return {}
+        if self.parts:
+            return {old: new for one in self.parts for old, new in one.key_mapping().items()}
         # Of whole names: transformers replaces what a pattern matched wherever it is, and up to 5.3 each time.
         if self.old:
             return {f"^{re.escape(self.old)}(.+)": rf"{self.new}\1"}
@@ -92,7 +102,9 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
     whole = [
         one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
     ]
-    return whole[0] if len(whole) == 1 else None if whole else _by_parts(unread, missing, needed, own)
+    if whole:
+        return whole[0] if len(whole) == 1 else None
+    return _by_parts(unread, missing, needed, own) or _by_subtrees(unread, missing, needed, own)
 
 
 def _by_parts(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str]) -> Prefixes | None:
@@ -109,6 +121,61 @@ def _by_parts(unread: Headers, missing: Headers, needed: Collection[str], own: C
             used = sorted({part for long, _ in pairs for part in long.split(".")}.intersection(inside))
             return Prefixes("", "", names, inside=tuple(used), has_them="checkpoint" if longer is unread else "model")
     return None
+
+
+def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str]) -> Prefixes | None:
+    """Several prefixes, each in place of another: what the files have under one is what is needed under the other.
+
+    Each has to be the only one with these names and shapes, or with these numbers in it, and to move more than one
+    module. Together they have to fit as one has to.
+    """
+    wanted = {key: missing[key] for key in needed}
+    theirs, ours = (
+        {(name.rpartition(".")[2], header.shape) for name, header in some.items()} for some in (unread, wanted)
+    )
+    if not (ours <= theirs or (theirs <= ours and len(unread) <= len(wanted))):
+        return None  # the usual answer, given early: junk by the thousands takes no time
+    alike: dict[frozenset[tuple[str, torch.Size]], list[str]] = {}
+    for old, content in _subtrees(unread).items():
+        alike.setdefault(content, []).append(old)
+    names: dict[str, str] = {}
+    found: list[Prefixes] = []
+    for new, content in sorted(_subtrees(wanted).items(), key=lambda one: len(one[0])):
+        olds = alike.get(content, [])
+        if len(olds) > 1:  # layers, most often
+            olds = [old for old in olds if _numbers(old.split(".")) == _numbers(new.split("."))]
+        of_these = {new + rest: olds[0] + rest for rest, _ in content} if len(olds) == 1 else {}
+        if not of_these or not names.keys().isdisjoint(of_these):
+            continue  # or it is a part of what was found
+        old, new = _without_common_end(olds[0], new)
+        modules = {name.rpartition(".")[0] for name in of_these}
+        if len(modules) > 1 and not is_elsewhere(old, new, of_these.values(), own):
+            found.append(Prefixes(old, new, of_these))
+            names |= of_these
+    is_whole = bool(found) and (len(names) == len(unread) or names.keys() >= set(needed))
+    is_one_to_one = len(set(names.values())) == len(names)
+    return Prefixes("", "", names, parts=tuple(found)) if is_whole and is_one_to_one else None
+
+
+def _subtrees(headers: Headers) -> dict[str, frozenset[tuple[str, torch.Size]]]:
+    """Names without their prefix, and shapes, of all that lies under each prefix."""
+    found: dict[str, set[tuple[str, torch.Size]]] = {}
+    for name, header in headers.items():
+        places = (place + 1 for place, letter in enumerate(name) if letter == ".")
+        for place in itertools.islice(places, _MOST_PARTS):
+            found.setdefault(name[:place], set()).add((name[place:], header.shape))
+    return {prefix: frozenset(content) for prefix, content in found.items()}
+
+
+def _without_common_end(old: str, new: str) -> tuple[str, str]:
+    theirs, ours = old.split(".")[:-1], new.split(".")[:-1]
+    while theirs and ours and theirs[-1] == ours[-1]:
+        theirs.pop(), ours.pop()
+    return ".".join([*theirs, ""]), ".".join([*ours, ""])
+
+
+def _numbers(parts: list[str]) -> list[str]:
+    return [part for part in parts if part.isdecimal()]
 
 
 def parts_besides(names: Collection[str], others: Collection[str]) -> set[str]:
@@ -154,10 +221,8 @@ def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
 
 def is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str]) -> bool:
     """Whether two prefixes are two places of a model, and not two names of one."""
-    theirs, ours = old.split(".")[:-1], new.split(".")[:-1]
-    while theirs and ours and theirs[-1] == ours[-1]:
-        theirs.pop(), ours.pop()
-    numbers = [[part for part in parts if part.isdecimal()] for parts in (theirs, ours)]
+    theirs, ours = (prefix.split(".")[:-1] for prefix in _without_common_end(old, new))
+    numbers = [_numbers(parts) for parts in (theirs, ours)]
     if all(numbers) and numbers[0] != numbers[1]:
         return True
     depth = len(theirs) + 1

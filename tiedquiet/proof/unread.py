@@ -162,6 +162,8 @@ def find_unread(
     left = Leftovers(model, unread, missing, needed, now.state, conversions)
     made = left.made(is_resumed)
     if made is not None:
+        if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
+            made = made._replace(cure="save these tensors by themselves, with no dict around them")
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     used = made.key_of if made is not None else {}
     rest = names.by_shape({n: h for n, h in left.not_ignored().items() if n not in used})

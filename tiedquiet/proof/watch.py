@@ -215,10 +215,10 @@ class Watch(TorchDispatchMode):
         """Whether what is copied into stored tensors is what they hold, its dimensions perhaps in another order."""
         return (
             values is not None
-            and (values.dtype, values.shape) == (tensor.dtype, tensor.shape)
+            and values.shape == tensor.shape
             and all(lies_at(tensor, self._stored[name]) for name in names)
             and set(addresses_of(values)).isdisjoint(addresses_of(tensor))
-            and bool(holds(values, tensor))
+            and bool(holds(values.to(tensor), tensor))
         )
 
     def _note(self, name: str, written: int) -> None:
