@@ -191,11 +191,9 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None
     try:
         try:
             loaded = _from_pretrained(part, loader, how)
-        except (AttributeError, TypeError) as error:
-            if "'tuple'" not in str(error) and "'to_dict'" not in str(error):
-                raise
-            # A `from_pretrained` of its own does something to the model, and took the pair for it; and 5.2 and 5.3 have
-            # nothing to say of an adapter's load.
+        except (AttributeError, TypeError):
+            # A `from_pretrained` of its own may do something to the model, and took the pair for it; and 5.2 and 5.3
+            # have nothing to say of an adapter's load. What else is wrong fails once more.
             loaded = _from_pretrained(part, loader, how, output_loading_info=False), None
     except Exception as error:
         raise CannotCheck(_reason(part, loader, how, error)) from error

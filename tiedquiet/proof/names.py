@@ -154,8 +154,10 @@ def origins(
     """
     found: dict[str, Origin] = {}
     for key, origin, tensor in converted(model, headers, state, conversions, headers.__getitem__):
-        fits = tensor.shape == state[key].shape
-        (found if fits else {} if unfit is None else unfit)[key] = origin
+        if tensor.shape == state[key].shape:
+            found[key] = origin
+        elif unfit is not None:
+            unfit[key] = origin
     return found
 
 
@@ -267,17 +269,15 @@ def crossed(
             break
     else:
         return {}
-    given, would = (
-        {
-            name: key
-            for key, origin in some.items()
-            if not origin.is_converted
-            for name in origin.names
-            if straight[name] in state and straight[name] != key
-        }
-        for some in (made, {} if rules is conversions else sources(model, headers, state, rules))
-    )
+    given = _strayed(made, straight, state)
+    would = {} if rules is conversions else _strayed(sources(model, headers, state, rules), straight, state)
     return {key: meant_for.get(key) for key in (*(straight[name] for name in (*given, *would)), *given.values())}
+
+
+def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Headers) -> dict[str, str]:
+    """The names that are read into another key than they say, and that key."""
+    plainly = {name: key for key, origin in made.items() if not origin.is_converted for name in origin.names}
+    return {name: key for name, key in plainly.items() if straight[name] in state and straight[name] != key}
 
 
 def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:
