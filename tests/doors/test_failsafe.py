@@ -65,10 +65,11 @@ MODULES = (
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
 ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is_at_limit"}  # of `check`
-ELSEWHERE |= {"_followed", "_were_tied", "replaced"}  # of `check`, too
+ELSEWHERE |= {"_followed", "_were_tied", "_has_values", "replaced"}  # of `check`, too
 # Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
 ELSEWHERE |= {
     "_itself",
+    "_inner",
     "of_folder",
     "found_in",
     "after",
@@ -82,7 +83,7 @@ ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded", "cast_finding", "cure_of_cast"}  # of adapters, and of casts that lose something
-ELSEWHERE |= {"_uncross"}  # of two tensors that transformers mixes up
+ELSEWHERE |= {"_uncross", "_strayed"}  # of two tensors that transformers mixes up
 ELSEWHERE |= {"all_conversions", "_patterns"}  # of `check`, once the load is over
 ELSEWHERE |= {"move"}  # of a model that its class makes anew
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type

@@ -21,6 +21,7 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.renamed import CLIP, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.training import trainer_of
 from tiedquiet import LoadError, Verdict
 
 
@@ -142,6 +143,23 @@ def test_one_that_is_missing_because_it_was_read_into_the_other(
     assert "Rename one of the two modules" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, 1 of 4"):
         WithNorm.from_pretrained(tmp_path)
+
+
+def test_a_resume_gives_neither_what_the_file_has_for_the_other(tmp_path: Path) -> None:
+    """Trainer reads each under its own name."""
+    saved = WithNorm(GPT2Config())
+    torch.nn.init.constant_(saved.norm.weight, 3.0)
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["trunk.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for mode in ("on", "repair"):
+        model = WithNorm(GPT2Config())
+        with tiedquiet.enable(mode):
+            trainer_of(model, tmp_path / "run")._load_from_checkpoint(str(tmp_path))
+        assert verdicts(model) == {"trunk.norm.weight": Verdict.MISSING}
+        assert model.norm.weight[0] == 3
+        assert model.trunk.norm.weight[0] == 1
 
 
 class UsersBackbone(PixioBackbone):
