@@ -50,6 +50,16 @@ def test_a_layer_is_not_read_into_another(tmp_path: Path, printed: Printed) -> N
     assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
 
 
+def assert_told_and_cured(kind: Any, folder: Path, truth: dict[str, torch.Tensor], printed: Printed) -> None:
+    """`strict` stops what is wrong without tiedquiet; `repair`, and the advised mapping if there is one, put it right."""
+    assert wrong(kind.from_pretrained(folder), truth)
+    if mapping := mapping_of(printed.loud[0]):
+        assert not wrong(kind.from_pretrained(folder, key_mapping=mapping), truth), "the cure cures"
+    model = stopped_and_repaired(kind, folder)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
 @pytest.mark.parametrize(
     ("build", "renamed"),
     [
@@ -67,13 +77,7 @@ def test_several_parts_under_other_prefixes(
         return key
 
     truth = written(build(), tmp_path, other)
-    kind = type(build())
-    assert wrong(kind.from_pretrained(tmp_path), truth)
-    if mapping := mapping_of(printed.loud[0]):
-        assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping), truth), "the cure cures"
-    model = stopped_and_repaired(kind, tmp_path)
-    assert not wrong(model, truth)
-    assert tiedquiet.check(model).ok
+    assert_told_and_cured(type(build()), tmp_path, truth, printed)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "module"])
@@ -125,13 +129,7 @@ def test_a_prefix_in_place_of_another_before_what_is_converted_or_renamed(
 ) -> None:
     others = {f"encoder.{number}.weight": torch.ones(3, 1 + number) for number in range(beside)}
     truth = written(build(), tmp_path, lambda key: re.sub(f"^{start}", new, key), **others)
-    kind = type(build())
-    assert wrong(kind.from_pretrained(tmp_path), truth)
-    if mapping := mapping_of(printed.loud[0]):
-        assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping), truth), "the cure cures"
-    model = stopped_and_repaired(kind, tmp_path)
-    assert not wrong(model, truth)
-    assert tiedquiet.check(model).ok
+    assert_told_and_cured(type(build()), tmp_path, truth, printed)
 
 
 class Ignoring(BertModel):
