@@ -14,6 +14,7 @@ from tests.checkpoints import Printed
 from tests.doors.test_adapters import FILE, SMALL
 from tests.doors.test_adapters_kinds import PROJECTIONS, are_all_in
 from tests.doors.training import trainer_of
+from tiedquiet.proof import stored
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -113,6 +114,19 @@ def test_a_head_that_is_parted_from_the_embedding_that_the_adapter_brings(
     assert any("lm_head.weight is not model.embed_tokens.weight" in line for line in printed.loud) == is_parted
     with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="untied") if is_parted else nullcontext():
         load()
+
+
+def test_no_value_of_a_cast_base_is_looked_at_for_its_ties(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a pass over all of the memory: `check` makes it, and no load."""
+    adapter, looked_at = saved(base, "layers"), []
+    is_at_limit = stored.is_at_limit
+    monkeypatch.setattr(stored, "is_at_limit", lambda tensor: looked_at.append(tensor) or is_at_limit(tensor))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    model.resize_token_embeddings(70)
+    model = peft.PeftModel.from_pretrained(model, adapter)
+    assert not looked_at
+    tiedquiet.check(model)
+    assert looked_at
 
 
 def test_the_best_model_s_adapter_that_trainer_does_not_read(base: Path) -> None:

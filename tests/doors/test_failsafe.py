@@ -65,7 +65,15 @@ MODULES = (
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
 ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is_at_limit"}  # of `check`
-ELSEWHERE |= {"_followed", "_were_tied", "_has_values", "replaced"}  # of `check`, too
+ELSEWHERE |= {
+    "_followed",
+    "_were_tied",
+    "_has_values",
+    "replaced",
+    "_as_it_is",
+    "_judge_ties_now",
+    "untied_since",
+}  # of `check`, too
 # Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
 ELSEWHERE |= {
     "_itself",

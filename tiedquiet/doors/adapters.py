@@ -15,7 +15,7 @@ from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
-from tiedquiet.proof.judge import proof_of
+from tiedquiet.proof.judge import untied_since
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.reading import Reading
@@ -92,7 +92,7 @@ def note_parted(model: Any, where: object, earlier: Record | None, outcome: Outc
     tied = {key for key, finding in earlier.findings.items() if finding.verdict is Verdict.TIED} if earlier else set()
     if not tied or (known := record.of(model)) is None:
         return
-    now = [f for f in proof_of(model, known).findings if f.key in tied and f.verdict is Verdict.UNTIED]
+    now = [finding for finding in untied_since(model, known) if finding.key in tied]
     parted = [replace(finding, why=_PARTED, broken=True, cure=_COPIED_BY_PEFT) for finding in now]
     rest = outcome_of(model, where, parted, [], set(), known.total)
     outcome.lines += rest.lines

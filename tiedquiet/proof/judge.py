@@ -127,22 +127,37 @@ def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     """What is known about a model's own load, and what is seen to have changed since. Training is no change."""
-    now = _as_loaded(survey(model))
-    known = _followed(known, now)
-    if set_aside := replaced(model, known.missing, known.stored - known.lasting.keys()):
-        known = replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside))
+    known, now = _as_it_is(model, known)
     sources = sources_since(model, known, now)
     judge_casts(known, now, sources)
-    # A tie is declared under the names that its ends had before PEFT wrapped one of them.
-    before = set(map(record.loaded_name, known.stored)) - known.missing
-    by_loaded_name = replace(known, stored=known.stored | before)
-    tied = ties(now, known.missing, by_loaded_name.stored) if known.missing else {}
-    findings = {finding.key: finding for finding in _judge_now(model, by_loaded_name, now, tied)}
+    findings = {finding.key: finding for finding in _judge_ties_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def untied_since(model: torch.nn.Module, known: Record) -> list[Finding]:
+    """Findings on ties of a model that do not hold, now that its load is over; no value that was cast is looked at."""
+    return [f for f in _judge_ties_now(model, *_as_it_is(model, known)) if f.verdict is Verdict.UNTIED]
+
+
+def _as_it_is(model: torch.nn.Module, known: Record) -> tuple[Record, Survey]:
+    """What is known of a load, under the names that the tensors have by now; and these."""
+    now = _as_loaded(survey(model))
+    known = _followed(known, now)
+    if set_aside := replaced(model, known.missing, known.stored - known.lasting.keys()):
+        known = replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside))
+    return known, now
+
+
+def _judge_ties_now(model: torch.nn.Module, known: Record, now: Survey) -> list[Finding]:
+    # A tie is declared under the names that its ends had before PEFT wrapped one of them.
+    before = set(map(record.loaded_name, known.stored)) - known.missing
+    by_loaded_name = replace(known, stored=known.stored | before)
+    tied = ties(now, known.missing, by_loaded_name.stored) if known.missing else {}
+    return _judge_now(model, by_loaded_name, now, tied)
 
 
 def _followed(known: Record, now: Survey) -> Record:
