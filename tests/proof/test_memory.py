@@ -268,5 +268,14 @@ def test_all_values_are_there_in_whatever_order_of_dimensions(data: Any) -> None
     assert holds(spoilt, before) is False
 
 
+def test_a_matrix_that_is_turned_and_given_its_own_shape_again_holds_nothing() -> None:
+    """All values are there, and each in a place that nobody gave it: a common mistake with `view`."""
+    matrix, convolution = torch.arange(24.0).view(4, 6), torch.arange(48.0).view(4, 3, 2, 2)
+    assert holds(matrix.t().reshape(4, 6), matrix) is False
+    assert holds(convolution.permute(1, 0, 2, 3).reshape(4, 12), convolution) is False
+    assert holds(convolution.permute(0, 2, 3, 1).reshape(4, 12), convolution) is True
+    assert holds(convolution.flatten(1).t(), convolution) is True
+
+
 class Kind(torch.Tensor):
     """A subclass that is no wrapper."""

@@ -276,7 +276,23 @@ def holds(tensor: Place, values: Place) -> bool | None:
     if not 1 < before.dim() <= _MOST_DIMENSIONS:
         return False
     turned = (before.permute(order) for order in permutations(range(before.dim())))
-    return any(_has_first(now, other) and same(now.reshape(other.shape), other) for other in turned)
+    fitting = (other for other in turned if _is_flattened(now.shape, other.shape))
+    return any(_has_first(now, other) and same(now.reshape(other.shape), other) for other in fitting)
+
+
+def _is_flattened(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a shape is another one, or what is left of it when neighbouring dimensions are made one.
+
+    A matrix that is transposed and given its own shape again has its values in nobody's order.
+    """
+    left = [size for size in whole if size != 1]
+    for size in (size for size in shape if size != 1):
+        product = 1
+        while product < size and left:
+            product *= left.pop(0)
+        if product != size:
+            return False
+    return not left
 
 
 def _has_first(tensor: torch.Tensor, values: torch.Tensor) -> bool:
