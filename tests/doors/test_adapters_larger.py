@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.test_adapters import FILE, SMALL
+from tests.doors.test_adapters import FILE, SMALL, rename
 from tests.doors.test_adapters_kinds import PROJECTIONS, are_all_in
 from tests.doors.training import trainer_of
 from tiedquiet.proof import stored
@@ -19,6 +19,7 @@ from tiedquiet.proof import stored
 peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings:UserWarning"),
 ]
 
@@ -84,6 +85,52 @@ def test_one_of_the_two_names_that_has_other_values(base: Path) -> None:
     save_file({**tensors, again: tensors[again] + 1}, adapter / FILE, {"format": "pt"})
     with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="has no place for"):
         peft.PeftModel.from_pretrained(larger(base), adapter)
+
+
+@pytest.mark.parametrize("how", [{}, {"low_cpu_mem_usage": True}], ids=["copied", "left on meta"])
+@pytest.mark.parametrize("kind", ["layers", "the head"])
+def test_all_under_the_names_of_a_wrapper(kind: str, how: dict[str, Any], base: Path, printed: Printed) -> None:
+    """What `repair` reads is all of it: the base model's own, and what peft had no values for."""
+    adapter = saved(base, kind)
+    tensors = load_file(adapter / FILE)
+    rename(adapter, lambda key: f"_orig_mod.{key}")
+    of = f"{len(tensors)} of {len(tensors)} tensors were NOT read"
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match=of):
+        peft.PeftModel.from_pretrained(larger(base), adapter, **how)
+    with tiedquiet.enable("repair"):
+        model = peft.PeftModel.from_pretrained(larger(base), adapter, **how)
+    assert are_all_in(model, adapter)
+    proof = tiedquiet.check(model)
+    assert proof.ok, proof
+    assert not printed.loud
+    again = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert all(torch.equal(again[key], tensors[key]) for key in again)
+    assert {value.device.type for value in model.parameters()} == {"cpu"}
+    assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_what_no_file_has_and_peft_leaves_on_meta(base: Path, printed: Printed) -> None:
+    adapter = saved(base, "layers")
+    rename(adapter, lambda key: None if "q_proj" in key else key)
+    peft.PeftModel.from_pretrained(larger(base), adapter, low_cpu_mem_usage=True)
+    (line,) = printed.loud
+    assert "not in its files under their names, and have no values, because low_cpu_mem_usage left them on meta" in line
+
+
+def test_the_base_s_own_that_it_has_already(tmp_path: Path, printed: Printed) -> None:
+    """Where its embeddings are adapted, peft saves them as they were."""
+    Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "tie_word_embeddings": False})).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda key: f"_orig_mod.{key}")
+    with tiedquiet.enable("repair"):
+        model = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+        )
+    assert are_all_in(model, tmp_path / "adapter")
+    assert not printed.loud
+    assert not any("base_layer" in line for line in printed.confirmed)
 
 
 def test_the_base_s_embeddings_stay_when_the_adapter_is_taken_away(base: Path) -> None:

@@ -16,7 +16,7 @@ from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.prefixes import by_prefix
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.repair import copy_in_place, put_in_place
 from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import out_of_date
 from tiedquiet.verdict import Finding, Verdict
@@ -81,8 +81,11 @@ class Adapter:
         count += len(known.lasting)
         for finding in list(self._under_a_prefix(rest)):
             rest.discard(finding.source or "")
-            if self._mend(finding, finding.source):
+            if finding.key not in known.missing and self._is_held(finding):
+                count -= 1
+            elif self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
+                count -= 1
         known.lasting.update(of_the_whole(checkpoint, count, sorted(rest)))
         if not self._has_mapping:  # which may have exchanged names
             for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
@@ -115,9 +118,18 @@ class Adapter:
         key_of = {self.in_files[key]: key for key in self.known.missing}
         by_name = {name: self._state[key] for name, key in key_of.items()}
         prefixes = by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
-        if prefixes is not None:
-            for expected, name in prefixes.names.items():
-                yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
+        if prefixes is None:
+            return
+        for expected, name in prefixes.names.items():
+            yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
+        # What peft has saved of the base model's own is not missing: the load of that has read it.
+        own = {self.prefix + key: key for key in self._state.keys() - self.in_files.keys()}
+        others = prefixes.known_as(unread.keys() - set(prefixes.names.values()))
+        for name, expected in ((name, expected) for name, expected in others.items() if expected in own):
+            if unread[name].shape == self._whole[expected].shape:
+                self.in_files[own[expected]] = expected
+                self.known.total += 1
+                yield Finding(own[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
 
     def _count_as_read(self, keys: set[str]) -> None:
         known = self.known
@@ -127,11 +139,27 @@ class Adapter:
     def _mend(self, finding: Finding, name: str | None) -> bool:
         """Read a tensor from the files in `repair`; else note that it was lost. Returns whether it was read."""
         values = self.checkpoint.tensors.get(name or "") if mode.current() == "repair" else None
-        if values is not None and copy_in_place(self._state[finding.key], values()):
+        if values is not None and self._take(finding.key, values()):
             self.repaired.append(finding)
             return True
         self.known.lasting[finding.key] = finding
         return False
+
+    def is_on_meta(self, key: str) -> bool:
+        """Whether a tensor has no values."""
+        return self._state[key].is_meta
+
+    def _is_held(self, finding: Finding) -> bool:
+        values = self.checkpoint.tensors.get(finding.source or "")
+        return values is not None and bool(equals(self._state[finding.key], values()))
+
+    def _take(self, key: str, value: torch.Tensor) -> bool:
+        if not self.is_on_meta(key):
+            return copy_in_place(self._state[key], value)
+        # With `low_cpu_mem_usage` peft leaves there what it has read nothing for.
+        is_held = put_in_place(self._model, self._whole, self.prefix + key, value)
+        self._state.update({name: self._whole[self.prefix + name] for name in self._state})
+        return is_held
 
 
 def made_again(model: Any, adapters: Collection[str], rest: Collection[str], checkpoint: Checkpoint) -> set[str]:
@@ -216,11 +244,12 @@ def _of_prompts(names_there: list[str]) -> Finding:
     return Finding("", Verdict.UNREAD, names_there[0], why, True, FOR_INFERENCE)
 
 
-def of_missing(keys: Collection[str], total: int) -> str:
+def of_missing(keys: Collection[str], total: int, are_on_meta: bool = False) -> str:
     """What there is to say of an adapter's tensors that its files do not have: no report of peft's names them all."""
     of = f"{len(keys):,} of {total:,} tensors of the adapter {'is' if len(keys) == 1 else 'are'}"
-    what = "not in its files under their names, and kept the values that the model had"
-    return f"missing, {of} {what}: {words.few(keys, fold)}"
+    what = "have no values, because low_cpu_mem_usage left them on meta"
+    what = what if are_on_meta else "kept the values that the model had"
+    return f"missing, {of} not in its files under their names, and {what}: {words.few(keys, fold)}"
 
 
 def _as_given(adapter: str, name: str, headers: names.Headers) -> str:

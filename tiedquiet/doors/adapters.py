@@ -173,7 +173,8 @@ def _judge(before: _Before, result: Any) -> Outcome:
     outcome = outcome_of(model, adapter.where, findings, adapter.repaired, set(), known.total)
     name = words.name_of(model, adapter.where)
     if left := known.missing - known.lasting.keys():
-        outcome.lines.append((logging.WARNING, f"{name}: {of_missing(left, known.total)}"))
+        are_on_meta = any(adapter.is_on_meta(key) for key in left)
+        outcome.lines.append((logging.WARNING, f"{name}: {of_missing(left, known.total, are_on_meta)}"))
     if changed := _changed_in_base(before, adapter.prefix):
         line = f"{name}: loading it also changed tensors of the base model: {words.few(changed, fold)}"
         outcome.lines.append((logging.INFO, line))

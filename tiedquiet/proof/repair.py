@@ -12,7 +12,7 @@ from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import equals, lies_at, plain, same
 from tiedquiet.proof.missing import rival_of
 from tiedquiet.proof.stored import before_writing
-from tiedquiet.proof.survey import Survey, only, survey, ties
+from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
@@ -75,6 +75,33 @@ def copy_in_place(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     with torch.no_grad():
         tensor.copy_(value)
     return same(plain(tensor)[0], value)
+
+
+def put_in_place(model: torch.nn.Module, state: dict[str, torch.Tensor], key: str, value: torch.Tensor) -> bool:
+    """Put a value where a model has a tensor on meta, with its type, on the device of what is next to it.
+
+    Args:
+        model: the model.
+        state: its tensors under all of their names, which is brought up to date.
+        key: the tensor's name.
+        value: the value.
+
+    Returns:
+        Whether it holds the value now. Where the shapes differ, or accelerate has the values elsewhere, nothing is put.
+    """
+    tensor, parts = state[key], key.split(".")
+    if not tensor.is_meta or tensor.shape != value.shape or is_moved(model, key):
+        return False
+    around = (".".join(parts[:end]) + "." for end in range(len(parts) - 1, 0, -1))
+    near = (t.device for start in around for name, t in state.items() if name.startswith(start) and not t.is_meta)
+    put = value.to(next(near, value.device), tensor.dtype, copy=True)
+    if isinstance(tensor, torch.nn.Parameter):
+        put = torch.nn.Parameter(put, tensor.requires_grad)
+    for name in [name for name, other in state.items() if other is tensor]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, put)
+        state[name] = put
+    return same(put.detach(), value)
 
 
 def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
