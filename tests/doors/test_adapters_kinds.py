@@ -1,5 +1,6 @@
 """Kinds of adapters: what each of them saves reaches the model, and no other tensor is asked for."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -315,6 +316,23 @@ def test_a_mapping_that_exchanges_two_layers(base: Path) -> None:
         model = peft.PeftModel.from_pretrained(model, adapter, key_mapping=mapping)
     assert are_all_in(model, adapter)
     assert tiedquiet.check(model).ok
+
+
+@pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_what_a_layer_keeps_outside_of_its_state_dict(seed: int | None, base: Path, printed: Printed) -> None:
+    """SHiRA's indices: transformers has no place for them, and the layer has drawn the same; or others."""
+    adapter = saved(base, peft.ShiraConfig(r=2, target_modules=PROJECTIONS))
+    if seed is not None:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "random_seed": seed}))
+    with tiedquiet.enable("strict"):
+        if seed is None:
+            assert tiedquiet.check(by_transformers(base, adapter)).ok
+            assert not printed.loud
+        else:
+            with pytest.raises(tiedquiet.LoadError, match=r"no place for .*shira_indices"):
+                by_transformers(base, adapter)
 
 
 @pytest.mark.parametrize("base", [False], indirect=True, ids=["parted"])

@@ -165,10 +165,10 @@ class Adapter:
 def made_again(model: Any, adapters: Collection[str], rest: Collection[str], checkpoint: Checkpoint) -> set[str]:
     """Those names in the files that have no place because the model has their values without them.
 
-    It may make them from a seed again, once above its layers (VeRA's projections, for which peft 0.18 has no place) or
-    in each of them (RandLora's bases). And where a vocabulary was made larger, peft saves embeddings that were trained
-    as a whole under two names, and reads one; transformers reads one of two that are tied. It has to have the very
-    values that the files have.
+    It may make them from a seed again, once above its layers (VeRA's projections, for which peft 0.18 has no place), in
+    each of them (RandLora's bases), or in each and outside of its state dict (SHiRA's indices). And where a vocabulary
+    was made larger, peft saves embeddings that were trained as a whole under two names, and reads one; transformers
+    reads one of two that are tied. It has to have the very values that the files have.
 
     Args:
         model: the model.
@@ -184,6 +184,10 @@ def made_again(model: Any, adapters: Collection[str], rest: Collection[str], che
         wholes = (key.replace(f"modules_to_save.{adapter}.", "modules_to_save.") for adapter in adapters)
         for name in {key, ".".join(key.split(".")[-2:]), *wholes}:
             known_as.setdefault(name, []).append(tensor)
+    for path, module in model.named_modules():
+        for attribute, held in vars(module).items():
+            tensors = [held[adapter] for adapter in adapters if adapter in held] if isinstance(held, dict) else []
+            known_as.setdefault(f"{path}.{attribute}", []).extend(t for t in tensors if isinstance(t, torch.Tensor))
     for name in checkpoint.tensors.keys() & rest:
         ends = (f"{name.rpartition('.')[-1]}.{adapter}" for adapter in adapters)
         ours = {name, name.removeprefix("base_model.model."), *ends}
