@@ -51,6 +51,40 @@ def test_a_subclass_gets_the_renaming_of_its_class(kind: Any, tmp_path: Path, pr
         assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth)
 
 
+class WithMapping(PreTrainedModel):
+    """Written for transformers 4 and up to 5.3, where a class says itself what files call its tensors."""
+
+    config_class = GPT2Config
+    _checkpoint_conversion_mapping = {r"^old\.": "norm."}  # noqa: RUF012
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.norm, self.head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+        self.post_init()
+
+
+def test_the_mapping_that_a_class_carries(tmp_path: Path, printed: Printed) -> None:
+    truth = written(WithMapping(GPT2Config()), tmp_path, lambda key: key.replace("norm.", "old."))
+    model = WithMapping.from_pretrained(tmp_path)
+    assert verdicts(model) == {"norm.weight": Verdict.UNREAD, "norm.bias": Verdict.UNREAD}
+    assert "because transformers does not read WithMapping._checkpoint_conversion_mapping" in printed.loud[0]
+    mapping = mapping_of(printed.loud[0])
+    assert mapping == WithMapping._checkpoint_conversion_mapping
+    assert not wrong(WithMapping.from_pretrained(tmp_path, key_mapping=mapping), truth)
+    model = stopped_and_repaired(WithMapping, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+def test_a_mapping_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(WithMapping(GPT2Config()), tmp_path, lambda key: key.replace("norm.", "old."))
+    monkeypatch.setattr(WithMapping, "_checkpoint_conversion_mapping", {"^(": "norm."})
+    with tiedquiet.enable("strict"):
+        model = WithMapping.from_pretrained(tmp_path)
+    assert verdicts(model).keys() >= {"norm.weight", "norm.bias"}
+    assert not tiedquiet.check(model).ok
+
+
 class Trunk(PreTrainedModel):
     """A base model with a norm."""
 

@@ -43,19 +43,17 @@ class Leftovers(NamedTuple):
             why = "because they are renamed while they are read, to names that the model does not have"
             return names.Made({key: names.Origin((key,), False) for key in own}, why)
         sides = self._sides(is_resumed)
-        for native, around, rules in names.conversions_of_others(model):
+        for why, cure, rules in names.conversions_of_others(model):
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
-                ours = type(model).__name__
-                why = f"because transformers renames what it reads for {native}, but not for {around}"
-                cure = f"register the conversion of {native} for {ours} (register_checkpoint_conversion_mapping)"
                 made = names.Made(origins, why, rules)
                 prefixes = next(filter(None, (side._prefixes() for side in sides)), None)
-                return made._replace(cure=self._cure(prefixes, made) or cure)
+                mappings = _mapping_of(prefixes), names.own_mapping(model)
+                return made._replace(cure=next(filter(None, (self._cure(one, made) for one in mappings)), cure))
         for side in sides:
             if (found := side._with_other_names()) is not None:
                 made, change = found
-                return made._replace(cure=self._cure(change, made))
+                return made._replace(cure=self._cure(_mapping_of(change), made))
         return None
 
     def _sides(self, is_resumed: bool) -> list["Leftovers"]:
@@ -162,19 +160,23 @@ class Leftovers(NamedTuple):
         if inside := parts_besides(unread, [part for pattern in patterns for part in re.findall(r"\w+", pattern)]):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
 
-    def _cure(self, prefixes: Prefixes | None, made: names.Made) -> str:
+    def _cure(self, mapping: dict[str, str], made: names.Made) -> str:
         """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it.
 
         Up to 5.3 that takes the place of the class's own.
         """
-        if prefixes is None or not (mapping := prefixes.key_mapping()):
+        if not mapping:
             return ""
-        mapping |= names.of_class(self.model, self.conversions)
+        mapping = mapping | names.of_class(self.model, self.conversions)
         read_to = names.targets(self.model, self.unread, self.state, names.conversions_of(self.model, mapping))
         if not all(read_to.get(name) in made.origins for name in made.key_of):
             return ""
         # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
         return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"
+
+
+def _mapping_of(prefixes: Prefixes | None) -> dict[str, str]:
+    return {} if prefixes is None else prefixes.key_mapping()
 
 
 def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:

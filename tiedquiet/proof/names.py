@@ -13,6 +13,7 @@ import torch
 
 Headers = Mapping[str, torch.Tensor]
 MOST_TRIED = 64
+_OWN = "_checkpoint_conversion_mapping"
 
 
 class Origin(NamedTuple):
@@ -86,9 +87,15 @@ def _patterns(conversion: Any) -> tuple[Any, ...]:
     return type(conversion), conversion.source_patterns, conversion.target_patterns, scope
 
 
+def own_mapping(model: Any) -> dict[str, str]:
+    """The mapping that a class carries itself, which transformers 5.4 and newer do not read."""
+    own = getattr(model, _OWN, None)
+    return dict(own) if isinstance(own, Mapping) else {}
+
+
 def of_class(model: Any, conversions: Sequence[Any]) -> dict[str, str]:
-    """The mapping that a class carries itself, as far as it was used: up to 5.3.0 a user's is taken in its place."""
-    own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    """The same as far as it was used: up to 5.3.0 a user's is taken in its place."""
+    own = own_mapping(model)
     return {old: new for old, new in own.items() if any(one.source_patterns == [old] for one in conversions)}
 
 
@@ -103,16 +110,27 @@ def conversions_of_native(model: Any) -> list[Any]:
 
 
 def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
-    """What transformers would rename and convert for classes that a model's is made from, or around.
+    """What transformers would rename and convert by what a model's class says itself, or for a class beside it.
 
     Yields:
-        A class that may have saved the files, what the model's is to it, and its conversions.
+        Why transformers does not do so, as a clause; what would make it, where more is known than a `key_mapping`; and
+        the conversions.
     """
     ours = type(model).__name__
+    if own := own_mapping(model):
+        rules: list[Any] = []
+        with suppress(Exception):  # a stranger's patterns
+            rules = conversions_of(model, own)
+        yield f"because transformers does not read {ours}.{_OWN}", "", rules
     if (native := native_class(model)) is not None:
-        yield native.__name__, f"its subclass {ours}", conversions_of_native(model)
+        yield *_of_another(native.__name__, f"its subclass {ours}", ours), conversions_of_native(model)
     if (base := getattr(model, "base_model", model)) is not model:
-        yield type(base).__name__, f"{ours} around it", conversions_of(base)
+        yield *_of_another(type(base).__name__, f"{ours} around it", ours), conversions_of(base)
+
+
+def _of_another(other: str, around: str, ours: str) -> tuple[str, str]:
+    why = f"because transformers renames what it reads for {other}, but not for {around}"
+    return why, f"register the conversion of {other} for {ours} (register_checkpoint_conversion_mapping)"
 
 
 def has_converter(conversions: Sequence[Any]) -> bool:
