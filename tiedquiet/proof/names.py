@@ -331,8 +331,15 @@ def is_in(base: str, name: str) -> bool:
     return bool(base) and f".{base}." in f".{name}"
 
 
-def renamed(model: Any, headers: Headers, conversions: Sequence[Any]) -> dict[str, str]:
-    """What transformers makes of each of the files' names by renaming alone, whether the model has it or not."""
-    rename, renamings, _, _ = _machinery(conversions)
+def renamed(model: Any, headers: Headers, conversions: Sequence[Any], and_merged: bool = False) -> dict[str, str]:
+    """What transformers makes of each of the files' names, whether the model has it or not.
+
+    Args:
+        model: it, or what stands for it.
+        headers: what the files hold.
+        conversions: transformers' own for its class.
+        and_merged: by merging and splitting as well, as it names what it did not read; else by renaming alone.
+    """
+    rename, renamings, converters, _ = _machinery(conversions)
     base = getattr(model, "base_model_prefix", "")
-    return {name: rename(name, renamings, [], base, {})[0] for name in headers}
+    return {name: rename(name, renamings, converters if and_merged else [], base, {})[0] for name in headers}
