@@ -196,6 +196,48 @@ def test_a_resume_gives_neither_what_the_file_has_for_the_other(tmp_path: Path) 
         assert model.trunk.norm.weight[0] == 1
 
 
+class Zoo(Trunk):
+    """A base model whose prefix comes after the name of its norm: transformers keeps what it takes first."""
+
+    base_model_prefix = "zoo"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.lin = torch.nn.Linear(4, 4)
+        self.post_init()
+
+
+class Alps(Zoo):
+    """And one whose prefix comes before it."""
+
+    base_model_prefix = "alps"
+
+
+@pytest.mark.parametrize("kind", [Zoo, Alps])
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_the_base_model_by_itself_gets_no_norm_of_the_head(
+    kind: Any, is_twice: bool, tmp_path: Path, printed: Printed
+) -> None:
+    prefix = f"{kind.base_model_prefix}."
+    truth = written(kind(GPT2Config()), tmp_path, lambda key: prefix + key)
+    others = {key: value + 1 for key, value in truth.items() if is_twice or "norm" in key}
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | others, tmp_path / "model.safetensors", {"format": "pt"})
+    model = kind.from_pretrained(tmp_path)
+    found = verdicts(model)
+    if is_twice:  # whose values are they?
+        assert set(found) == set(truth)
+        assert set(found.values()) == {Verdict.AMBIGUOUS}
+        return
+    assert found == dict.fromkeys(wrong(model, truth), Verdict.UNREAD)
+    if found:
+        assert "adds zoo. to some names, takes it off others, and so mixes up these tensors" in printed.loud[0]
+        model = stopped_and_repaired(kind, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+    assert tiedquiet.check(model, tmp_path).ok
+
+
 class UsersBackbone(PixioBackbone):
     """A subclass of one whose file has its base model under another prefix, which 5.13 does not rename for it."""
 

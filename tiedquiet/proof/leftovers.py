@@ -167,7 +167,8 @@ class Leftovers(NamedTuple):
         """
         if not mapping:
             return ""
-        mapping = mapping | names.of_class(self.model, self.conversions)
+        used = [pattern for one in self.conversions for pattern in one.source_patterns]
+        mapping = mapping | {old: new for old, new in names.own_mapping(self.model).items() if old in used}
         read_to = names.targets(self.model, self.unread, self.state, names.conversions_of(self.model, mapping))
         if not all(read_to.get(name) in made.origins for name in made.key_of):
             return ""

@@ -4,7 +4,7 @@ Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -91,12 +91,6 @@ def own_mapping(model: Any) -> dict[str, str]:
     """The mapping that a class carries itself, which transformers 5.4 and newer do not read."""
     own = getattr(model, _OWN, None)
     return dict(own) if isinstance(own, Mapping) else {}
-
-
-def of_class(model: Any, conversions: Sequence[Any]) -> dict[str, str]:
-    """The same as far as it was used: up to 5.3.0 a user's is taken in its place."""
-    own = own_mapping(model)
-    return {old: new for old, new in own.items() if any(one.source_patterns == [old] for one in conversions)}
 
 
 def conversions_of_native(model: Any) -> list[Any]:
@@ -265,7 +259,7 @@ def crossed(
 
     It adds the prefix of the base model to a name, or takes it off, wherever the result is a name of the model. But
     where one of the files' names has that prefix, as they are or as they are renamed for the class that may have saved
-    them, none of them needs another.
+    them, none of them needs another. And where all that the base model needs has it, what has none is the head's.
 
     Args:
         model: the model.
@@ -277,9 +271,13 @@ def crossed(
     Returns:
         For each of these keys the name that the files have for it; None where they have none.
     """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if not may_cross(model):
-        return {}
-    prefix = f"{model.base_model_prefix}."
+        if all(origin.ways == 1 for origin in made.values()):
+            return {}
+        named = {own: name for name, own in renamed(model, headers, conversions).items()}
+        is_whole = has_all_with(prefix, state, named)
+        return {key: named[prefix + key] for key in state if key in named} if is_whole else {}
     for rules in (conversions, *(rules for _, _, rules in conversions_of_others(model))):
         straight = renamed(model, headers, rules)
         meant_for = {own: name for name, own in straight.items() if own in state}
@@ -290,6 +288,11 @@ def crossed(
     given = _strayed(made, straight, state)
     would = {} if rules is conversions else _strayed(sources(model, headers, state, rules), straight, state)
     return {key: meant_for.get(key) for key in (*(straight[name] for name in (*given, *would)), *given.values())}
+
+
+def has_all_with(prefix: str, own: Collection[str], there: Collection[str]) -> bool:
+    """Whether names have all that there is for a model with a prefix, and only some without: those are another's."""
+    return {key for key in own if key in there} < {key for key in own if prefix + key in there}
 
 
 def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Headers) -> dict[str, str]:
