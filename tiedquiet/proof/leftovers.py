@@ -1,13 +1,17 @@
 """What `from_pretrained` would make of what nothing read, by the first rule that fits: names alone, no values."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tiedquiet.proof import names
+from tiedquiet.proof.missing import saved_by
 from tiedquiet.proof.prefixes import Prefixes, by_prefix, candidates, common_prefixes, is_elsewhere, parts_besides
+from tiedquiet.proof.survey import asks_for_ties
+from tiedquiet.proof.ties import Declaration, groups
 
 _SAMPLE = 512
 _MOST_CHANGES = 8  # of each kind that are tried before conversions: to try one takes a walk over all names
@@ -54,6 +58,31 @@ class Leftovers(NamedTuple):
             if (found := side._with_other_names()) is not None:
                 made, change = found
                 return made._replace(cure=self._cure(_mapping_of(change), made))
+        return self._by_ties() if asks_for_ties(model) else None
+
+    def _by_ties(self) -> names.Made | None:
+        """What the class that saved the files ties: they may have the one name of two that this model does not know.
+
+        That class is looked for beside the model's own, where it was written; nothing is imported.
+        """
+        beside = [vars(sys.modules.get(kind.__module__, object)) for kind in type(self.model).__mro__]
+        for name in saved_by(self.model):
+            kind = next((one for part in beside if isinstance(one := part.get(name), type)), None)
+            prefix = f"{getattr(kind, 'base_model_prefix', '')}."
+            ours = {own: key for key in self.needed for own in (prefix + key, key)}
+            found: dict[str, names.Origin] = {}
+            declared = Declaration("", getattr(kind, "_tied_weights_keys", None))
+            for own, group in groups([declared], {*ours, *self.unread}).items():
+                theirs = [other for other in group.members if other in self.unread]
+                key = ours.get(own)
+                if key is not None and len(theirs) == 1 and self.unread[theirs[0]].shape == self.missing[key].shape:
+                    found[key] = names.Origin((theirs[0],), False)
+            if found:
+                made = names.Made(
+                    found, f"because {name}, which saved the checkpoint, ties the two and stores one of them"
+                )
+                mapping = {f"^{re.escape(origin.names[0])}$": key for key, origin in found.items()}
+                return made._replace(cure=self._cure(mapping, made))
         return None
 
     def _sides(self, is_resumed: bool) -> list["Leftovers"]:
