@@ -179,7 +179,8 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
     is_ours = any(_is_one_of(part, theirs) for part in (model, getattr(model, "base_model", model)))
     if is_ours or not theirs or not base:
         return some
-    ours = {key for key in survey(model).state if is_in(base, key)}
+    state = survey(model).state
+    ours = {key for key in state if is_in(base, key)} or state.keys()  # the base model by itself
     is_lost = ours and ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
 
