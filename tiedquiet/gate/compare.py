@@ -11,6 +11,7 @@ from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import differing, holds, plain, same
+from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.names import converted, has_all_with
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.stored import is_padding
@@ -166,7 +167,8 @@ class _Comparing:
             own: the names of all of the model's tensors; what has one of these is no other's rival.
         """
         prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
-        is_base = has_all_with(prefix, own, self._checkpoint.tensors)  # and what is beside it the head's
+        # And what is beside it is the head's.
+        is_base = is_of_another_class(self._model) and has_all_with(prefix, own, self._checkpoint.tensors)
         for name in self.held:
             keys = [key for key in self._checkpoint.names_of(name) if key == name or key not in own]
             pieces = plain(self._state[name]) if len(keys) > 1 else []

@@ -202,6 +202,12 @@ def saved_by(model: Any) -> Collection[str]:
     return getattr(getattr(model, "config", None), "architectures", None) or ()
 
 
+def is_of_another_class(model: Any) -> bool:
+    """Whether the checkpoint's config says that another class saved it."""
+    theirs = saved_by(model)
+    return bool(theirs) and not _is_one_of(model, theirs)
+
+
 def _is_one_of(model: Any, names: Collection[str]) -> bool:
     """Whether a model's class, or one that it inherits from, has one of these names."""
     return any(kind.__name__ in names for kind in type(model).__mro__)

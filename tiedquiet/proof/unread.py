@@ -14,6 +14,7 @@ from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, same, types_of
+from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import declared, survey
@@ -77,7 +78,8 @@ def ask_headers(
         own = {name: headers[name] for name in read_to[key]}
         if (found := _judge_types(reading, key, own, scales)) is None and key in made and made[key].ways > 1:
             found = judge_ways(model, key, reading.read_to[key], own, conversions, lambda name: tensors[name]())
-            if found is not None and (meant := crossed.get(key)) is not None and not reading.held[key].is_meta:
+            meant = crossed.get(key) if is_of_another_class(model) and not reading.held[key].is_meta else None
+            if found is not None and meant is not None:
                 found = None if found.source == meant else _mixed_up(model, reading, key, meant)
         if found is not None:
             reading.found[key] = found
