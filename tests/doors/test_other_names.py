@@ -109,6 +109,10 @@ def test_a_prefix_before_what_is_converted_while_it_is_read(
         {"lm_head.weight"} - set(model.all_tied_weights_keys)
     )
     assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth), "the cure cures"
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        kind.from_pretrained(tmp_path)
+    assert "UNEXPECTED" not in printed.report, "all of it was read after all"
     model = stopped_and_repaired(kind, tmp_path)
     assert not wrong(model, truth)
     assert tiedquiet.check(model).ok

@@ -1,5 +1,6 @@
 """What transformers renames for another class than the one that is loaded, and what it mixes up."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,40 @@ def test_a_subclass_gets_the_renaming_of_its_class(kind: Any, tmp_path: Path, pr
         assert not wrong(kind.from_pretrained(tmp_path), truth)
     if kind is MyTextModel:
         assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth)
+
+
+class WithMapping(PreTrainedModel):
+    """Written for transformers 4 and up to 5.3, where a class says itself what files call its tensors."""
+
+    config_class = GPT2Config
+    _checkpoint_conversion_mapping = {r"^old\.": "norm."}  # noqa: RUF012
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.norm, self.head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)
+        self.post_init()
+
+
+def test_the_mapping_that_a_class_carries(tmp_path: Path, printed: Printed) -> None:
+    truth = written(WithMapping(GPT2Config()), tmp_path, lambda key: key.replace("norm.", "old."))
+    model = WithMapping.from_pretrained(tmp_path)
+    assert verdicts(model) == {"norm.weight": Verdict.UNREAD, "norm.bias": Verdict.UNREAD}
+    assert "because transformers does not read WithMapping._checkpoint_conversion_mapping" in printed.loud[0]
+    mapping = mapping_of(printed.loud[0])
+    assert mapping == WithMapping._checkpoint_conversion_mapping
+    assert not wrong(WithMapping.from_pretrained(tmp_path, key_mapping=mapping), truth)
+    model = stopped_and_repaired(WithMapping, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+
+
+def test_a_mapping_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(WithMapping(GPT2Config()), tmp_path, lambda key: key.replace("norm.", "old."))
+    monkeypatch.setattr(WithMapping, "_checkpoint_conversion_mapping", {"^(": "norm."})
+    with tiedquiet.enable("strict"):
+        model = WithMapping.from_pretrained(tmp_path)
+    assert verdicts(model).keys() >= {"norm.weight", "norm.bias"}
+    assert not tiedquiet.check(model).ok
 
 
 class Trunk(PreTrainedModel):
@@ -160,6 +195,51 @@ def test_a_resume_gives_neither_what_the_file_has_for_the_other(tmp_path: Path) 
         assert verdicts(model) == {"trunk.norm.weight": Verdict.MISSING}
         assert model.norm.weight[0] == 3
         assert model.trunk.norm.weight[0] == 1
+
+
+class Zoo(Trunk):
+    """A base model whose prefix comes after the name of its norm: transformers keeps what it takes first."""
+
+    base_model_prefix = "zoo"
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.lin = torch.nn.Linear(4, 4)
+        self.post_init()
+
+
+class Alps(Zoo):
+    """And one whose prefix comes before it."""
+
+    base_model_prefix = "alps"
+
+
+@pytest.mark.parametrize("kind", [Zoo, Alps])
+@pytest.mark.parametrize("how", ["of a head", "of nobody", "twice"])
+def test_the_base_model_by_itself_gets_no_norm_of_the_head(
+    kind: Any, how: str, tmp_path: Path, printed: Printed
+) -> None:
+    prefix = f"{kind.base_model_prefix}."
+    truth = written(kind(GPT2Config()), tmp_path, lambda key: prefix + key)
+    others = {key: value + 1 for key, value in truth.items() if how == "twice" or "norm" in key}
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | others, tmp_path / "model.safetensors", {"format": "pt"})
+    if how != "of nobody":
+        config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["WithHead"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    model = kind.from_pretrained(tmp_path)
+    found = verdicts(model)
+    if how != "of a head":  # whose values are they?
+        assert set(found) == set(others)
+        assert set(found.values()) == {Verdict.AMBIGUOUS}
+        return
+    assert found == dict.fromkeys(wrong(model, truth), Verdict.UNREAD)
+    if found:
+        assert "adds zoo. to some names, takes it off others, and so mixes up these tensors" in printed.loud[0]
+        model = stopped_and_repaired(kind, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+    assert tiedquiet.check(model, tmp_path).ok
 
 
 class UsersBackbone(PixioBackbone):

@@ -122,6 +122,19 @@ def test_a_head_of_the_class_that_saved_the_file_is_no_other_name(cls: Any, tmp_
     assert any("word_embeddings.weight may be roberta.embeddings.words.weight" in line for line in printed.loud)
 
 
+def test_a_base_model_of_which_nothing_was_read(tmp_path: Path, printed: Printed) -> None:
+    """In the file of a bi-encoder: the class that saved it explains no name of the encoder."""
+    written(RobertaModel(RobertaConfig(**BERT)), tmp_path, lambda key: f"tower.{key}")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if "pooler" not in key} | {"out.weight": torch.ones(3, 16)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["BiEncoder"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert set(verdicts(RobertaModel.from_pretrained(tmp_path)).values()) == {Verdict.MISSING}
+    (line,) = printed.loud
+    assert "embeddings.LayerNorm.bias may be tower.embeddings.LayerNorm.bias and 20 more of tower.* likewise" in line
+
+
 def test_an_untied_head_is_not_tied_while_the_file_may_have_it(tmp_path: Path, printed: Printed) -> None:
     """One renamed head is only likely; but tying it would be wrong."""
     truth = written(qwen2(tie_word_embeddings=False), tmp_path, lambda k: k.replace("lm_head", "output_head"))

@@ -249,7 +249,7 @@ def _read_again(
     # Each is undone when the model is saved, and once is enough.
     model._weight_conversions = [*used, *(one for one in by_now if all(one is not other for other in used))]
     info.missing_keys = info.missing_keys & more.missing_keys
-    reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()))
+    reported = names.renamed(model, checkpoint.headers, list(config.weight_mapping or ()), and_merged=True)
     came_from = made.key_of.keys()
     info.unexpected_keys = info.unexpected_keys - {reported.get(name, name) for name in came_from} - came_from
 

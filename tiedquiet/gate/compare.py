@@ -11,7 +11,8 @@ from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import differing, holds, plain, same
-from tiedquiet.proof.names import converted
+from tiedquiet.proof.missing import is_of_another_class
+from tiedquiet.proof.names import converted, has_all_with
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.stored import is_padding
 from tiedquiet.proof.survey import is_moved, survey
@@ -165,12 +166,15 @@ class _Comparing:
         Args:
             own: the names of all of the model's tensors; what has one of these is no other's rival.
         """
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        # And what is beside it is the head's.
+        is_base = is_of_another_class(self._model) and has_all_with(prefix, own, self._checkpoint.tensors)
         for name in self.held:
             keys = [key for key in self._checkpoint.names_of(name) if key == name or key not in own]
             pieces = plain(self._state[name]) if len(keys) > 1 else []
             if len(pieces) == 1:
                 won = [key for key in keys if same(pieces[0], self._checkpoint.tensors[key]())]
-                if won and len(won) < len(keys):
+                if won and len(won) < len(keys) and not (is_base and prefix + name in won):
                     rival = next(key for key in keys if key not in won)
                     yield Finding(name, Verdict.AMBIGUOUS, won[0], f"not of {rival}: the file has both", True)
 

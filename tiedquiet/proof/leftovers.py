@@ -1,13 +1,17 @@
 """What `from_pretrained` would make of what nothing read, by the first rule that fits: names alone, no values."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tiedquiet.proof import names
+from tiedquiet.proof.missing import saved_by
 from tiedquiet.proof.prefixes import Prefixes, by_prefix, candidates, common_prefixes, is_elsewhere, parts_besides
+from tiedquiet.proof.survey import asks_for_ties
+from tiedquiet.proof.ties import Declaration, groups
 
 _SAMPLE = 512
 _MOST_CHANGES = 8  # of each kind that are tried before conversions: to try one takes a walk over all names
@@ -43,19 +47,42 @@ class Leftovers(NamedTuple):
             why = "because they are renamed while they are read, to names that the model does not have"
             return names.Made({key: names.Origin((key,), False) for key in own}, why)
         sides = self._sides(is_resumed)
-        for native, around, rules in names.conversions_of_others(model):
+        for why, cure, rules in names.conversions_of_others(model):
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
-                ours = type(model).__name__
-                why = f"because transformers renames what it reads for {native}, but not for {around}"
-                cure = f"register the conversion of {native} for {ours} (register_checkpoint_conversion_mapping)"
                 made = names.Made(origins, why, rules)
                 prefixes = next(filter(None, (side._prefixes() for side in sides)), None)
-                return made._replace(cure=self._cure(prefixes, made) or cure)
+                mappings = _mapping_of(prefixes), names.own_mapping(model)
+                return made._replace(cure=next(filter(None, (self._cure(one, made) for one in mappings)), cure))
         for side in sides:
             if (found := side._with_other_names()) is not None:
                 made, change = found
-                return made._replace(cure=self._cure(change, made))
+                return made._replace(cure=self._cure(_mapping_of(change), made))
+        return self._by_ties() if asks_for_ties(model) else None
+
+    def _by_ties(self) -> names.Made | None:
+        """What the class that saved the files ties: they may have the one name of two that this model does not know.
+
+        That class is looked for beside the model's own, where it was written; nothing is imported.
+        """
+        beside = [vars(sys.modules.get(kind.__module__, object)) for kind in type(self.model).__mro__]
+        for name in saved_by(self.model):
+            kind = next((one for part in beside if isinstance(one := part.get(name), type)), None)
+            prefix = f"{getattr(kind, 'base_model_prefix', '')}."
+            ours = {own: key for key in self.needed for own in (prefix + key, key)}
+            found: dict[str, names.Origin] = {}
+            declared = Declaration("", getattr(kind, "_tied_weights_keys", None))
+            for own, group in groups([declared], {*ours, *self.unread}).items():
+                theirs = [other for other in group.members if other in self.unread]
+                key = ours.get(own)
+                if key is not None and len(theirs) == 1 and self.unread[theirs[0]].shape == self.missing[key].shape:
+                    found[key] = names.Origin((theirs[0],), False)
+            if found:
+                made = names.Made(
+                    found, f"because {name}, which saved the checkpoint, ties the two and stores one of them"
+                )
+                mapping = {f"^{re.escape(origin.names[0])}$": key for key, origin in found.items()}
+                return made._replace(cure=self._cure(mapping, made))
         return None
 
     def _sides(self, is_resumed: bool) -> list["Leftovers"]:
@@ -162,19 +189,24 @@ class Leftovers(NamedTuple):
         if inside := parts_besides(unread, [part for pattern in patterns for part in re.findall(r"\w+", pattern)]):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
 
-    def _cure(self, prefixes: Prefixes | None, made: names.Made) -> str:
+    def _cure(self, mapping: dict[str, str], made: names.Made) -> str:
         """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it.
 
         Up to 5.3 that takes the place of the class's own.
         """
-        if prefixes is None or not (mapping := prefixes.key_mapping()):
+        if not mapping:
             return ""
-        mapping |= names.of_class(self.model, self.conversions)
+        used = [pattern for one in self.conversions for pattern in one.source_patterns]
+        mapping = mapping | {old: new for old, new in names.own_mapping(self.model).items() if old in used}
         read_to = names.targets(self.model, self.unread, self.state, names.conversions_of(self.model, mapping))
         if not all(read_to.get(name) in made.origins for name in made.key_of):
             return ""
         # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
         return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"
+
+
+def _mapping_of(prefixes: Prefixes | None) -> dict[str, str]:
+    return {} if prefixes is None else prefixes.key_mapping()
 
 
 def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:

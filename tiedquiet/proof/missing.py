@@ -159,7 +159,7 @@ def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:
     the head had a value, and the file lacks it. Nor if it is no head: the flag of the config is about heads, and
     two input embeddings that are one by the model's design (UMT5's) cannot part.
     """
-    if is_resumed or _is_one_of(model, _saved_by(model)):
+    if is_resumed or _is_one_of(model, saved_by(model)):
         return False
     head = embeddings(model, "output")
     return isinstance(head, torch.nn.Module) and any(parameter is tensor for parameter in head.parameters())
@@ -174,12 +174,13 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
     if not (some := [finding for finding in findings if finding.verdict is Verdict.MISSING and finding.source]):
         return []
     some = list(_most_alike(some))
-    saved_by, base = _saved_by(model), getattr(model, "base_model_prefix", "")
+    theirs, base = saved_by(model), getattr(model, "base_model_prefix", "")
     # The base model by itself has no head, and its own names without that prefix.
-    is_ours = any(_is_one_of(part, saved_by) for part in (model, getattr(model, "base_model", model)))
-    if is_ours or not saved_by or not base:
+    is_ours = any(_is_one_of(part, theirs) for part in (model, getattr(model, "base_model", model)))
+    if is_ours or not theirs or not base:
         return some
-    ours = {key for key in survey(model).state if is_in(base, key)}
+    state = survey(model).state
+    ours = {key for key in state if is_in(base, key)} or state.keys()  # the base model by itself
     is_lost = ours and ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
 
@@ -196,9 +197,15 @@ def _most_alike(findings: Collection[Finding]) -> Iterator[Finding]:
             yield best[0]
 
 
-def _saved_by(model: Any) -> Collection[str]:
+def saved_by(model: Any) -> Collection[str]:
     """The classes that the checkpoint's config names."""
     return getattr(getattr(model, "config", None), "architectures", None) or ()
+
+
+def is_of_another_class(model: Any) -> bool:
+    """Whether the checkpoint's config says that another class saved it."""
+    theirs = saved_by(model)
+    return bool(theirs) and not _is_one_of(model, theirs)
 
 
 def _is_one_of(model: Any, names: Collection[str]) -> bool:

@@ -4,7 +4,7 @@ Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 
 Headers = Mapping[str, torch.Tensor]
 MOST_TRIED = 64
+_OWN = "_checkpoint_conversion_mapping"
 
 
 class Origin(NamedTuple):
@@ -86,10 +87,10 @@ def _patterns(conversion: Any) -> tuple[Any, ...]:
     return type(conversion), conversion.source_patterns, conversion.target_patterns, scope
 
 
-def of_class(model: Any, conversions: Sequence[Any]) -> dict[str, str]:
-    """The mapping that a class carries itself, as far as it was used: up to 5.3.0 a user's is taken in its place."""
-    own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    return {old: new for old, new in own.items() if any(one.source_patterns == [old] for one in conversions)}
+def own_mapping(model: Any) -> dict[str, str]:
+    """The mapping that a class carries itself, which transformers 5.4 and newer do not read."""
+    own = getattr(model, _OWN, None)
+    return dict(own) if isinstance(own, Mapping) else {}
 
 
 def conversions_of_native(model: Any) -> list[Any]:
@@ -103,16 +104,27 @@ def conversions_of_native(model: Any) -> list[Any]:
 
 
 def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
-    """What transformers would rename and convert for classes that a model's is made from, or around.
+    """What transformers would rename and convert by what a model's class says itself, or for a class beside it.
 
     Yields:
-        A class that may have saved the files, what the model's is to it, and its conversions.
+        Why transformers does not do so, as a clause; what would make it, where more is known than a `key_mapping`; and
+        the conversions.
     """
     ours = type(model).__name__
+    if own := own_mapping(model):
+        rules: list[Any] = []
+        with suppress(Exception):  # a stranger's patterns
+            rules = conversions_of(model, own)
+        yield f"because transformers does not read {ours}.{_OWN}", "", rules
     if (native := native_class(model)) is not None:
-        yield native.__name__, f"its subclass {ours}", conversions_of_native(model)
+        yield *_of_another(native.__name__, f"its subclass {ours}", ours), conversions_of_native(model)
     if (base := getattr(model, "base_model", model)) is not model:
-        yield type(base).__name__, f"{ours} around it", conversions_of(base)
+        yield *_of_another(type(base).__name__, f"{ours} around it", ours), conversions_of(base)
+
+
+def _of_another(other: str, around: str, ours: str) -> tuple[str, str]:
+    why = f"because transformers renames what it reads for {other}, but not for {around}"
+    return why, f"register the conversion of {other} for {ours} (register_checkpoint_conversion_mapping)"
 
 
 def has_converter(conversions: Sequence[Any]) -> bool:
@@ -247,7 +259,7 @@ def crossed(
 
     It adds the prefix of the base model to a name, or takes it off, wherever the result is a name of the model. But
     where one of the files' names has that prefix, as they are or as they are renamed for the class that may have saved
-    them, none of them needs another.
+    them, none of them needs another. And where all that the base model needs has it, what has none is the head's.
 
     Args:
         model: the model.
@@ -259,9 +271,13 @@ def crossed(
     Returns:
         For each of these keys the name that the files have for it; None where they have none.
     """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     if not may_cross(model):
-        return {}
-    prefix = f"{model.base_model_prefix}."
+        if all(origin.ways == 1 for origin in made.values()):
+            return {}
+        named = {own: name for name, own in renamed(model, headers, conversions).items()}
+        is_whole = has_all_with(prefix, state, named)
+        return {key: named[prefix + key] for key in state if key in named} if is_whole else {}
     for rules in (conversions, *(rules for _, _, rules in conversions_of_others(model))):
         straight = renamed(model, headers, rules)
         meant_for = {own: name for name, own in straight.items() if own in state}
@@ -272,6 +288,11 @@ def crossed(
     given = _strayed(made, straight, state)
     would = {} if rules is conversions else _strayed(sources(model, headers, state, rules), straight, state)
     return {key: meant_for.get(key) for key in (*(straight[name] for name in (*given, *would)), *given.values())}
+
+
+def has_all_with(prefix: str, own: Collection[str], there: Collection[str]) -> bool:
+    """Whether names have all that there is for a model with a prefix, and only some without: those are another's."""
+    return {key for key in own if key in there} < {key for key in own if prefix + key in there}
 
 
 def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Headers) -> dict[str, str]:
@@ -313,8 +334,15 @@ def is_in(base: str, name: str) -> bool:
     return bool(base) and f".{base}." in f".{name}"
 
 
-def renamed(model: Any, headers: Headers, conversions: Sequence[Any]) -> dict[str, str]:
-    """What transformers makes of each of the files' names by renaming alone, whether the model has it or not."""
-    rename, renamings, _, _ = _machinery(conversions)
+def renamed(model: Any, headers: Headers, conversions: Sequence[Any], and_merged: bool = False) -> dict[str, str]:
+    """What transformers makes of each of the files' names, whether the model has it or not.
+
+    Args:
+        model: it, or what stands for it.
+        headers: what the files hold.
+        conversions: transformers' own for its class.
+        and_merged: by merging and splitting as well, as it names what it did not read; else by renaming alone.
+    """
+    rename, renamings, converters, _ = _machinery(conversions)
     base = getattr(model, "base_model_prefix", "")
-    return {name: rename(name, renamings, [], base, {})[0] for name in headers}
+    return {name: rename(name, renamings, converters if and_merged else [], base, {})[0] for name in headers}

@@ -14,6 +14,7 @@ from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, same, types_of
+from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import declared, survey
@@ -77,6 +78,9 @@ def ask_headers(
         own = {name: headers[name] for name in read_to[key]}
         if (found := _judge_types(reading, key, own, scales)) is None and key in made and made[key].ways > 1:
             found = judge_ways(model, key, reading.read_to[key], own, conversions, lambda name: tensors[name]())
+            meant = crossed.get(key) if is_of_another_class(model) and not reading.held[key].is_meta else None
+            if found is not None and meant is not None:
+                found = None if found.source == meant else _mixed_up(model, reading, key, meant)
         if found is not None:
             reading.found[key] = found
     return unread
@@ -89,19 +93,21 @@ def _note_crossed(
 
     The files tell that of what stays on disk, or was quantised, as well; there, nothing can be put right.
     """
-    tensors, prefix = reading.checkpoint.tensors, f"{getattr(model, 'base_model_prefix', '')}."
-    why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
+    tensors = reading.checkpoint.tensors
     for key, name in crossed.items():
         if name is None:
             reading.found[key] = Finding(key, Verdict.MISSING, None, f"it was given what is {made[key].names[0]} there")
-            continue
-        cure = "Rename one of the two modules"
-        if key in reading.held:
-            if key not in made or equals(tensors[made[key].names[0]](), tensors[name]()):
-                continue
-            if not reading.is_quantised and not reading.held[key].is_meta:
-                reading.crossed[key], cure = name, _REPAIR
-        reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, cure)
+        elif key not in reading.held or (key in made and not equals(tensors[made[key].names[0]](), tensors[name]())):
+            reading.found[key] = _mixed_up(model, reading, key, name)
+
+
+def _mixed_up(model: Any, reading: Reading, key: str, name: str) -> Finding:
+    """The finding on a key that has another's values, or none; what can be put right is noted."""
+    prefix, cure = f"{getattr(model, 'base_model_prefix', '')}.", "Rename one of the two modules"
+    if key in reading.held and not reading.is_quantised and not reading.held[key].is_meta:
+        reading.crossed[key], cure = name, _REPAIR
+    why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
+    return Finding(key, Verdict.UNREAD, name, why, True, cure)
 
 
 def in_two_files(key: str, first: str, second: str) -> Finding:
