@@ -13,6 +13,7 @@ import torch
 
 Headers = Mapping[str, torch.Tensor]
 MOST_TRIED = 64
+_LONGEST = 1_000  # letters of a name
 
 
 class Origin(NamedTuple):
@@ -278,6 +279,11 @@ def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Hea
     """The names that are read into another key than they say, and that key."""
     plainly = {name: key for key, origin in made.items() if not origin.is_converted for name in origin.names}
     return {name: key for name, key in plainly.items() if straight[name] in state and straight[name] != key}
+
+
+def of_models(unread: Headers) -> Headers:
+    """Without the names that are longer than any in a model, whatever is around it: over them rules take hours."""
+    return {name: header for name, header in unread.items() if len(name) <= _LONGEST}
 
 
 def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:
