@@ -148,6 +148,18 @@ def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
     ]
 
 
+def test_a_line_counts_what_it_has_no_room_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is cut where it is too long, and its end says what is wrong."""
+    changed(good, n_embd=32)
+    assert check(good) == 2
+    assert capsys.readouterr().err.endswith(" is 48 in the file and 96 in the model; transformer.h.0.attn.c_attn.weight is 16 by 48 in the file and 32 by 96 in the model; transformer.h.0.attn.c_proj.bias is 16 in the file and 32 in the model; and 13 more\n")  # fmt: skip
+    shards = {f"x{number}": f"model-{number:05}-of-00163.safetensors" for number in range(1, 164)}
+    (good / "model.safetensors").unlink()
+    (good / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert check(good) == 2
+    assert "model-00003-of-00163.safetensors and 160 more, which are missing\n" in capsys.readouterr().err
+
+
 def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
     assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "AttributeError: 'list' object has no attribute 'keys'"  # fmt: skip
     assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_FEW = 3  # names in a line, which is cut where it is too long, and its end says what is wrong
 _POINTER = b"version https://git-lfs"
 MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
 
@@ -69,7 +70,9 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} has no metadata, which transformers requires"
         named = set(index["weight_map"].values())
         if absent := sorted(name for name in named if not (folder / name).is_file()):
-            yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} missing"
+            more = f" and {len(absent) - _FEW:,} more" * (len(absent) > _FEW)
+            missing = "is" if len(absent) == 1 else "are"
+            yield f"{path.name} names {', '.join(absent[:_FEW])}{more}, which {missing} missing"
     path = folder / "generation_config.json"
     if path in own_files(folder, path.name) and _json(path) is None:
         yield f"{path.name} cannot be read as a JSON object"
@@ -169,10 +172,11 @@ def _of_shapes(error: BaseException) -> str:
             info = frame.f_locals.get("loading_info")
             keys = getattr(info, "mismatched_keys", None) or frame.f_locals.get("mismatched_keys")  # of older releases
             found |= {key: shapes for key, *shapes in keys or ()}
-    return "; ".join(
+    said = [
         f"{key} is {_shape(stored)} in the file and {_shape(wanted)} in the model"
         for key, (stored, wanted) in sorted(found.items())
-    )
+    ]
+    return "; ".join([*said[:_FEW], *([f"and {len(said) - _FEW:,} more"] * (len(said) > _FEW))])
 
 
 def _shape(shape: Any) -> str:
