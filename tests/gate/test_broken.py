@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from tests.checkpoints import T5, gpt2
 from tests.gate.test_check import check, config_of
@@ -233,7 +239,7 @@ def test_experts_without_end(
     SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes)).save_pretrained(tmp_path)
     assert check(tmp_path) == 0
     capsys.readouterr()
-    assert check(changed(tmp_path, num_experts=10**9)) == 2
+    assert check(changed(tmp_path, num_experts=10**5)) == 2
     assert capsys.readouterr().err.endswith(": its config asks for more than 1,000 tensors\n")
 
 
@@ -243,9 +249,32 @@ def test_a_list_of_the_layers_that_differ_is_not_added_up(good: Path) -> None:
 
 def test_a_shape_that_no_memory_has_room_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(changed(good, vocab_size=10**12)) == 2
-    told = "transformer.wte.weight is 64 by 16 in the file and 1000000000000 by 16 in the model"
-    error = capsys.readouterr().err
-    assert told in error or "can't allocate memory" in error  # transformers 5.0.0 makes values for it first
+    told = "its config asks for more than 1,001,268,736 numbers, and its files have 19,824 bytes\n"
+    assert capsys.readouterr().err.endswith(told)
+    changed(good, vocab_size=64, n_positions=10**8)
+    stored = load_file(good / "model.safetensors")
+    (good / "model.safetensors").unlink()
+    torch.save({**stored, "transformer.wpe.weight": torch.zeros(1).expand(10**8, 16)}, good / "pytorch_model.bin")
+    assert check(good) == 2  # it took memory for all of it
+    assert "its config asks for more than" in capsys.readouterr().err
+
+
+def test_a_buffer_that_no_memory_has_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+    GPTNeoForCausalLM(GPTNeoConfig(**sizes, max_position_embeddings=16)).save_pretrained(tmp_path)
+    assert check(tmp_path) == 0
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["transformer.wpe.weight"]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    assert check(changed(tmp_path, max_position_embeddings=10**6)) == 2  # its mask has a million rows and columns
+    assert "its config asks for more than" in capsys.readouterr().err
+
+
+def test_the_size_of_a_model_of_which_only_pointers_are_there(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed(good, vocab_size=10**9)
+    write(good / "model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
+    assert check(good) == 2
+    assert "model.safetensors is a Git LFS pointer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

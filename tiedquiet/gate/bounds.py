@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.source import entries
@@ -16,6 +17,8 @@ _LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_LAYERS = 10_000
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
+_MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
+_MOST_OF_A_BYTE = 64
 _MOST_TENSORS = 250_000  # the published models with the most experts have half as many
 
 
@@ -40,20 +43,33 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Stop what makes modules without end: a config asks for experts, codebooks or stages by any name."""
-    made = count(1)
+def bounded(stored: int = 0) -> Iterator[None]:
+    """Stop what makes modules without end: a config asks for experts, codebooks or stages by any name, and of any size.
 
-    def look(module: torch.nn.Module, name: str, _: object) -> None:
-        is_new = module._parameters.get(name) is None  # a loader puts another in the place of each
-        if is_new and next(made) > _MOST_TENSORS:
+    Args:
+        stored: how many bytes the files have; 0 where that is not known.
+    """
+    made, asked, most = count(1), 0, _MOST_NUMBERS + _MOST_OF_A_BYTE * stored
+
+    def look(module: torch.nn.Module, name: str, tensor: Any) -> None:
+        nonlocal asked
+        if module._parameters.get(name) is not None or module._buffers.get(name) is not None or tensor is None:
+            return  # a loader puts another in the place of each
+        if isinstance(tensor, torch.nn.Parameter) and next(made) > _MOST_TENSORS:
             raise RuntimeError(f"its config asks for more than {_MOST_TENSORS:,} tensors")
+        asked += 0 if is_lazy(tensor) else tensor.numel()
+        if stored and asked > most:
+            raise RuntimeError(f"its config asks for more than {most:,} numbers, and its files have {stored:,} bytes")
 
-    handle = hooks.register_module_parameter_registration_hook(look)
+    handles = (
+        hooks.register_module_parameter_registration_hook(look),
+        hooks.register_module_buffer_registration_hook(look),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _numbers(value: object) -> list[int]:

@@ -204,8 +204,17 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None
 
 def _from_pretrained(part: Part, loader: Any, how: How, **other: Any) -> Any:
     is_local = part.source.is_local and (part.base is None or part.base.is_local)
-    with without_hub(is_local and not how.trust), bounded():
+    with without_hub(is_local and not how.trust), bounded(_stored(part, how)):
         return loader.from_pretrained(part.source.name, **{**_options(part, how), **other})
+
+
+def _stored(part: Part, how: How) -> int:
+    """How many bytes the files have that are read; 0 where they are not known."""
+    kinds = _forms(part, how)
+    if not all(forms and forms[0].files for forms in kinds):
+        return 0  # on the hub, or under a name of its own
+    own = [Path(part.source.name, part.source.gguf)] if part.source.gguf else []
+    return sum(path.stat().st_size for path in (*own, *(path for forms in kinds for path in forms[0].files)))
 
 
 def _options(part: Part, how: How) -> dict[str, Any]:
