@@ -166,6 +166,20 @@ def test_a_line_counts_what_it_has_no_room_for(good: Path, capsys: pytest.Captur
     assert "model-00003-of-00163.safetensors and 160 more, which are missing\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", ['"attribute_map": 5', '"x": ' + 900 * '{"a":' + "1" + 900 * "}"])
+def test_a_config_that_is_no_error_of_ours(change: str, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = good / "config.json"
+    path.write_text(f"{path.read_text().rstrip().removesuffix('}')}, {change}}}")
+    assert check(good) == 2
+    assert "internal error" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no such names")
+def test_a_path_that_is_no_text(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(good.rename(good.with_name("caf\udce9"))) == 2
+    assert "model.safetensors has a path that is not valid UTF-8, which safetensors" in capsys.readouterr().err
+
+
 def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
     assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "AttributeError: 'list' object has no attribute 'keys'"  # fmt: skip
     assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip
@@ -219,6 +233,9 @@ def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
             "has its tensors under 'state_dict', where no loader looks",
         ),
         (lambda tensors: list(tensors.values()), "holds a list instead of tensors by name"),
+        (lambda tensors: torch.ones(3), "holds a Tensor instead of tensors by name"),
+        (lambda tensors: None, "holds a NoneType instead of tensors by name"),
+        (lambda tensors: {**tensors, 5: torch.ones(1)}, "has 5 where the name of a tensor should be"),
     ],
 )
 def test_a_pickle_whose_tensors_lie_deeper(

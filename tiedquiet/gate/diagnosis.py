@@ -94,6 +94,8 @@ def nested(folder: Path) -> str:
             held = unpickled(str(path))
             if not isinstance(held, dict):
                 return f"{path.name} holds a {type(held).__name__} instead of tensors by name"
+            if (odd := next((key for key in held if not isinstance(key, str)), "")) != "":
+                return f"{path.name} has {odd!r} where the name of a tensor should be"
             under = next((key for key, value in held.items() if isinstance(value, dict) and value), None)
             if under is not None and not any(hasattr(value, "shape") for value in held.values()):
                 return f"{path.name} has its tensors under {under!r}, where no loader looks: save that object alone"
@@ -146,6 +148,8 @@ def damage_of(path: Path) -> str:
             return "is damaged: its header cannot be read"
     if size < end:
         return f"is truncated: its header promises {end:,} bytes, and it has {size:,}"
+    if not _is_unicode(path):
+        return "has a path that is not valid UTF-8, which safetensors cannot open: rename the folder"
     from safetensors import safe_open
 
     try:
@@ -153,6 +157,13 @@ def damage_of(path: Path) -> str:
             return ""
     except Exception as error:
         return f"is damaged: {' '.join(str(error).split())}"
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _of_conversion(error: BaseException) -> str:
@@ -232,7 +243,8 @@ def _models(error: BaseException) -> Iterator[Any]:
     """The models that the code was working on, the innermost first."""
     base = sys.modules["transformers"].PreTrainedModel
     for frame in reversed(_frames(error)):
-        yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if isinstance(v, base))
+        # By its type: a config whose `attribute_map` is a number cannot be asked for its class.
+        yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if issubclass(type(v), base))
 
 
 def _place(owner: type, name: str) -> str:
