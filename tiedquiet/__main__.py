@@ -29,7 +29,14 @@ class _Misused(Exception):
     """The command line is wrong; the message says how."""
 
 
+class _Printed(SystemExit):
+    """Help or the version, which was asked for, is printed."""
+
+
 class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Printed(status)
+
     def error(self, message: str) -> NoReturn:
         raise _Misused(f"{message}; see {self.prog} --help")
 
@@ -60,10 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
             reason = "the output was closed before all of it was written"
         except KeyboardInterrupt:
             reason = "interrupted"
-        except SystemExit as stop:
-            if not isinstance(stop.code, str):
-                raise
-            reason = stop.code.removeprefix("tiedquiet: ")
+        except _Printed:
+            raise
+        except SystemExit as stop:  # that of code which was let run is no status of ours, least of all 0
+            of_code = f"code that was run ended the program, with status {stop.code}"
+            reason = stop.code.removeprefix("tiedquiet: ") if isinstance(stop.code, str) else of_code
         except OSError as error:
             reason = f"the operating system says: {error}"
         except Exception as error:

@@ -69,6 +69,10 @@ def test_what_lies_beside_and_is_damaged_is_nobody_s_business(good: Path) -> Non
     (good / "pytorch_model.bin").write_bytes(b"junk")
     (good / "model.safetensors.index.json").write_text("[]")
     assert check(good) == 0
+    (good / "pytorch_model.bin").unlink()
+    (good / "pytorch_model.bin").symlink_to("../.git/annex/objects/not-fetched")
+    (good / "pytorch_model.bin.index.json").mkdir()
+    assert check(good) == 0
 
 
 def test_a_newer_pickle_that_must_not_be_opened(

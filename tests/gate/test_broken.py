@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from tests.checkpoints import T5, gpt2
 from tests.gate.test_check import check, config_of
@@ -148,6 +154,32 @@ def test_all_that_is_wrong_with_a_folder(good: Path) -> None:
     ]
 
 
+def test_a_line_counts_what_it_has_no_room_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is cut where it is too long, and its end says what is wrong."""
+    changed(good, n_embd=32)
+    assert check(good) == 2
+    assert capsys.readouterr().err.endswith(" is 48 in the file and 96 in the model; transformer.h.0.attn.c_attn.weight is 16 by 48 in the file and 32 by 96 in the model; transformer.h.0.attn.c_proj.bias is 16 in the file and 32 in the model; and 13 more\n")  # fmt: skip
+    shards = {f"x{number}": f"model-{number:05}-of-00163.safetensors" for number in range(1, 164)}
+    (good / "model.safetensors").unlink()
+    (good / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert check(good) == 2
+    assert "model-00003-of-00163.safetensors and 160 more, which are missing\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ['"attribute_map": 5', '"x": ' + 900 * '{"a":' + "1" + 900 * "}"])
+def test_a_config_that_is_no_error_of_ours(change: str, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = good / "config.json"
+    path.write_text(f"{path.read_text().rstrip().removesuffix('}')}, {change}}}")
+    assert check(good) == 2
+    assert "internal error" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no such names")
+def test_a_path_that_is_no_text(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(good.rename(good.with_name("caf\udce9"))) == 2
+    assert "model.safetensors has a path that is not valid UTF-8, which safetensors" in capsys.readouterr().err
+
+
 def test_an_error_that_only_looks_like_one_of_transformers_4_is_told_as_it_is() -> None:
     assert explain(AttributeError("'list' object has no attribute 'keys'"), None, False) == "AttributeError: 'list' object has no attribute 'keys'"  # fmt: skip
     assert explain(TypeError("X.tie_weights() got an unexpected keyword argument 'y'"), None, False).startswith("X.tie_weights takes no")  # fmt: skip
@@ -201,6 +233,9 @@ def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
             "has its tensors under 'state_dict', where no loader looks",
         ),
         (lambda tensors: list(tensors.values()), "holds a list instead of tensors by name"),
+        (lambda tensors: torch.ones(3), "holds a Tensor instead of tensors by name"),
+        (lambda tensors: None, "holds a NoneType instead of tensors by name"),
+        (lambda tensors: {**tensors, 5: torch.ones(1)}, "has 5 where the name of a tensor should be"),
     ],
 )
 def test_a_pickle_whose_tensors_lie_deeper(
@@ -221,7 +256,7 @@ def test_experts_without_end(
     SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes)).save_pretrained(tmp_path)
     assert check(tmp_path) == 0
     capsys.readouterr()
-    assert check(changed(tmp_path, num_experts=10**9)) == 2
+    assert check(changed(tmp_path, num_experts=10**5)) == 2
     assert capsys.readouterr().err.endswith(": its config asks for more than 1,000 tensors\n")
 
 
@@ -231,9 +266,32 @@ def test_a_list_of_the_layers_that_differ_is_not_added_up(good: Path) -> None:
 
 def test_a_shape_that_no_memory_has_room_for(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(changed(good, vocab_size=10**12)) == 2
-    told = "transformer.wte.weight is 64 by 16 in the file and 1000000000000 by 16 in the model"
-    error = capsys.readouterr().err
-    assert told in error or "can't allocate memory" in error  # transformers 5.0.0 makes values for it first
+    told = "its config asks for more than 1,001,268,736 numbers, and its files have 19,824 bytes\n"
+    assert capsys.readouterr().err.endswith(told)
+    changed(good, vocab_size=64, n_positions=10**8)
+    stored = load_file(good / "model.safetensors")
+    (good / "model.safetensors").unlink()
+    torch.save({**stored, "transformer.wpe.weight": torch.zeros(1).expand(10**8, 16)}, good / "pytorch_model.bin")
+    assert check(good) == 2  # it took memory for all of it
+    assert "its config asks for more than" in capsys.readouterr().err
+
+
+def test_a_buffer_that_no_memory_has_room_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+    GPTNeoForCausalLM(GPTNeoConfig(**sizes, max_position_embeddings=16)).save_pretrained(tmp_path)
+    assert check(tmp_path) == 0
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["transformer.wpe.weight"]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    assert check(changed(tmp_path, max_position_embeddings=10**6)) == 2  # its mask has a million rows and columns
+    assert "its config asks for more than" in capsys.readouterr().err
+
+
+def test_the_size_of_a_model_of_which_only_pointers_are_there(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed(good, vocab_size=10**9)
+    write(good / "model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
+    assert check(good) == 2
+    assert "model.safetensors is a Git LFS pointer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -235,13 +235,26 @@ def test_whatever_happens(
         assert report["error"].replace("\n", r"\n") == says
 
 
-def test_a_status_of_another_s_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(_: object) -> int:
-        raise SystemExit(7)
+@pytest.mark.parametrize(
+    ("given", "which"),
+    [
+        ([""], "PATH|HUB_ID"),
+        (["x", "--class", ""], "--class"),
+        (["x", "--config", ""], "--config"),
+        (["x", "--device="], "--device"),
+    ],
+)
+def test_a_variable_that_is_not_set(given: list[str], which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *given]) == 2
+    assert capsys.readouterr().err == f"tiedquiet: argument {which}: it is empty; see tiedquiet check --help\n"
 
-    monkeypatch.setattr(command, "check", leave)
-    with pytest.raises(SystemExit):
-        main(["check", "x"])
+
+@pytest.mark.parametrize("asked", [["--help"], ["--version"], ["check", "--help"]])
+def test_help_and_version_end_well(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(asked)
+    assert stop.value.code == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_output_that_is_not_there(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,3 +112,44 @@ def test_a_modelling_file_of_transformers_4_is_told_what_to_change(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", ["0", "3", "", "None", "'bye'"])
+@pytest.mark.parametrize("way", ["--trust-remote-code", "--class"])
+def test_code_that_is_let_run_does_not_choose_the_status(
+    way: str, code: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script is no module: it leaves when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    name = f"leaves_{way[2]}_{len(code)}_{code[:1].isdigit()}_{code == '0'}"
+    source = f"import sys\nfrom transformers import GPT2LMHeadModel\nclass M(GPT2LMHeadModel): pass\nsys.exit({code})\n"
+    for place in (good, tmp_path):
+        (place / f"{name}.py").write_text(source)
+    config_of(good, architectures=["M"], auto_map={"AutoModelForCausalLM": f"{name}.M"})
+    assert check(good, way, *[f"{name}.M"] * (way == "--class")) == 2
+    says = "bye" if "bye" in code else f"code that was run ended the program, with status {code or None}"
+    assert capsys.readouterr().err == f"tiedquiet: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("..", "there is no class .. to load it as: TypeError: "),
+        ("is_torn.M", "there is no class is_torn.M to load it as: SyntaxError: "),
+        ("fails.M", "there is no class fails.M to load it as: ZeroDivisionError: division by zero"),
+        ("lacks.M", "there is no class lacks.M to load it as: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    ],
+)
+def test_a_class_of_the_user_s_that_is_not_to_be_had(
+    name: str,
+    says: str,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, source in {"is_torn": "class M(", "fails": "1 / 0", "lacks": "import nowhere_at_all"}.items():
+        (tmp_path / f"{module}.py").write_text(source)
+    assert check(good, "--class", name) == 2
+    assert says in capsys.readouterr().err

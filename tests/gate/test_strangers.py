@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import find_adapter_config_file
 from tests.gate.test_broken import cut
 from tests.gate.test_check import check, config_of
 from tests.gate.test_hub import cached
+from tests.gate.test_security import write_gguf
 from tiedquiet.gate.diagnosis import damage
 from tiedquiet.gate.lacking import lacking_in
 
@@ -214,3 +216,52 @@ def test_a_backbone_is_not_fetched_from_the_hub(
     (good / "config.json").write_text(json.dumps(config))
     assert "it names a model that transformers gets from the hub, and for a folder nothing is fetched" in refused(good)
     assert (asked, constants.HF_HUB_OFFLINE) == ([], False)
+
+
+def with_value(path: Path, kind: int, value: bytes) -> None:
+    """Put another value before those in the metadata of a GGUF file."""
+    content = path.read_bytes()
+    count = int.from_bytes(content[16:24], "little") + 1
+    path.write_bytes(content[:16] + struct.pack("<QQ1sI", count, 1, b"x", kind) + value + content[24:])
+
+
+ARRAY, LIST, TEXT = 9, struct.Struct("<IQ"), struct.pack("<Q1s", 1, b"x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        LIST.pack(0, 3_000_001) + bytes(3_000_001),
+        LIST.pack(8, 2**40) + TEXT,
+        LIST.pack(ARRAY, 4) + 4 * (LIST.pack(0, 10**6) + bytes(10**6)),
+    ],
+    ids=["bytes", "claims more than it has", "lists of lists"],
+)
+def test_a_gguf_file_with_values_without_end(value: bytes, tmp_path: Path, refused: Callable[[Path], str]) -> None:
+    """They took a minute for each million, and a gigabyte."""
+    write_gguf(tmp_path)
+    with_value(tmp_path / "model.gguf", ARRAY, value)
+    assert refused(tmp_path).endswith("model.gguf has more than 3,000,000 values in its metadata\n")
+
+
+def test_a_gguf_file_with_tensors_without_end(tmp_path: Path, refused: Callable[[Path], str]) -> None:
+    write_gguf(tmp_path)
+    path = tmp_path / "model.gguf"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + struct.pack("<Q", 250_001) + content[16:])
+    assert refused(tmp_path).endswith("model.gguf has more than 250,000 tensors\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(8, struct.pack("<Q", 2**63)), (8, struct.pack("<Q", 2**62)), (77, b""), (ARRAY, LIST.pack(77, 1))]
+)  # fmt: skip
+def test_a_gguf_file_that_is_torn(kind: int, value: bytes, tmp_path: Path, refused: Callable[[Path], str]) -> None:
+    write_gguf(tmp_path)
+    with_value(tmp_path / "model.gguf", kind, value)
+    assert "model.gguf is a GGUF file, which cannot be loaded here: " in refused(tmp_path)
+
+
+def test_lists_in_a_gguf_file_are_gone_past(tmp_path: Path) -> None:
+    write_gguf(tmp_path)
+    with_value(tmp_path / "model.gguf", ARRAY, LIST.pack(8, 3) + 3 * TEXT)
+    assert check(tmp_path) == 0

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedquiet.proof.names import _sorted, by_shape, conversions_of, likely, may_cross, native_class
+from tiedquiet.proof.names import _sorted, conversions_of, may_cross, native_class
 from tiedquiet.proof.prefixes import Prefixes, by_prefix
+from tiedquiet.proof.unread import by_shape, likely
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -14,6 +14,7 @@ from tiedquiet.proof.adapted import base_of, base_s_own, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
+from tiedquiet.proof.names import of_models
 from tiedquiet.proof.prefixes import by_prefix
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place, put_in_place
@@ -114,7 +115,7 @@ class Adapter:
 
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
         """Findings on what nothing read because its names have another prefix."""
-        unread = {name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest}
+        unread = of_models({name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest})
         key_of = {self.in_files[key]: key for key in self.known.missing}
         by_name = {name: self._state[key] for name, key in key_of.items()}
         prefixes = by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])

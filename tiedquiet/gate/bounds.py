@@ -1,13 +1,16 @@
 """What a config may ask for: to make a model of layers without end takes years before a file is read."""
 
 import re
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.source import entries
@@ -16,6 +19,11 @@ _LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_LAYERS = 10_000
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
+_MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
+_MOST_OF_A_BYTE = 64
+_MOST_VALUES = 3_000_000  # the largest vocabularies, with scores, types and merges, are half as many
+_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value of each kind in a GGUF file
+_STRING, _ARRAY = 8, 9
 _MOST_TENSORS = 250_000  # the published models with the most experts have half as many
 
 
@@ -39,21 +47,72 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
             raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
 
 
+def check_gguf(path: Path) -> None:
+    """Raise CannotCheck where a GGUF file has values without end: they are read one by one, and seven times over."""
+    torn = (struct.error, ValueError, OSError, RecursionError)  # the load says what is wrong
+    with suppress(*torn), path.open("rb") as file:
+        tensors, entries = _numbers_of(file, "<8xQQ")
+        left = _MOST_VALUES
+        if tensors > _MOST_TENSORS:
+            raise CannotCheck(f"{path} has more than {_MOST_TENSORS:,} tensors")
+        for _ in range(entries):
+            file.seek(_numbers_of(file, "<Q")[0], 1)
+            left -= _skip(file, _numbers_of(file, "<I")[0], 1, left)
+            if left < 0:
+                raise CannotCheck(f"{path} has more than {_MOST_VALUES:,} values in its metadata")
+
+
+def _skip(file: BinaryIO, kind: int, many: int, most: int) -> int:
+    """Go past so many values of a kind, and count them; what is beyond the most is left."""
+    count = many
+    if kind in _BYTES:
+        file.seek(_BYTES[kind] * many, 1)
+        return count
+    for _ in range(many if count <= most else 0):
+        if kind == _ARRAY:
+            inner, length = _numbers_of(file, "<IQ")
+            count += _skip(file, inner, length, most - count)
+        elif kind == _STRING:
+            file.seek(_numbers_of(file, "<Q")[0], 1)
+        else:
+            raise ValueError(kind)
+        if count > most:
+            break
+    return count
+
+
+def _numbers_of(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Stop what makes modules without end: a config asks for experts, codebooks or stages by any name."""
-    made = count(1)
+def bounded(stored: int = 0) -> Iterator[None]:
+    """Stop what makes modules without end: a config asks for experts, codebooks or stages by any name, and of any size.
 
-    def look(module: torch.nn.Module, name: str, _: object) -> None:
-        is_new = module._parameters.get(name) is None  # a loader puts another in the place of each
-        if is_new and next(made) > _MOST_TENSORS:
+    Args:
+        stored: how many bytes the files have; 0 where that is not known.
+    """
+    made, asked, most = count(1), 0, _MOST_NUMBERS + _MOST_OF_A_BYTE * stored
+
+    def look(module: torch.nn.Module, name: str, tensor: Any) -> None:
+        nonlocal asked
+        if module._parameters.get(name) is not None or module._buffers.get(name) is not None or tensor is None:
+            return  # a loader puts another in the place of each
+        if isinstance(tensor, torch.nn.Parameter) and next(made) > _MOST_TENSORS:
             raise RuntimeError(f"its config asks for more than {_MOST_TENSORS:,} tensors")
+        asked += 0 if is_lazy(tensor) else tensor.numel()
+        if stored and asked > most:
+            raise RuntimeError(f"its config asks for more than {most:,} numbers, and its files have {stored:,} bytes")
 
-    handle = hooks.register_module_parameter_registration_hook(look)
+    handles = (
+        hooks.register_module_parameter_registration_hook(look),
+        hooks.register_module_buffer_registration_hook(look),
+    )
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _numbers(value: object) -> list[int]:

@@ -96,8 +96,9 @@ def by_user(name: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(import_module(module), last)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CannotCheck(f"there is no class {name} to load it as") from error
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CannotCheck(f"there is no class {name} to load it as: {why}") from error
     finally:
         sys.path.remove(os.getcwd())
 

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="PATH|HUB_ID",
+        type=_named,
         help="a folder, a .gguf file, a model's name on the hub, or a file of weights (--config)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
@@ -32,15 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class",
         dest="cls",
         metavar="NAME",
+        type=_named,
         help="class to load it as: one of transformers, of the checkpoint's own code, or package.module.Class "
         "(default: what its config names)",
     )
     parser.add_argument(
         "--config",
         metavar="PATH|HUB_ID",
+        type=_named,
         help="check a single file, as diffusers' from_single_file makes it the model or the pipeline of this config",
     )
-    parser.add_argument("--device", default="cpu", help="where to load it: cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cpu", type=_named, help="where to load it: cpu (default), cuda, cuda:1, ..."
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="load it as this type (default: the file's)")
     parser.add_argument("--variant", default="", help="read this variant of the files: fp16 of model.fp16.safetensors")
     parser.add_argument(
@@ -56,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="open a .bin or .ckpt file even with a torch older than 2.10, which is not safe",
     )
+
+
+def _named(text: str) -> str:
+    """What a script takes from a variable that is not set names nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def check(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
-from tiedquiet.gate.bounds import check_size
+from tiedquiet.gate.bounds import check_gguf, check_size
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.source import Source, kernels, under
@@ -241,6 +241,7 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
     import transformers
 
     if part.source.gguf:
+        check_gguf(part.source.folder() / part.source.gguf)
         asked: dict[str, Any] = {}
         with suppress(Exception):  # loading it says what is wrong
             asked = _config_of_gguf(part).to_dict()

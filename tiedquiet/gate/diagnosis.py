@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+_FEW = 3  # names in a line, which is cut where it is too long, and its end says what is wrong
 _POINTER = b"version https://git-lfs"
 MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
 
@@ -69,7 +70,9 @@ def damage(folder: Path) -> Iterator[str]:
             yield f"{path.name} has no metadata, which transformers requires"
         named = set(index["weight_map"].values())
         if absent := sorted(name for name in named if not (folder / name).is_file()):
-            yield f"{path.name} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} missing"
+            more = f" and {len(absent) - _FEW:,} more" * (len(absent) > _FEW)
+            missing = "is" if len(absent) == 1 else "are"
+            yield f"{path.name} names {', '.join(absent[:_FEW])}{more}, which {missing} missing"
     path = folder / "generation_config.json"
     if path in own_files(folder, path.name) and _json(path) is None:
         yield f"{path.name} cannot be read as a JSON object"
@@ -91,6 +94,8 @@ def nested(folder: Path) -> str:
             held = unpickled(str(path))
             if not isinstance(held, dict):
                 return f"{path.name} holds a {type(held).__name__} instead of tensors by name"
+            if (odd := next((key for key in held if not isinstance(key, str)), "")) != "":
+                return f"{path.name} has {odd!r} where the name of a tensor should be"
             under = next((key for key, value in held.items() if isinstance(value, dict) and value), None)
             if under is not None and not any(hasattr(value, "shape") for value in held.values()):
                 return f"{path.name} has its tensors under {under!r}, where no loader looks: save that object alone"
@@ -143,6 +148,8 @@ def damage_of(path: Path) -> str:
             return "is damaged: its header cannot be read"
     if size < end:
         return f"is truncated: its header promises {end:,} bytes, and it has {size:,}"
+    if not _is_unicode(path):
+        return "has a path that is not valid UTF-8, which safetensors cannot open: rename the folder"
     from safetensors import safe_open
 
     try:
@@ -150,6 +157,13 @@ def damage_of(path: Path) -> str:
             return ""
     except Exception as error:
         return f"is damaged: {' '.join(str(error).split())}"
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _of_conversion(error: BaseException) -> str:
@@ -169,10 +183,11 @@ def _of_shapes(error: BaseException) -> str:
             info = frame.f_locals.get("loading_info")
             keys = getattr(info, "mismatched_keys", None) or frame.f_locals.get("mismatched_keys")  # of older releases
             found |= {key: shapes for key, *shapes in keys or ()}
-    return "; ".join(
+    said = [
         f"{key} is {_shape(stored)} in the file and {_shape(wanted)} in the model"
         for key, (stored, wanted) in sorted(found.items())
-    )
+    ]
+    return "; ".join([*said[:_FEW], *([f"and {len(said) - _FEW:,} more"] * (len(said) > _FEW))])
 
 
 def _shape(shape: Any) -> str:
@@ -228,7 +243,8 @@ def _models(error: BaseException) -> Iterator[Any]:
     """The models that the code was working on, the innermost first."""
     base = sys.modules["transformers"].PreTrainedModel
     for frame in reversed(_frames(error)):
-        yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if isinstance(v, base))
+        # By its type: a config whose `attribute_map` is a number cannot be asked for its class.
+        yield from (v for v in (frame.f_locals.get("self"), frame.f_locals.get("model")) if issubclass(type(v), base))
 
 
 def _place(owner: type, name: str) -> str:

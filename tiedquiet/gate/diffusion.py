@@ -56,7 +56,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
             options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
-        with silent(), bounded():
+        with silent(), bounded(sum(Path(file).stat().st_size for file in files)):
             model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:

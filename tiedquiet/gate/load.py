@@ -11,7 +11,7 @@ from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
-from tiedquiet.gate.source import check_length, without_hub
+from tiedquiet.gate.source import check_length, under, without_hub
 from tiedquiet.gate.unplaced import IS_IT, left_of, of_gguf, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
@@ -169,7 +169,11 @@ def _begin_again(part: Part, loader: Any, how: How, model: Any) -> Any:
     Raises:
         CannotCheck: it cannot be loaded a second time.
     """
-    if not part.source.gguf and getattr(model, "hf_quantizer", None) is None and not _names_quantiser(part.config):
+    if (
+        not part.source.gguf
+        and getattr(model, "hf_quantizer", None) is None
+        and not under(part.config, "quantization_config")
+    ):
         return None
     from tiedquiet.gate.again import begin
 
@@ -177,11 +181,6 @@ def _begin_again(part: Part, loader: Any, how: How, model: Any) -> Any:
     if again is None:
         raise CannotCheck(f"{part.label}: it is quantised, and its values cannot be read a second time")
     return again if again.quantiser is not None or again.given is not None else None
-
-
-def _names_quantiser(config: Any) -> bool:
-    """Whether a config, or one inside it, says how the checkpoint is quantised; after loading it may not say so."""
-    return isinstance(config, dict) and ("quantization_config" in config or any(map(_names_quantiser, config.values())))
 
 
 def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None]:
@@ -204,8 +203,17 @@ def _load(part: Part, loader: Any, how: How) -> tuple[Any, dict[str, Any] | None
 
 def _from_pretrained(part: Part, loader: Any, how: How, **other: Any) -> Any:
     is_local = part.source.is_local and (part.base is None or part.base.is_local)
-    with without_hub(is_local and not how.trust), bounded():
+    with without_hub(is_local and not how.trust), bounded(_stored(part, how)):
         return loader.from_pretrained(part.source.name, **{**_options(part, how), **other})
+
+
+def _stored(part: Part, how: How) -> int:
+    """How many bytes the files have that are read; 0 where they are not known."""
+    kinds = _forms(part, how)
+    if not all(forms and forms[0].files for forms in kinds):
+        return 0  # on the hub, or under a name of its own
+    own = [Path(part.source.name, part.source.gguf)] if part.source.gguf else []
+    return sum(path.stat().st_size for path in (*own, *(path for forms in kinds for path in forms[0].files)))
 
 
 def _options(part: Part, how: How) -> dict[str, Any]:
@@ -235,9 +243,9 @@ def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if folder is None and (config := part.source.file("config.json", part.name)):
         folder = config.parent
     damaged = next((line for place in (folder, *folders_of(part)) if place for line in damage(place)), "")
-    if _names_quantiser(part.config) and folder is not None and not damaged:
+    if under(part.config, "quantization_config") and folder is not None and not damaged:
         damaged = lacking_in(folder)
-    if folder is not None and not damaged and isinstance(error, AttributeError | ValueError):
+    if folder is not None and not damaged:
         damaged = nested(folder)
     reason = explain(error, folder, how.trust, damaged)
     if "use_safetensors" in _options(part, how) and "use_safetensors" in str(error):

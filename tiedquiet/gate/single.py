@@ -27,6 +27,7 @@ from tiedquiet.gate.weights import check_header, pickles_are_unsafe
 from tiedquiet.proof.codes import Scales, without_scale
 from tiedquiet.proof.files import Checkpoint, unpickled
 from tiedquiet.proof.memory import same
+from tiedquiet.proof.prefixes import MOST_PARTS
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
@@ -272,7 +273,7 @@ def _rivals(moves: Moves, file: File, way: Way, moved: Tensors, reached: Collect
     """Findings on tensors that the file has twice, with a prefix and without, and either would be read."""
     headers = file.headers
     left = headers.keys() - reached
-    ends = {end: name for name in left for end in _ends(name)}
+    ends = {end: name for name in left for end in _ends(name) if end in reached}
     pairs = {name: ends.get(name) or next((end for end in _ends(name) if end in left), "") for name in reached}
     without = {n for n, other in pairs.items() if other and headers[other].shape == headers[n].shape}
     try:
@@ -292,8 +293,8 @@ def _rivals(moves: Moves, file: File, way: Way, moved: Tensors, reached: Collect
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A name without its first part, and so on."""
-    while "." in name:
+    """A name without its first part, and so on, as far as a prefix goes."""
+    for _ in range(min(name.count("."), MOST_PARTS)):
         name = name.partition(".")[2]
         yield name
 

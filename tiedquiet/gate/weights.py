@@ -86,9 +86,8 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
     for name in names:
         if not source.is_local and not name.endswith(".json"):
             continue
-        path = source.file(name, part)
         try:
-            if path is not None:
+            if (path := source.file(name, part)) is not None:
                 found.append(_weights(source, part, path, name))
         except CannotCheck:
             if not found:

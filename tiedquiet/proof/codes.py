@@ -1,6 +1,7 @@
 """Codes of quantisers: whole numbers or numbers of eight bits, which say nothing without their scale."""
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,26 +18,32 @@ class Scales:
     """
 
     def __init__(self, unread: Iterable[str]) -> None:
-        self._inside: dict[str, str] = {}
-        self._scales: dict[str, str] = {}
-        for name in sorted(unread):
-            for place in (place for place, sign in enumerate(name) if sign in "._"):
-                module, rest = name[:place], name[place:]
-                if rest[0] == ".":
-                    self._inside.setdefault(module, name)
-                if "scale" in rest and rest.count(".") <= 2:
-                    self._scales.setdefault(module, name)
+        self._names = sorted(unread)
+        self._apart: dict[str, str] = {}
+        for name in self._names:
             first, _, rest = name.partition(".")
             if "scale" in first:  # all scales are kept in one place, under the names of modules or of their codes
-                self._scales.setdefault(rest, name)
-                self._scales.setdefault(rest.rpartition(".")[0], name)
+                self._apart.setdefault(rest, name)
+                self._apart.setdefault(rest.rpartition(".")[0], name)
 
     def of(self, name: str, dtype: torch.dtype) -> str | None:
         """The scale of a tensor: by its own name; or, of what has the type of codes, anything of the same module."""
         module = name.rpartition(".")[0]
         if not module:
             return None
-        return self._scales.get(module) or (self._inside.get(module) if dtype in CODES else None)
+        beside = list(self._beside(module))
+        scales = (n for n, end in beside if end[0] in "._" and "scale" in end and end.count(".") <= 2)
+        inside = (n for n, end in beside if end[0] == "." and dtype in CODES)
+        return next(scales, None) or self._apart.get(module) or next(inside, None)
+
+    def _beside(self, module: str) -> Iterator[tuple[str, str]]:
+        """The names that begin as a module does, and what follows there."""
+        # Found when it is asked for: a stranger's name may have a million parts, and each may be where a module ends.
+        for place in range(bisect_left(self._names, module), len(self._names)):
+            if not (name := self._names[place]).startswith(module):
+                return
+            if name != module:
+                yield name, name[len(module) :]
 
 
 def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.dtype, scales: Scales) -> Finding | None:

@@ -103,7 +103,8 @@ class Leftovers(NamedTuple):
         """Those of the unread tensors that the class does not say it has no place for."""
         parts_of = [key.split(".") for key in self.missing]
         ends = {".".join(parts[i:]) for parts in parts_of for i in range(len(parts))}
-        return {name: header for name, header in self.unread.items() if not is_ignored(self.model, name, ends)}
+        some = names.of_models(self.unread)
+        return {name: header for name, header in some.items() if not is_ignored(self.model, name, ends)}
 
     def _with_other_names(self) -> tuple[names.Made, Prefixes] | None:
         """What becomes of them with a prefix in place of another, converted where that has a place for more of them."""

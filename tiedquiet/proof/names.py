@@ -14,6 +14,7 @@ import torch
 Headers = Mapping[str, torch.Tensor]
 MOST_TRIED = 64
 _OWN = "_checkpoint_conversion_mapping"
+_LONGEST = 1_000  # letters of a name
 
 
 class Origin(NamedTuple):
@@ -301,25 +302,9 @@ def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Hea
     return {name: key for name, key in plainly.items() if straight[name] in state and straight[name] != key}
 
 
-def by_shape(unread: Headers) -> dict[torch.Size, list[str]]:
-    """The names of all tensors of each shape."""
-    found: dict[torch.Size, list[str]] = {}
-    for name, header in unread.items():
-        found.setdefault(header.shape, []).append(name)
-    return found
-
-
-def likely(key: str, alike: Sequence[str]) -> str | None:
-    """The unread tensor of the files that a missing key most likely is: the one with the longest common end.
-
-    Args:
-        key: the missing key.
-        alike: those of its shape.
-    """
-    if len(alike) > MOST_TRIED:
-        return None  # one of very many is not likely
-    best = max(alike, key=lambda name: in_common(key, name), default=None)
-    return best if best is not None and in_common(key, best)[0] else None
+def of_models(unread: Headers) -> Headers:
+    """Without the names that are longer than any in a model, whatever is around it: over them rules take hours."""
+    return {name: header for name, header in unread.items() if len(name) <= _LONGEST}
 
 
 def in_common(key: str, name: str) -> tuple[int, int]:

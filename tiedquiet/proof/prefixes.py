@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tiedquiet.proof.names import MOST_TRIED, Headers
+from tiedquiet.proof.names import MOST_TRIED, Headers, in_common
 
 _MOST_PARTNERS = 1_000  # of one tensor: who has more is junk
-_MOST_PARTS = 16  # of a name that may be a prefix
+MOST_PARTS = 16  # of a name that may be a prefix
 _MOST_NAMED = 2
 
 
@@ -162,7 +162,7 @@ def _subtrees(headers: Headers) -> dict[str, frozenset[tuple[str, torch.Size]]]:
     found: dict[str, set[tuple[str, torch.Size]]] = {}
     for name, header in headers.items():
         places = (place + 1 for place, letter in enumerate(name) if letter == ".")
-        for place in itertools.islice(places, _MOST_PARTS):
+        for place in itertools.islice(places, MOST_PARTS):
             found.setdefault(name[:place], set()).add((name[place:], header.shape))
     return {prefix: frozenset(content) for prefix, content in found.items()}
 
@@ -213,10 +213,10 @@ def candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> li
 
 def _pairs(name: str, key: str) -> Iterator[tuple[str, str]]:
     """The pairs of prefixes that turn a name into a key: what is left of each common end of them."""
-    ends = [name[place:] for place in range(len(name)) if place == 0 or name[place - 1] == "."]
-    for end in ends:
-        if key == end or key.endswith("." + end):
-            yield name[: len(name) - len(end)], key[: len(key) - len(end)]
+    parts = key.split(".")
+    for end in range(in_common(key, name)[0], 0, -1):
+        shared = len(".".join(parts[-end:]))
+        yield name[: len(name) - shared], key[: len(key) - shared]
 
 
 def is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str]) -> bool:
@@ -239,5 +239,5 @@ def common_prefixes(all_of: Collection[str]) -> list[str]:
     """The prefixes that all of these names have, the shortest first."""
     first_and_last = (min(all_of, default=""), max(all_of, default=""))
     parts = zip(*(name.split(".")[:-1] for name in first_and_last), strict=False)
-    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)]
+    common = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts)][:MOST_PARTS]
     return [".".join([*common[:end], ""]) for end in range(1, len(common) + 1)]

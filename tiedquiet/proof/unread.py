@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
@@ -172,11 +174,32 @@ def find_unread(
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     used = made.key_of if made is not None else {}
-    rest = names.by_shape({n: h for n, h in left.not_ignored().items() if n not in used})
+    rest = by_shape({n: h for n, h in left.not_ignored().items() if n not in used})
     for key in sorted(missing.keys() - reading.found.keys()):
-        if (name := names.likely(key, rest.get(missing[key].shape, ()))) is not None:
+        if (name := likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
     return made
+
+
+def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:
+    """The names of all tensors of each shape."""
+    found: dict[torch.Size, list[str]] = {}
+    for name, header in unread.items():
+        found.setdefault(header.shape, []).append(name)
+    return found
+
+
+def likely(key: str, alike: Sequence[str]) -> str | None:
+    """The unread tensor of the files that a missing key most likely is: the one with the longest common end.
+
+    Args:
+        key: the missing key.
+        alike: those of its shape.
+    """
+    if len(alike) > names.MOST_TRIED:
+        return None  # one of very many is not likely
+    best = max(alike, key=lambda name: names.in_common(key, name), default=None)
+    return best if best is not None and names.in_common(key, best)[0] else None
 
 
 def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> None:
