@@ -25,9 +25,6 @@ class Clocks:
     """
 
     def __init__(self) -> None:
-        from transformers import modeling_utils
-        from transformers.utils import loading_report
-
         import tiedquiet
         from tiedquiet.proof.watch import Watch
 
@@ -35,20 +32,10 @@ class Clocks:
         self.above: dict[str, float] = {}
         self.watching = 0.0
         self.watched = 0
-        model = modeling_utils.PreTrainedModel
-        names = ("_load_pretrained_model", "_finalize_model_loading")
         tiedquiet.disable()
-        for clocks in (self.below, self.above):
-            report = self._clock(clocks, "report", modeling_utils.log_state_dict_report)
-            loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = report
-            for name in names:
-                setattr(model, name, staticmethod(self._clock(clocks, name, getattr(model, name))))
-            # What it takes in there lies above the clocks of the others, and is not counted twice.
-            model.from_pretrained = classmethod(self._clock(clocks, "from_pretrained", _of_class(model)))
-            move = "_move_missing_keys_from_meta_to_device"
-            setattr(model, move, self._clock(clocks, move, getattr(model, move)))
-            if clocks is self.below:
-                tiedquiet.enable("on")
+        self._put(self.below)
+        tiedquiet.enable("on")
+        self._put(self.above)
         dispatch = Watch.__torch_dispatch__
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +58,21 @@ class Clocks:
         """Seconds in tiedquiet's own code, outside the operations that it watched."""
         return sum(seconds - self.below[name] for name, seconds in self.above.items())
 
+    def _put(self, clocks: dict[str, float]) -> None:
+        """Put a clock around each function as it is now, tiedquiet's wrapper included."""
+        from transformers import modeling_utils
+        from transformers.utils import loading_report
+
+        model = modeling_utils.PreTrainedModel
+        report = self._clock(clocks, "report", modeling_utils.log_state_dict_report)
+        loading_report.log_state_dict_report = modeling_utils.log_state_dict_report = report
+        for name in ("_load_pretrained_model", "_finalize_model_loading"):
+            setattr(model, name, staticmethod(self._clock(clocks, name, getattr(model, name))))
+        # What it takes in there lies above the clocks of the others, and is not counted twice.
+        model.from_pretrained = classmethod(self._clock(clocks, "from_pretrained", _of_class(model)))
+        move = "_move_missing_keys_from_meta_to_device"
+        setattr(model, move, self._clock(clocks, move, getattr(model, move)))
+
     @staticmethod
     def _clock(clocks: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -82,3 +84,13 @@ class Clocks:
                 clocks[name] = clocks.get(name, 0.0) + time.perf_counter() - start
 
         return timed
+
+
+class OfResume(Clocks):
+    """The same around what a `Trainer` calls when it resumes."""
+
+    def _put(self, clocks: dict[str, float]) -> None:
+        from transformers import Trainer
+
+        for name in ("_load_from_checkpoint", "_issue_warnings_after_load"):
+            setattr(Trainer, name, self._clock(clocks, name, getattr(Trainer, name)))

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 SCRIPTS = (
     "load.gpu",
     "load.report_scale",
+    "load.resume",
     "load.startup",
     "silencers",
     "census",
@@ -43,6 +44,7 @@ def test_help_says_what_it_measures(script: str) -> None:
         ("load.gpu", ["--size", "huge"], "no size 'huge'; there are tiny, small, xxl"),
         ("load.gpu", ["--rounds", "0"], "at least one warm round"),
         ("load.report_scale", ["--max-keys", "0"], "--max-keys, --max-ties and --rounds are at least 1"),
+        ("load.resume", ["--experts", "1"], "--rounds and --layers are at least 1, --experts at least 2"),
         ("load.startup", ["--rounds", "1"], "at least two rounds"),
         ("silencers", ["4.57.6"], "no environment for transformers 4.57.6"),
         ("census", ["5.24.0", "4.57.6"], "no environment for transformers 4.57.6"),
@@ -77,6 +79,18 @@ def test_a_load_with_and_without_on_the_cpu(tmp_path: Path) -> None:
     assert set(content) >= {"date", "hardware", "versions", "configuration", "results"}
     assert len(content["results"]["rounds"]) == 3
     assert path.with_suffix(".png").exists()
+
+
+def test_a_resume_that_is_read_and_one_that_is_not(tmp_path: Path) -> None:
+    done = run("load.resume", "--layers", "1", "--experts", "2", "--rounds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())["results"]
+    assert {name: model["names"] for name, model in found.items()} == {"dense": 12, "experts": 3 + 48 * (9 + 2 * 3)}
+    for model in found.values():  # that the right things are told, and repaired, it has checked itself
+        assert set(model["arms"]) == {"nothing", "tiedquiet", "repair", "nothing again"}
+        assert len(model["rounds"]) == 1
+        assert model["own_milliseconds"]["min"] > 0
 
 
 def test_what_silences_the_report_and_what_notices_corruption() -> None:
