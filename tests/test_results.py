@@ -75,6 +75,20 @@ def of_the_other_costs() -> Figures:
     yield "docs/cost.md", f"({bare[0]:.1f} ms against {bare[1]:.1f} and {bare[2]:.1f} without it", name
 
 
+def of_a_resume() -> Figures:
+    name, found = results("resume")
+    dense, experts = found["dense"], found["experts"]
+    own = ranged(dense["own_milliseconds"], 1).replace(" (", " ms (")
+    yield "docs/cost.md", f"(a Llama of {dense['names']} tensors), tiedquiet's own part takes {own}", name
+    assert {arm["peak_bytes"] for arm in dense["arms"].values()} == {0}
+    own = ranged(experts["own_milliseconds"], 2, 1e-3).replace(" (", " s (")
+    took = [f"{experts['arms'][arm]['seconds']['median']:.2f} s" for arm in ("nothing", "tiedquiet", "repair")]
+    yield "docs/cost.md", f"Of a Qwen3-MoE with {experts['names']:,} tensors", name
+    yield "docs/cost.md", f"that takes {took[0]}; {took[1]} if it is reported, of which its own part is {own}", name
+    yield "docs/cost.md", f"and {took[2]} if `repair` reads", name
+    yield "docs/cost.md", f"{experts['arms']['repair']['peak_bytes'] / 1e6:.1f} MB here", name
+
+
 def of_the_gate() -> Figures:
     name, found = results("gate-speed")
     found["sizes"].update(results("gate-speed-small")[1]["sizes"])  # measured again since
@@ -287,6 +301,7 @@ FIGURES = [
     for of_one_kind in (
         of_the_load,
         of_the_other_costs,
+        of_a_resume,
         of_the_gate,
         of_the_census,
         of_the_fuzzer,
