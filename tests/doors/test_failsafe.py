@@ -91,8 +91,15 @@ ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded", "cast_finding", "cure_of_cast"}  # of adapters, and of casts that lose something
-ELSEWHERE |= {"_uncross", "_strayed"}  # of two tensors that transformers mixes up
+ELSEWHERE |= {
+    "_uncross",
+    "_strayed",
+    "_mixed_up",
+    "is_of_another_class",
+    "has_all_with",
+}  # of two tensors that transformers mixes up
 ELSEWHERE |= {"all_conversions", "_patterns"}  # of `check`, once the load is over
+ELSEWHERE |= {"put_in_place"}  # of adapters on meta
 ELSEWHERE |= {"move"}  # of a model that its class makes anew
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
 ELSEWHERE |= {

@@ -14,6 +14,7 @@ from tests.checkpoints import Printed
 from tests.idioms import Tiny, dirty_memory, same
 from tests.proof.test_watch import saved, verdicts
 from tiedquiet import Verdict
+from tiedquiet.proof.repair import put_in_place
 
 
 class WantsMore(Tiny):
@@ -128,3 +129,16 @@ def test_what_is_drawn_is_not_repaired_and_the_numbers_drawn_next_are_the_same(
         drawn[mode] = how()
     assert verdicts(model) == {"table": Verdict.UNWRITTEN}
     assert drawn["off"] == drawn["repair"]
+
+
+def test_a_value_is_put_where_one_of_its_shape_is_on_meta() -> None:
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    module[0].register_buffer("running_mean", torch.empty(3, device="meta"))
+    state, value = dict(module.state_dict(keep_vars=True)), torch.arange(3.0)
+    assert not put_in_place(module, state, "0.running_mean", value[:2])
+    assert not put_in_place(module, state, "0.running_var", value), "it has values"
+    assert put_in_place(module, state, "0.running_mean", value)
+    assert torch.equal(module[0].running_mean, value)
+    assert state["0.running_mean"] is module[0].running_mean
+    assert not isinstance(module[0].running_mean, torch.nn.Parameter)
+    assert torch.equal(module[0].running_var, torch.ones(3))

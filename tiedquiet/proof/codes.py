@@ -1,6 +1,6 @@
 """Codes of quantisers: whole numbers or numbers of eight bits, which say nothing without their scale."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -39,11 +39,10 @@ class Scales:
     def _beside(self, module: str) -> Iterator[tuple[str, str]]:
         """The names that begin as a module does, and what follows there."""
         # Found when it is asked for: a stranger's name may have a million parts, and each may be where a module ends.
-        for place in range(bisect_left(self._names, module), len(self._names)):
+        for place in range(bisect_right(self._names, module), len(self._names)):
             if not (name := self._names[place]).startswith(module):
                 return
-            if name != module:
-                yield name, name[len(module) :]
+            yield name, name[len(module) :]
 
 
 def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.dtype, scales: Scales) -> Finding | None:
