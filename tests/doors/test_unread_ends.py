@@ -146,6 +146,19 @@ def test_what_is_written_to_the_placeholder_of_what_is_on_disk_is_no_loss(tmp_pa
     assert not printed.loud
 
 
+@pytest.mark.parametrize("named", [5, [["Qwen2ForCausalLM"]], [5], "Qwen2ForCausalLM"], ids=str)
+def test_what_is_no_class_in_the_config_turns_no_guard_off(named: Any, tmp_path: Path, printed: Printed) -> None:
+    written(qwen2(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": embedding}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    model = type(qwen2().model).from_pretrained(tmp_path)
+    assert verdicts(model) == {"embed_tokens.weight": Verdict.MISSING}
+    assert not [line for line in printed.loud if "goes on without it" in line]
+
+
 def drifted(folder: Path, **flags: Any) -> Any:
     written(qwen2(), folder)
     tensors = load_file(folder / "model.safetensors")

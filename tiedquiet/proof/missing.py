@@ -198,8 +198,9 @@ def _most_alike(findings: Collection[Finding]) -> Iterator[Finding]:
 
 
 def saved_by(model: Any) -> Collection[str]:
-    """The classes that the checkpoint's config names."""
-    return getattr(getattr(model, "config", None), "architectures", None) or ()
+    """The classes that the checkpoint's config names; whoever wrote it may have put anything there."""
+    named = getattr(getattr(model, "config", None), "architectures", None)
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else ()
 
 
 def is_of_another_class(model: Any) -> bool:
