@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.load import gpu as gpu_load
-from benchmarks.record import arguments, processor, show, spread, stop, write
+from benchmarks.record import arguments, processor, show, spread, stop, turned, write
 
 MANY = "many"
 SIZES = (*gpu_load.SIZES, MANY)
@@ -109,8 +109,7 @@ def measure(size: str, folder: Path, options: Any, device: str) -> dict[str, Any
         found: dict[str, float] = {}
         resident: list[float] = []
         ways = ways_of(folder, found, kept, device, is_cold)
-        turn = number % len(ways)
-        for way in ways[turn:] + ways[:turn]:
+        for way in turned(ways, number):
             gc.collect()  # what is mapped, the page cache does not forget
             if is_cold:
                 resident.append(gpu_load.drop_from_page_cache(path))

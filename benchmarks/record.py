@@ -5,16 +5,19 @@
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+_T = TypeVar("_T")
 RESULTS = Path(__file__).parent / "results"
 # A page shows a plot some 700 pixels wide: letters of 10 points are 12 pixels high there if the plot is this wide.
 PAGE_INCHES = 7.6
@@ -122,6 +125,25 @@ def laid_out(value: Any, indent: int = 0, is_row: bool = False) -> str:
         parts = [f"{json.dumps(key)}: {part}" for key, part in zip(value, parts, strict=True)]
     opening, closing = "{}" if isinstance(value, dict) else "[]"
     return opening + "\n" + ",\n".join(inside + part for part in parts) + "\n" + " " * indent + closing
+
+
+def turned(arms: Iterable[_T], number: int) -> list[_T]:
+    """The arms in the order of a round: each begins with another."""
+    all_of = list(arms)
+    turn = number % len(all_of)
+    return all_of[turn:] + all_of[:turn]
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Send what is printed nowhere: to write it is a part of the cost, to read it is not."""
+    handler = logging.getLogger("transformers").handlers[0]
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        terminal = handler.setStream(nowhere)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            handler.setStream(terminal)  # type: ignore[attr-defined]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.distill.scaling import scaling, scaling_worker
 from benchmarks.distill.shapes import ARMS, REFERENCE, SCALED, SHAPES, latent_tokens, segments, useful_flops
 from benchmarks.distill.steps import Steps, ceiling, gradient_error, timed
-from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, turned, write
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def one_device(options: Any) -> None:
         # The first compares, while there is much to learn: once there is not, gradients are little but rounding.
         for number in range(options.rounds + 1):
             measured = {}
-            for arm in options.arms[number % len(options.arms) :] + options.arms[: number % len(options.arms)]:
+            for arm in turned(options.arms, number):
                 bar.update()
                 if arm in failed:
                     continue

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clocks import Clocks
-from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, turned, write
 from benchmarks.silencers.ways import nothing, record_filter, verbosity_error
 
 SIZES = {
@@ -72,8 +72,7 @@ def main() -> None:
     with tqdm(total=total * len(ARMS), unit="load") as bar:
         for number in range(total):
             cold = number >= options.rounds
-            names = list(ARMS)
-            names = names[number % len(names) :] + names[: number % len(names)]
+            names = turned(ARMS, number)
             measured: dict[str, Any] = {"cold": cold, "order": names, "arms": {}}
             for name in names:
                 before = drop_from_page_cache(folder / "model.safetensors") if cold else None

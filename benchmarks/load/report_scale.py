@@ -11,8 +11,6 @@ is reported.
 """
 
 import gc
-import logging
-import os
 import resource
 import statistics
 import tempfile
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clocks import Clocks
-from benchmarks.record import PAGE_INCHES, arguments, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, spread, stop, unseen, write
 
 LAYER = ("q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2", "norm3")
 FORMS = ("names", "pattern")
@@ -114,9 +112,7 @@ def load(missing: int, ties: int, form: str, clocks: Clocks) -> dict[str, float]
         Config(tie_word_embeddings=True, architectures=["Model"]).save_pretrained(folder)
         stored = {f"stored.{i}.weight": torch.full((1,), float(i + 1)) for i in range(ties)}
         save_file({"embed.weight": torch.ones(8), **stored}, Path(folder, "model.safetensors"), {"format": "pt"})
-        with printing() as printed, open(os.devnull, "w") as nowhere:
-            handler = logging.getLogger("transformers").handlers[0]
-            terminal = handler.setStream(nowhere)  # type: ignore[attr-defined]
+        with printing() as printed, unseen():
             gc.collect()
             clocks.clear()
             # As timeit does: a full collection takes some 0.3 s, and falls on whoever allocates at that moment.
@@ -125,7 +121,6 @@ def load(missing: int, ties: int, form: str, clocks: Clocks) -> dict[str, float]
             model, info = Model.from_pretrained(folder, output_loading_info=True)
             seconds = time.perf_counter() - start
             gc.enable()
-            handler.setStream(terminal)  # type: ignore[attr-defined]
     assert len(info["missing_keys"]) in (missing, missing + ties)
     assert all(model.tied[i].weight is model.stored[i].weight for i in range(ties))
     # Newer releases leave declared ties out of the missing keys themselves: then there is no row to confirm.

@@ -12,17 +12,13 @@ tiedquiet's own part is measured after that, with a clock above and below each o
 """
 
 import gc
-import logging
-import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from benchmarks.clocks import OfResume
-from benchmarks.record import arguments, spread, stop, write
+from benchmarks.record import arguments, spread, stop, turned, unseen, write
 
 ARMS = {"nothing": "off", "tiedquiet": "on", "repair": "repair", "nothing again": "off"}
 
@@ -140,11 +136,9 @@ def measured(run: Run, rounds: int) -> dict[str, Any]:
 
     turns = []
     for number in range(-1, rounds):  # the first warms up
-        names = list(ARMS)
-        names = names[number % len(names) :] + names[: number % len(names)]
         turn = {}
-        for name in names:
-            with tiedquiet.enable(ARMS[name]), _quiet():
+        for name in turned(ARMS, number):
+            with tiedquiet.enable(ARMS[name]), unseen():
                 turn[name] = run.resume(ARMS[name])
         turns += [turn] if number >= 0 else []
     return {
@@ -163,24 +157,12 @@ def measured(run: Run, rounds: int) -> dict[str, Any]:
 def own_part(run: Run, clocks: OfResume, rounds: int) -> dict[str, float]:
     """Milliseconds of tiedquiet's own code in a resume."""
     took = []
-    with _quiet():
+    with unseen():
         for number in range(-1, rounds):
             clocks.clear()
             run.resume("on")
             took += [1e3 * clocks.own] if number >= 0 else []
     return spread(took)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Send what is printed nowhere: to write it is a part of the cost, to read it is not."""
-    handler = logging.getLogger("transformers").handlers[0]
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        terminal = handler.setStream(nowhere)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            handler.setStream(terminal)  # type: ignore[attr-defined]
 
 
 def report(results: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, write
+from benchmarks.record import PAGE_INCHES, arguments, show, spread, stop, turned, write
 
 ROOT = Path(__file__).parents[2]
 MODEL = "from transformers import UMT5EncoderModel"
@@ -93,8 +93,7 @@ def measure(pythons: dict[str, str], runs: dict[str, list[float]], commands: dic
     names = list(commands)
     with tqdm(total=rounds * len(names), unit="process") as bar:
         for number in range(rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in turned(names, number):
                 command = commands[name]
                 environment = {**clean, "TIEDQUIET": command.mode} if command.mode else clean
                 line = [pythons[command.environment], "-c", command.code]

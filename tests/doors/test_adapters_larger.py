@@ -117,40 +117,37 @@ def test_what_no_file_has_and_peft_leaves_on_meta(base: Path, printed: Printed) 
     assert "not in its files under their names, and have no values, because low_cpu_mem_usage left them on meta" in line
 
 
-def test_the_base_s_own_that_it_has_already(tmp_path: Path, printed: Printed) -> None:
-    """Where its embeddings are adapted, peft saves them as they were."""
+def with_the_base_s_own(tmp_path: Path) -> Path:
+    """An adapter under a wrapper's names: where the embeddings are adapted, peft saves the base's as they were."""
     Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "tie_word_embeddings": False})).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     rename(tmp_path / "adapter", lambda key: f"_orig_mod.{key}")
+    return tmp_path / "adapter"
+
+
+def test_the_base_s_own_that_it_has_already(tmp_path: Path, printed: Printed) -> None:
+    adapter = with_the_base_s_own(tmp_path)
     with tiedquiet.enable("repair"):
-        model = peft.PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-        )
-    assert are_all_in(model, tmp_path / "adapter")
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
+    assert are_all_in(model, adapter)
     assert not printed.loud
     assert not any("base_layer" in line for line in printed.confirmed)
 
 
 def test_the_base_s_own_in_another_shape(tmp_path: Path) -> None:
     """It is none of the base's that is here: the model has no place for it."""
-    Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "tie_word_embeddings": False})).save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=2, target_modules=[*PROJECTIONS, "embed_tokens"], init_lora_weights=False)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    rename(tmp_path / "adapter", lambda key: f"_orig_mod.{key}")
-    tensors = load_file(tmp_path / "adapter" / FILE)
+    adapter = with_the_base_s_own(tmp_path)
+    tensors = load_file(adapter / FILE)
     (own,) = (key for key in tensors if "base_layer" in key)
-    save_file({**tensors, own: tensors[own][:-1].clone()}, tmp_path / "adapter" / FILE, {"format": "pt"})
+    save_file({**tensors, own: tensors[own][:-1].clone()}, adapter / FILE, {"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = model.get_input_embeddings().weight.clone()
     with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="has no place for"):
-        peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        peft.PeftModel.from_pretrained(model, adapter)
     with tiedquiet.enable("repair"):
-        model = peft.PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
-        )
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
     assert torch.equal(model.get_base_model().get_input_embeddings().base_layer.weight, before)
 
 
