@@ -233,9 +233,10 @@ ARRAY, LIST, TEXT = 9, struct.Struct("<IQ"), struct.pack("<Q1s", 1, b"x")
     [
         LIST.pack(0, 3_000_001) + bytes(3_000_001),
         LIST.pack(8, 2**40) + TEXT,
+        LIST.pack(10, 2**60),
         LIST.pack(ARRAY, 4) + 4 * (LIST.pack(0, 10**6) + bytes(10**6)),
     ],
-    ids=["bytes", "claims more than it has", "lists of lists"],
+    ids=["bytes", "claims more than it has", "more than a file can have", "lists of lists"],
 )
 def test_a_gguf_file_with_values_without_end(value: bytes, tmp_path: Path, refused: Callable[[Path], str]) -> None:
     """They took a minute for each million, and a gigabyte."""

@@ -67,10 +67,12 @@ def check_gguf(path: Path) -> None:
 def _skip(file: BinaryIO, kind: int, many: int, most: int) -> int:
     """Go past so many values of a kind, and count them; what is beyond the most is left."""
     count = many
+    if count > most:
+        return count  # no file is so large that one could go past them
     if kind in _BYTES:
         file.seek(_BYTES[kind] * many, 1)
         return count
-    for _ in range(many if count <= most else 0):
+    for _ in range(many):
         if kind == _ARRAY:
             inner, length = _numbers_of(file, "<IQ")
             count += _skip(file, inner, length, most - count)
