@@ -154,7 +154,12 @@ def test_what_is_no_class_in_the_config_turns_no_guard_off(named: Any, tmp_path:
     save_file({**tensors, "lm_head.weight": embedding}, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": named}))
-    model = type(qwen2().model).from_pretrained(tmp_path)
+    try:
+        model = type(qwen2().model).from_pretrained(tmp_path)
+    except Exception as error:
+        if "Validation error for field 'architectures'" not in str(error):
+            raise
+        pytest.skip("this release refuses such a config itself")
     assert verdicts(model) == {"embed_tokens.weight": Verdict.MISSING}
     assert not [line for line in printed.loud if "goes on without it" in line]
 
