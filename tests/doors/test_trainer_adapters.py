@@ -116,18 +116,51 @@ def test_an_adapter_without_files(runs: Any, tmp_path: Path, printed: Printed) -
     assert not printed.loud
 
 
-def test_files_that_lack_a_tensor(runs: Any, tmp_path: Path) -> None:
+def test_files_that_lack_a_tensor(runs: Any, tmp_path: Path, printed: Printed) -> None:
     with tiedquiet.enable("off"):
         _, best = trained(runs, tmp_path, "one of another name")
     other = peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=2)
-    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(runs(llama) / "base"), other, adapter_name="mine")
-    with tiedquiet.enable("repair"):
+    for how in ("on", "repair"):
+        model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(runs(llama) / "base"), other, adapter_name="mine")
+        printed.records.clear()
+        with tiedquiet.enable(how):
+            run = trainer_of(model, tmp_path)
+            run.state.best_model_checkpoint = str(best)
+            run._load_best_model()
+        found = {f.key: f.verdict for f in tiedquiet.check(model).findings}
+        assert {key for key, verdict in found.items() if verdict is Verdict.MISSING} == {
+            f"model.layers.{layer}.self_attn.k_proj.lora_{which}.mine.weight" for layer in (0, 1) for which in "AB"
+        }
+        assert ("unread" in printed.loud[0]) == (how == "on"), "what repair has read is not lost"
+        assert "4 of 8 tensors of the adapter are not in its files" in printed.loud[-1]
+        assert "q_proj" not in printed.loud[-1], "the files have those"
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_what_another_door_has_judged_is_told_once(is_best: bool, runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """Trainer has peft's `load_adapter` read the adapter called `default`."""
+    with tiedquiet.enable("off"):
+        with_adapters(runs, {"default": "q_proj"}, ["default"]).save_pretrained(tmp_path)
+    other = peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=2)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(runs(llama) / "base"), other)
+    run = trainer_of(model, tmp_path)
+    run.state.best_model_checkpoint = str(tmp_path)
+    printed.records.clear()
+    run._load_best_model() if is_best else run._load_from_checkpoint(str(tmp_path))
+    assert ["4 of 8 tensors of the adapter are not in its files" in line for line in printed.loud] == [True]
+    assert tiedquiet.check(model).missing == 4
+
+
+def test_without_files_and_of_a_base_that_was_not_loaded(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """`off` says nothing; else it is told, and there is no earlier load that may have read it."""
+    for how in ("off", "on"):
+        model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2), adapter_name="mine")
         run = trainer_of(model, tmp_path)
-        run.state.best_model_checkpoint = str(best)
-        run._load_best_model()
-    wrong = {f.key: f.verdict for f in tiedquiet.check(model).findings if f.verdict is not Verdict.TIED}
-    assert set(wrong.values()) == {Verdict.MISSING}
-    assert all("k_proj" in key for key in wrong)
+        run.state.best_model_checkpoint = str(tmp_path)
+        with tiedquiet.enable(how):
+            run._load_best_model()
+        said = "no files of the adapter mine, which keeps the values that it had"
+        assert [said in line for line in printed.loud] == [True] * (how == "on")
 
 
 KINDS: dict[str, Any] = {
@@ -196,9 +229,10 @@ def test_all_that_peft_saves_of_a_best_model(kind: str, runs: Any, tmp_path: Pat
     assert proof.ok or kind == "prompts", "of the base model nothing is known here"
 
 
-def test_prompts_that_an_encoder_computes(runs: Any, tmp_path: Path, printed: Printed) -> None:
+def test_prompts_that_an_encoder_computes(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it computes is saved, the encoder is not; and that is read into what goes in."""
-    KINDS["computed"] = ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_hidden_size": 4})
+    computed = ("PromptEncoderConfig", {"num_virtual_tokens": 2, "encoder_hidden_size": 4})
+    monkeypatch.setitem(KINDS, "computed", computed)
     for adapter, is_best in (("default", False), ("mine", True)):
         with tiedquiet.enable("off"):
             changed(model := of_kind(runs, "computed", adapter))
@@ -208,7 +242,6 @@ def test_prompts_that_an_encoder_computes(runs: Any, tmp_path: Path, printed: Pr
         with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, prompt_embeddings of the adapter"):
             run._load_best_model() if is_best else run._load_from_checkpoint(str(tmp_path / adapter))
         assert not tiedquiet.check(model).ok
-    del KINDS["computed"]
     with tiedquiet.enable("strict"):  # without an encoder they are what the files have
         base = LlamaForCausalLM.from_pretrained(runs(with_biases) / "base")
         assert tiedquiet.check(peft.PeftModel.from_pretrained(base, tmp_path / "default")).ok
