@@ -91,6 +91,7 @@ def test_repair_reads_into_the_wrapped_model(wrap: Any, build: Any, runs: Any, p
     assert all(dict(whole.named_parameters())[name] is parameter for name, parameter in before.items())
     rest = {f.key for f in tiedquiet.check(model).findings if f.verdict is not Verdict.TIED}
     assert all("lora_" in key for key in rest), "what the checkpoint does not have is still missing"
+    assert tiedquiet.check(model).total == len(model.state_dict()), "what is beside it is not counted"
     outside = {f.key for f in tiedquiet.check(whole).findings if f.verdict is not Verdict.TIED}
     assert outside == ({"value.weight", "value.bias"} if wrap is WithValue else rest)
     listed = " ".join(printed.of("transformers.trainer"))
