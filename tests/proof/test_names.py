@@ -157,6 +157,9 @@ def test_any_number_of_strange_tensors_takes_no_time() -> None:
     assert fitting(unread, missing) is None
     assert likely("y.0.w", list(unread)) is None
     assert fitting(under("a.", unread), unread) is not None
+    # All of them alike, under very many prefixes, each with numbers of its own.
+    unread = {f"x.{n % 10}.{n // 10}." + "a." * 12 + "w": (2,) for n in range(6_000)}
+    assert fitting(unread, {f"y.{n % 10}.{n // 10}.b.w": (2,) for n in range(6_000)}) is None
 
 
 def test_the_shorter_of_two_ways_to_say_the_same_prefix() -> None:

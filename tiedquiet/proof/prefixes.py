@@ -135,15 +135,16 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
     )
     if not (ours <= theirs or (theirs <= ours and len(unread) <= len(wanted))):
         return None  # the usual answer, given early: junk by the thousands takes no time
-    alike: dict[frozenset[tuple[str, torch.Size]], list[str]] = {}
+    alike: dict[object, list[str]] = {}  # the prefixes of each content, and of each with the same numbers in them
     for old, content in _subtrees(unread).items():
-        alike.setdefault(content, []).append(old)
+        for like in (content, (content, _numbers(old.split(".")))):
+            alike.setdefault(like, []).append(old)
     names: dict[str, str] = {}
     found: list[Prefixes] = []
     for new, content in sorted(_subtrees(wanted).items(), key=lambda one: len(one[0])):
         olds = alike.get(content, [])
         if len(olds) > 1:  # layers, most often
-            olds = [old for old in olds if _numbers(old.split(".")) == _numbers(new.split("."))]
+            olds = alike.get((content, _numbers(new.split("."))), [])
         of_these = {new + rest: olds[0] + rest for rest, _ in content} if len(olds) == 1 else {}
         if not of_these or not names.keys().isdisjoint(of_these):
             continue  # or it is a part of what was found
@@ -174,8 +175,8 @@ def _without_common_end(old: str, new: str) -> tuple[str, str]:
     return ".".join([*theirs, ""]), ".".join([*ours, ""])
 
 
-def _numbers(parts: list[str]) -> list[str]:
-    return [part for part in parts if part.isdecimal()]
+def _numbers(parts: list[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part.isdecimal())
 
 
 def parts_besides(names: Collection[str], others: Collection[str]) -> set[str]:
