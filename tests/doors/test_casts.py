@@ -1,5 +1,6 @@
 """What the cast to the type of a load makes infinite, and what was so in the file."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, MixtralForCausalLM
 
 import tiedquiet
-from tests.checkpoints import gpt2
+from tests.checkpoints import Printed, gpt2
 from tests.doors.renamed import verdicts, written
 from tests.gate.test_check import check
 from tests.gate.test_compare import mixtral
@@ -37,11 +38,11 @@ SOUND = {
 }
 
 
-def gpt2_with(value: float, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
+def gpt2_with(value: float, dtype: torch.dtype, folder: Path, name: str = NORM) -> dict[str, torch.Tensor]:
     written(GPT2LMHeadModel(gpt2()), folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors[NORM] = tensors[NORM].to(dtype)
-    tensors[NORM][3] = value
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name][3] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return tensors
 
@@ -97,10 +98,20 @@ def test_of_files_that_are_no_longer_those_that_were_read_nothing_is_known(chang
     assert found == {NORM: (Verdict.UNPROVEN, "it has values at the limit of float16, to which it was cast")}
 
 
-def test_what_was_replaced_is_not_looked_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [1e10, -INFINITE])
+def test_what_is_tied_to_values_at_the_limit_is_not_confirmed(value: float, tmp_path: Path, printed: Printed) -> None:
+    gpt2_with(value, torch.float32, tmp_path, "transformer.wte.weight")
+    model = load(tmp_path, torch.float16)
+    why = "lm_head.weight: transformer.wte.weight has values at the limit of its type"
+    assert any(why in line for line in printed.of("tiedquiet", logging.DEBUG))
+    assert tiedquiet.check(model).ok is (value == -INFINITE), "the file was asked"
+
+
+@pytest.mark.parametrize("to", [torch.full((16,), INFINITE).half(), torch.empty(16, device="meta"), None])
+def test_what_was_replaced_or_removed_is_not_looked_at(to: torch.Tensor | None, tmp_path: Path) -> None:
     gpt2_with(1e10, torch.float32, tmp_path)
     model = load(tmp_path, torch.float16)
-    model.transformer.ln_f.weight = torch.nn.Parameter(torch.ones(16).half())
+    model.transformer.ln_f.weight = None if to is None else torch.nn.Parameter(to)
     assert verdicts(model)[NORM] is Verdict.UNPROVEN
 
 

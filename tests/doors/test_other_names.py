@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertModel,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralForCausalLM,
+    MixtralModel,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -18,11 +22,12 @@ from transformers import initialization as init
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import SMALL, llava, mapping_of, qwen2, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.renamed import SMALL, TOWER, llava, mapping_of, qwen2, stopped_and_repaired, verdicts, written, wrong
 from tests.gate.test_compare import bert, mixtral
 from tests.idioms import Idiom, Part, Tiny
 from tiedquiet import LoadError, Verdict
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.names import conversions_of, has_converter
 from tiedquiet.proof.reading import read
 from tiedquiet.proof.unread import find_unread
 
@@ -66,6 +71,8 @@ def assert_told_and_cured(kind: Any, folder: Path, truth: dict[str, torch.Tensor
         (llava, {"vision_tower": "vit", "multi_modal_projector": "mm_proj"}),
         (lambda: BertModel(bert()), {"^embeddings": "emb", "^encoder": "enc"}),
         (lambda: BertModel(bert()), {"attention.self": "attn"}),
+        (lambda: BertModel(bert()), {"^embeddings": "emb", "^encoder": "enc", "Norm.weight": "Norm.gamma"}),
+        (lambda: BertModel(bert()), {"^": "module.", "Norm.weight": "Norm.gamma"}),
     ],
 )
 def test_several_parts_under_other_prefixes(
@@ -162,6 +169,57 @@ def test_of_two_models_that_fit_neither_is_read(tmp_path: Path) -> None:
     with tiedquiet.enable("repair"):
         proof = tiedquiet.check(MixtralForCausalLM.from_pretrained(tmp_path))
     assert (proof.stored, proof.unread, proof.missing) == (0, 0, len(truth))
+
+
+def test_of_two_wrappers_that_both_fit_neither_is_read(tmp_path: Path) -> None:
+    truth = written(mixtral(), tmp_path, lambda key: re.sub(r"(layers\.\d\.)", r"\1_one.", key))
+    stored = load_file(tmp_path / "model.safetensors")
+    stored |= {key.replace("_one", "_two"): value + 1 for key, value in stored.items() if "_one" in key}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    found = verdicts(MixtralForCausalLM.from_pretrained(tmp_path))
+    assert found == dict.fromkeys((key for key in truth if "layers." in key), Verdict.MISSING)
+
+
+def test_a_prefix_that_is_added_before_what_is_converted(tmp_path: Path, printed: Printed) -> None:
+    """The language model of a larger one, by itself."""
+    written(mixtral().model, tmp_path)
+    truth = {
+        f"model.language_model.{key}": value
+        for key, value in MixtralModel.from_pretrained(tmp_path).state_dict().items()
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, image_size=16, patch_size=8), text_config=mixtral().config
+    )
+    config.save_pretrained(tmp_path)
+    found = verdicts(LlavaForConditionalGeneration.from_pretrained(tmp_path))
+    if not has_converter(conversions_of(LlavaForConditionalGeneration(config))):
+        pytest.skip("this release converts nothing of a model inside another")
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == truth.keys()
+    assert not wrong(stopped_and_repaired(LlavaForConditionalGeneration, tmp_path), truth)
+
+
+def test_what_was_read_is_not_unread_under_another_prefix(tmp_path: Path) -> None:
+    norm = torch.ones_like(mixtral().model.norm.weight)
+    truth = written(mixtral(), tmp_path, lambda key: f"module.{key}", **{"model.norm.weight": norm})
+    found = verdicts(MixtralForCausalLM.from_pretrained(tmp_path))
+    assert found == dict.fromkeys(truth.keys() - {"model.norm.weight"}, Verdict.UNREAD)
+
+
+def test_one_module_that_a_prefix_is_before_and_that_is_converted(tmp_path: Path) -> None:
+    experts = re.compile(r"^(?=.*layers\.0\..*\.experts\.)")
+    truth = written(mixtral(), tmp_path, lambda key: experts.sub("module.", key))
+    assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)).keys() == {k for k in truth if "0.mlp.experts" in k}
+    assert not wrong(stopped_and_repaired(MixtralForCausalLM, tmp_path), truth)
+
+
+def test_no_mapping_is_advised_that_does_not_lead_there(tmp_path: Path, printed: Printed) -> None:
+    truth = written(llava(), tmp_path, lambda key: key.replace("language_model.model.layers", "language_model.model.h"))
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert set(verdicts(model).values()) == {Verdict.UNREAD}
+    if "key_mapping" in printed.loud[0]:
+        how = {"key_mapping": mapping_of(printed.loud[0])}
+        assert not wrong(LlavaForConditionalGeneration.from_pretrained(tmp_path, **how), truth), "the cure cures"
+    assert not wrong(stopped_and_repaired(LlavaForConditionalGeneration, tmp_path), truth)
 
 
 def test_one_module_beside_others_is_no_other_name(tmp_path: Path) -> None:

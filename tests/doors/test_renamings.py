@@ -52,6 +52,18 @@ def test_a_subclass_gets_the_renaming_of_its_class(kind: Any, tmp_path: Path, pr
         assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), truth)
 
 
+def test_what_was_read_and_is_there_under_its_old_name_as_well(tmp_path: Path, printed: Printed) -> None:
+    written(CLIPTextModel(CLIPTextConfig(**CLIP)), tmp_path, lambda k: "text_model." + k.removeprefix("text_model."))
+    truth = CLIPTextModel.from_pretrained(tmp_path).state_dict()
+    twice = next(iter(key for key in truth if key.endswith("final_layer_norm.weight")))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {twice: truth[twice].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = MyTextModel.from_pretrained(tmp_path)
+    assert verdicts(model) == dict.fromkeys(wrong(model, truth), Verdict.UNREAD)
+    with tiedquiet.enable("repair"):
+        assert not wrong(MyTextModel.from_pretrained(tmp_path), truth)
+
+
 class WithMapping(PreTrainedModel):
     """Written for transformers 4 and up to 5.3, where a class says itself what files call its tensors."""
 

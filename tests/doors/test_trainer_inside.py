@@ -136,6 +136,20 @@ def test_a_prefix_under_which_not_all_finds_its_place_is_no_claim(runs: Any, tmp
     assert (proof.unread, proof.ok) == (0, False)
 
 
+def test_what_lies_beside_a_wrapper_s_prefix_need_not_fit(runs: Any, tmp_path: Path) -> None:
+    checkpoint = runs(mixtral) / "checkpoint-2"
+    tensors = load_file(checkpoint / "model.safetensors")
+    beside = {"teacher.weight": torch.ones(3), "value.weight": torch.ones(1, 32), "value.bias": torch.ones(1)}
+    (tmp_path / "c").mkdir()
+    inner = {f"inner.{key}": value for key, value in tensors.items()}
+    save_file(beside | inner, tmp_path / "c" / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        model, _ = resumed_in(WithValue, mixtral, runs(mixtral), tmp_path / "c")
+    assert own_values(model).keys() == right(mixtral, checkpoint).keys()
+    assert all(torch.equal(own_values(model)[key], value) for key, value in right(mixtral, checkpoint).items())
+    assert tiedquiet.check(model).ok
+
+
 def test_a_checkpoint_of_all_that_a_peft_model_has(runs: Any, tmp_path: Path, printed: Printed) -> None:
     """Its own names, two of them of one tensor: torch reads them all."""
     trained = lora(type(llama()).from_pretrained(runs(llama) / "checkpoint-2"))

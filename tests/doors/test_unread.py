@@ -148,6 +148,23 @@ def test_an_untied_head_is_not_tied_while_the_file_may_have_it(tmp_path: Path, p
         printed.records.clear()
 
 
+class CopiesItsHead(Qwen2ForCausalLM):
+    """Gives it the values of the embedding, in memory of its own."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        self.lm_head.weight = torch.nn.Parameter(self.model.embed_tokens.weight.detach().clone())
+
+
+def test_a_copy_is_not_confirmed_while_the_file_may_have_it(tmp_path: Path, printed: Printed) -> None:
+    written(qwen2(), tmp_path)
+    assert verdicts(CopiesItsHead.from_pretrained(tmp_path)) == {"lm_head.weight": Verdict.COPIED}
+    written(qwen2(), tmp_path, **{"output_head.weight": torch.ones(64, 32)})
+    printed.records.clear()
+    assert verdicts(CopiesItsHead.from_pretrained(tmp_path)) == {"lm_head.weight": Verdict.MISSING}
+    assert "lm_head.weight may be output_head.weight" in printed.loud[0]
+
+
 @pytest.mark.parametrize(("part", "kind"), [("half", "missing"), ("all", "missing")])
 def test_a_file_without_them(part: str, kind: str, tmp_path: Path) -> None:
     truth = written(qwen2(), tmp_path)
@@ -226,17 +243,18 @@ def test_fractions_in_a_buffer_of_integers(tmp_path: Path) -> None:
     assert tiedquiet.check(Steps.from_pretrained(tmp_path)).ok
 
 
-@pytest.mark.parametrize("kind", ["bin", "state_dict"])
+@pytest.mark.parametrize("kind", ["bin", "bin of old", "state_dict"])
 def test_from_a_pickle_and_from_a_state_dict(kind: str, tmp_path: Path) -> None:
     truth = written(qwen2(), tmp_path, lambda key: f"module.{key}")
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     how: dict[str, Any] = {}
-    if kind == "bin":
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    if kind.startswith("bin"):
+        is_mapped = kind == "bin"
+        torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_mapped)
     else:
         how = {"state_dict": tensors}
-    source = tmp_path if kind == "bin" else None
+    source = None if how else tmp_path
     if source is None:
         how["config"] = qwen2().config
     assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(source, **how)).unread == len(tensors)

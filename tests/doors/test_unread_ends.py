@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,11 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
     Qwen2Model,
+    T5ForConditionalGeneration,
     Wav2Vec2ForCTC,
 )
 
 import tiedquiet
-from tests.checkpoints import Printed
+from tests.checkpoints import Printed, t5
 from tests.doors.renamed import (
     SMALL,
     llava,
@@ -221,6 +222,26 @@ def test_what_looks_like_such_a_shard_is_not_opened(tmp_path: Path) -> None:
     assert set(verdicts(model).values()) <= {Verdict.MISSING, Verdict.TIED}
 
 
+class NeedsNoNorm(T5ForConditionalGeneration):
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = ["encoder.final_layer_norm"]
+
+
+@pytest.mark.parametrize("kind", [T5ForConditionalGeneration, NeedsNoNorm])
+def test_what_is_tied_or_needs_no_file_need_not_be_under_the_prefix(kind: Any, tmp_path: Path) -> None:
+    """And something else is there besides: all that the model needs is enough."""
+    truth = written(kind(t5()), tmp_path, lambda key: f"student.{key}", **{"teacher.weight": torch.ones(3)})
+    lacking = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    if kind is NeedsNoNorm:
+        lacking.add("encoder.final_layer_norm.weight")
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors.pop("student.encoder.final_layer_norm.weight")
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = verdicts(kind.from_pretrained(tmp_path))
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == truth.keys() - lacking
+    with tiedquiet.enable("repair"):
+        assert wrong(kind.from_pretrained(tmp_path), truth) <= {"encoder.final_layer_norm.weight"} & lacking
+
+
 @pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
 def test_a_shard_that_the_index_does_not_name(lost: str, tmp_path: Path, printed: Printed) -> None:
     """What `repair` would tie, or nobody would tell, lies in it."""
@@ -232,6 +253,8 @@ def test_a_shard_that_the_index_does_not_name(lost: str, tmp_path: Path, printed
     named = {key: file for key, file in index["weight_map"].items() if file != shard}
     path.write_text(json.dumps({**index, "weight_map": named}))
     left = index["weight_map"].keys() - named.keys()
+    tensors, other = load_file(tmp_path / shard), min(named)  # which is read from another shard
+    save_file({**tensors, other: torch.ones_like(truth[other])}, tmp_path / shard, {"format": "pt"})
     for mode in ("on", "repair"):
         printed.records.clear()
         with tiedquiet.enable(mode):
@@ -242,6 +265,7 @@ def test_a_shard_that_the_index_does_not_name(lost: str, tmp_path: Path, printed
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match=shard):
         LlamaForCausalLM.from_pretrained(tmp_path)
     path.write_text(json.dumps(index))
+    save_file(tensors, tmp_path / shard, {"format": "pt"})
     with tiedquiet.enable("strict"):
         assert not wrong(LlamaForCausalLM.from_pretrained(tmp_path), truth)
 

@@ -94,6 +94,8 @@ def test_several_prefixes_each_in_place_of_another() -> None:
     assert found.names == {key: name for name, key in zip(files, wanted, strict=True)}
     assert found.why.endswith(" and 2 more such prefixes")
     assert fitting({"a.x.weight": (1,), "b.x.weight": (2,)}, {"c.x.weight": (1,), "d.x.weight": (2,)}) is None
+    # Where no other has the same in it, the number may be on one side alone.
+    assert fitting({**under("towers.0."), **under("towers.1.", LAYER)}, {**under("eye."), **under("ear.", LAYER)})
 
 
 def test_a_name_that_is_right_already_is_not_touched_by_the_mapping() -> None:
@@ -134,8 +136,20 @@ def test_a_part_of_each_layer_s_name() -> None:
         (under("a."), {**under("b."), "b.norm.weight": (5,)}),  # another shape
         ({"a.w": (2,)}, {"b.v": (2,)}),
         ({"a.w": (2,)}, {}),
+        ({"x.w": (2,)}, {"a.x.w": (2,), "b.x.w": (2,)}),
+        ({"x.w": (2,), "a.v": (3,)}, {"b.x.w": (2,)}),
     ],
-    ids=["one module renamed", "ambiguous", "many to one", "neither side", "shape", "no common end", "nothing"],
+    ids=[
+        "one module renamed",
+        "ambiguous",
+        "many to one",
+        "neither side",
+        "shape",
+        "no common end",
+        "nothing",
+        "two places",
+        "one module of two",
+    ],
 )
 def test_what_is_not_certain_is_not_claimed(unread: Shapes, missing: Shapes) -> None:
     assert fitting(unread, missing) is None
@@ -151,12 +165,53 @@ def test_all_that_the_model_needs_is_enough() -> None:
     assert fitting(unread, missing) is None
 
 
+def test_of_what_is_tied_or_free_alone_all_has_to_fit() -> None:
+    unread = {**under("a."), "a.more.weight": (9, 9)}
+    assert fitting(unread, under("b."), needed=set()) is None
+    assert fitting(unread, {**under("b."), "b.more.weight": (9, 9)}, needed=set()) is not None
+    wrapped = {re.sub(r"(layers\.\d\.)", r"\1_a.", name): shape for name, shape in unread.items()}
+    own = {name.replace("_a.", "") for name in wrapped}
+    assert fitting(wrapped, {name: unread[name] for name in under("a.")}, set(), tuple(own)) is None
+
+
+def test_one_module_that_nothing_but_a_prefix_is_before() -> None:
+    one = {"score.weight": (2, 4), "score.bias": (2,)}
+    for old, new in (("module.", ""), ("", "model.")):
+        found = fitting(under(old, one), {**under(new, one), "head.weight": (9, 4)})
+        assert found is not None
+        assert (found.old, found.new) == (old, new)
+
+
+def test_a_prefix_under_which_both_have_more() -> None:
+    """What the model needs is all there, and what it has besides is a tied weight."""
+    unread = {**under("a."), "a.more.weight": (9, 9), "a.head.weight": (5, 4)}
+    found = fitting(unread, {**under("x.y."), "x.y.head.weight": (5, 4)}, needed=set(under("x.y.")))
+    assert found is not None
+    assert (found.old, found.new) == ("a.", "x.y.")
+    # `module.model.` for `model.` fits all that is needed as well, and is the same prefix.
+    unread = {**under("module.model."), "module.head.weight": (5, 4)}
+    found = fitting(unread, {**under("model."), "head.weight": (5, 4)}, needed=set(under("model.")))
+    assert found is not None
+    assert found.names.keys() == {*under("model."), "head.weight"}
+
+
+def test_a_prefix_that_is_added_is_elsewhere_nowhere() -> None:
+    """The model has tensors of its own under the first part of the files' names, and one with no module."""
+    files, wanted = under("model."), under("model.model.")
+    found = fitting(files, wanted, own=(*wanted, "logit_scale"))
+    assert found is not None
+    assert (found.old, found.new) == ("", "model.")
+
+
 def test_any_number_of_strange_tensors_takes_no_time() -> None:
     unread = {f"x.{n}.w": (2,) for n in range(20_000)}
     missing = {f"y.{n}.v": (2,) for n in range(5_000)}
     assert fitting(unread, missing) is None
     assert likely("y.0.w", list(unread)) is None
     assert fitting(under("a.", unread), unread) is not None
+    # All of them alike, under very many prefixes, each with numbers of its own.
+    unread = {f"x.{n % 10}.{n // 10}." + "a." * 12 + "w": (2,) for n in range(6_000)}
+    assert fitting(unread, {f"y.{n % 10}.{n // 10}.b.w": (2,) for n in range(6_000)}) is None
 
 
 def test_the_shorter_of_two_ways_to_say_the_same_prefix() -> None:

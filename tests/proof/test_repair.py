@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiedquiet
 from tests.checkpoints import Printed
@@ -129,6 +130,25 @@ def test_what_is_drawn_is_not_repaired_and_the_numbers_drawn_next_are_the_same(
         drawn[mode] = how()
     assert verdicts(model) == {"table": Verdict.UNWRITTEN}
     assert drawn["off"] == drawn["repair"]
+
+
+class GivesOtherMemory(Tiny):
+    """Its parameters stay, and lie elsewhere."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        self.lin.weight.data = self.lin.weight.data * 2
+        self.part.weight.data = self.part.weight.data + 1
+
+
+def test_what_was_given_other_memory_is_put_back(tmp_path: Path) -> None:
+    file = load_file(saved(tmp_path, "good citizen") / "model.safetensors")
+    with tiedquiet.enable("on"):
+        assert set(verdicts(GivesOtherMemory.from_pretrained(tmp_path))) == {"lin.weight", "part.weight"}
+    with tiedquiet.enable("repair"):
+        model = GivesOtherMemory.from_pretrained(tmp_path)
+    assert verdicts(model) == {}
+    assert all(same(tensor, file[name]) for name, tensor in model.state_dict().items() if name in file)
 
 
 def test_a_value_is_put_where_one_of_its_shape_is_on_meta() -> None:

@@ -29,6 +29,28 @@ def verdicts(model: torch.nn.Module) -> dict[str, Verdict]:
     return {finding.key: finding.verdict for finding in tiedquiet.check(model).findings}
 
 
+class TakesApart(Tiny):
+    """Does away with what was read and with what was not, gives a layer more columns, and another no values."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        del model.part
+        model.lin.bias = None
+        model.lin.weight = torch.nn.Parameter(torch.zeros(8, 9))
+        model.head.to("meta")
+        return model
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_what_a_class_takes_apart_is_unproven(mode: str, tmp_path: Path, printed: Printed) -> None:
+    saved(tmp_path)
+    with tiedquiet.enable(mode):
+        model = TakesApart.from_pretrained(tmp_path)
+    assert verdicts(model) == dict.fromkeys(["head.weight", "lin.weight", "part.weight"], Verdict.UNPROVEN)
+    assert not printed.loud
+
+
 class Raises(Tiny):
     """An initialiser that tries something and does without it."""
 

@@ -147,9 +147,8 @@ def _as_it_is(model: torch.nn.Module, known: Record) -> tuple[Record, Survey]:
     """What is known of a load, under the names that the tensors have by now; and these."""
     now = _as_loaded(survey(model))
     known = _followed(known, now)
-    if set_aside := replaced(model, known.missing, known.stored - known.lasting.keys()):
-        known = replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside))
-    return known, now
+    set_aside = replaced(model, known.missing, known.stored - known.lasting.keys())
+    return replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside)), now
 
 
 def _judge_ties_now(model: torch.nn.Module, known: Record, now: Survey) -> list[Finding]:
@@ -166,14 +165,15 @@ def _followed(known: Record, now: Survey) -> Record:
     A layer may have been put around one, or taken away from it. What was missing under such a name is there now, unless
     the two were tied.
     """
-    names_of = by_object(now.state) if known.tensors.keys() - now.state.keys() else {}
+    gone = known.tensors.keys() - now.state.keys()
+    names_of = by_object(now.state) if gone else {}
     arrived: set[str] = set()
-    for name in known.tensors.keys() - now.state.keys() if names_of else ():
+    for name in gone:
         tensor = known.tensors[name]()
         if tensor is not None and (names := names_of.get(id(tensor))):
             now.state[name] = tensor
             arrived.update(own for own in names if own in known.missing and not _were_tied(known, own, name))
-    return replace(known, missing=known.missing - arrived, total=known.total - len(arrived)) if arrived else known
+    return replace(known, missing=known.missing - arrived, total=known.total - len(arrived))
 
 
 def _were_tied(known: Record, key: str, source: str) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tiedquiet.proof import names
+from tiedquiet.proof import names, prefixes
 from tiedquiet.proof.missing import saved_by
-from tiedquiet.proof.prefixes import Prefixes, by_prefix, candidates, common_prefixes, is_elsewhere, parts_besides
+from tiedquiet.proof.prefixes import Prefixes, candidates, is_elsewhere, is_enough
 from tiedquiet.proof.survey import asks_for_ties
 from tiedquiet.proof.ties import Declaration, groups
 
@@ -51,8 +51,8 @@ class Leftovers(NamedTuple):
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
                 made = names.Made(origins, why, rules)
-                prefixes = next(filter(None, (side._prefixes() for side in sides)), None)
-                mappings = _mapping_of(prefixes), names.own_mapping(model)
+                change = next(filter(None, (side._prefixes() for side in sides)), None)
+                mappings = _mapping_of(change), names.own_mapping(model)
                 return made._replace(cure=next(filter(None, (self._cure(one, made) for one in mappings)), cure))
         for side in sides:
             if (found := side._with_other_names()) is not None:
@@ -107,28 +107,20 @@ class Leftovers(NamedTuple):
         return {name: header for name, header in some.items() if not is_ignored(self.model, name, ends)}
 
     def _with_other_names(self) -> tuple[names.Made, Prefixes] | None:
-        """What becomes of them with a prefix in place of another, converted where that has a place for more of them."""
-        prefixes = self._prefixes()
-        if self.conversions and (prefixes is None or len(prefixes.names) < len(self.unread)):
-            found = self.under_other_names()
-            if found is not None and (prefixes is None or len(found[0].origins) > len(prefixes.names)):
-                return found
-        if prefixes is None:
-            return None
-        return names.Made({key: names.Origin((n,), False) for key, n in prefixes.names.items()}, prefixes.why), prefixes
+        """What becomes of them with a prefix in place of another; converted, if that alone is not enough."""
+        if (found := self._prefixes()) is None:
+            return self.under_other_names() if self.conversions else None
+        return names.Made({key: names.Origin((name,), False) for key, name in found.names.items()}, found.why), found
 
     def _prefixes(self) -> Prefixes | None:
         """The prefix that fits: of the names that the files have, or of what transformers made of these."""
-        prefixes = by_prefix(self.unread, self.missing, self.needed, self.state)
-        if prefixes is not None or not self.conversions:
-            return prefixes
+        found = prefixes.by_prefix(self.unread, self.missing, self.needed, self.state)
+        if found is not None:
+            return found
         in_files = {new: old for old, new in names.renamed(self.model, self.unread, self.conversions).items()}
         in_theirs = {new: self.unread[old] for new, old in in_files.items()}
-        prefixes = by_prefix(in_theirs, self.missing, self.needed, self.state)
-        if prefixes is None:
-            return None
-        of_files = {key: in_files[name] for key, name in prefixes.names.items()}
-        return replace(prefixes, names=of_files, is_of_files=False)
+        found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state)
+        return found and replace(found, names={key: in_files[name] for key, name in found.names.items()})
 
     def under_other_names(self, wrappers: Collection[str] = ()) -> tuple[names.Made, Prefixes] | None:
         """What transformers would convert if the files' names were others: the only change with which all fits.
@@ -144,20 +136,16 @@ class Leftovers(NamedTuple):
         tried: list[tuple[int, Prefixes, dict[str, str]]] = []
         for change in changes:
             known_as = change.known_as(self.unread)
-            is_clear = len(set(known_as.values())) == len(known_as) > 0
-            if is_clear and (change.inside or not is_elsewhere(change.old, change.new, known_as, self.state)):
+            is_clear = len(set(known_as.values())) == len(known_as)
+            if is_clear and not is_elsewhere(change.old, change.new, known_as, self.state):
                 tried.append((self._hits(known_as), change, known_as))
         most = max((count for count, *_ in tried), default=0)
         found: dict[frozenset[str], tuple[names.Made, Prefixes]] = {}
-        for _, change, known_as in (
-            one for one in tried if one[0] == most > 0
-        ):  # to convert takes longer than names do
+        for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
             used = frozenset(made.key_of)
-            is_wide = len({key.rpartition(".")[0] for key in made.origins}) > 1
             is_whole = used >= (known_as.keys() if change.old in wrappers else self.unread.keys())
-            is_enough = bool(self.needed) and made.origins.keys() >= set(self.needed) and is_wide
-            if is_enough or (is_whole and (is_wide or not (change.old and change.new))):
+            if is_enough(made.origins, is_whole, self.needed, not (change.old and change.new)):
                 found.setdefault(used, (made, change))
         return next(iter(found.values())) if len(found) == 1 else None
 
@@ -181,13 +169,13 @@ class Leftovers(NamedTuple):
         """What the files' names may have: a prefix of all or of many, one for another, parts in the middle."""
         unread, conversions = self.unread, self.conversions
         first = Counter(f"{name.partition('.')[0]}." for name in unread).most_common(_MOST_CHANGES)
-        pairs = [(start, "") for start in (*wrappers, *common_prefixes(unread), *(start for start, _ in first))]
+        pairs = [(start, "") for start in (*wrappers, *prefixes.common_prefixes(unread), *dict(first))]
         in_theirs = {new: unread[old] for old, new in names.renamed(self.model, unread, conversions).items()}
         for some in (unread, in_theirs):
             pairs += candidates(some, self.missing, self.needed)[:_MOST_CHANGES]
-        yield from (Prefixes(old, new, {}) for old, new in dict.fromkeys(pairs) if old or new)
+        yield from (Prefixes(old, new, {}) for old, new in dict.fromkeys(pairs))
         patterns = [*self.state, *(str(pattern) for one in conversions for pattern in one.source_patterns)]
-        if inside := parts_besides(unread, [part for pattern in patterns for part in re.findall(r"\w+", pattern)]):
+        if inside := prefixes.parts_besides(unread, re.findall(r"\w+", " ".join(patterns))):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
 
     def _cure(self, mapping: dict[str, str], made: names.Made) -> str:
@@ -206,8 +194,8 @@ class Leftovers(NamedTuple):
         return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"
 
 
-def _mapping_of(prefixes: Prefixes | None) -> dict[str, str]:
-    return {} if prefixes is None else prefixes.key_mapping()
+def _mapping_of(change: Prefixes | None) -> dict[str, str]:
+    return {} if change is None else change.key_mapping()
 
 
 def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:

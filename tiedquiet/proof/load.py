@@ -103,7 +103,7 @@ class Load:
         """
         if self.watch.open:  # what is written afterwards, `repair` writes
             self.watch.open = False
-            self.watch.writes.update(writes_elsewhere(self.reading, self.watch))
+            self.watch.writes.update(writes_elsewhere(self.watch))
         self.known = None  # what was known before counts for nothing if this fails
         self.known = judge(model, self.reading, self.watch, self.is_resumed, self.is_over, is_strict=self.is_strict)
         return list(self.known.findings.values())

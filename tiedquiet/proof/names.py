@@ -130,7 +130,7 @@ def _of_another(other: str, around: str, ours: str) -> tuple[str, str]:
 
 def has_converter(conversions: Sequence[Any]) -> bool:
     """Whether any of these conversions does more than rename."""
-    return bool(_machinery(conversions)[2]) if conversions else False
+    return bool(_machinery(conversions)[2])
 
 
 def targets(model: Any, headers: Headers, state: Headers, conversions: Sequence[Any]) -> dict[str, str]:

@@ -26,7 +26,6 @@ class Prefixes:
         old: as the files have it, with its last dot; empty where it has to be added.
         new: as the model has it, in the same form.
         names: for each of the model's names the one in the files.
-        is_of_files: whether they are as the files have them; else as transformers had already renamed them.
         parts: in place of one prefix, several, each of names of its own.
         inside: in place of a prefix, parts in the middle of names.
         has_them: which of the two has these parts in its names.
@@ -35,7 +34,6 @@ class Prefixes:
     old: str
     new: str
     names: dict[str, str]
-    is_of_files: bool = True
     parts: "tuple[Prefixes, ...]" = ()
     inside: tuple[str, ...] = ()
     has_them: str = "checkpoint"
@@ -59,7 +57,7 @@ class Prefixes:
 
     def key_mapping(self) -> dict[str, str]:
         """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
-        if not self.is_of_files or self.inside:
+        if self.inside:
             return {}
         if self.parts:
             return {old: new for one in self.parts for old, new in one.key_mapping().items()}
@@ -90,13 +88,8 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
             for name in unread
             if name.startswith(old) and _fits(unread[name], missing.get(new + name[len(old) :]))
         }
-        modules = {name.rpartition(".")[0] for name in names}
         is_whole = len(names) == len(unread)
-        if is_elsewhere(old, new, names.values(), own):
-            continue
-        if (is_whole or (needed and names.keys() >= set(needed) and len(modules) > 1)) and (
-            len(modules) > 1 or not (old and new)
-        ):
+        if is_enough(names, is_whole, needed, not (old and new)) and not is_elsewhere(old, new, names.values(), own):
             found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
     # `module.model.` for `model.` is a part of what `module.` for nothing says.
     whole = [
@@ -107,17 +100,30 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
     return _by_parts(unread, missing, needed, own) or _by_subtrees(unread, missing, needed, own)
 
 
+def is_enough(keys: Collection[str], is_whole: bool, needed: Collection[str], may_be_one: bool = False) -> bool:
+    """Whether so much is found under other names that it is no chance.
+
+    Args:
+        keys: what was found, by the model's names.
+        is_whole: whether that takes all that the files have.
+        needed: what the model needs.
+        may_be_one: whether all may be one module.
+    """
+    if len({key.rpartition(".")[0] for key in keys}) < 2:
+        return is_whole and may_be_one
+    return is_whole or (bool(needed) and set(needed).issubset(keys))
+
+
 def _by_parts(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str]) -> Prefixes | None:
     """The parts that names of one side have and none of the other, if that is all they differ in: a wrapper's."""
     for longer, shorter, others in ((unread, missing, own), (missing, unread, unread)):
         inside = parts_besides(longer, others)
         pairs = [(name, without(name, inside)) for name in longer]
-        pairs = [(long, short) for long, short in pairs if long != short and _fits(longer[long], shorter.get(short))]
+        pairs = [(long, short) for long, short in pairs if _fits(longer[long], shorter.get(short))]
         names = {short: long for long, short in pairs} if longer is unread else dict(pairs)
         if not len(names) == len(set(names.values())) == len(pairs):
             return None
-        is_enough = len(names) == len(unread) or (needed and names.keys() >= set(needed))
-        if is_enough and len({key.rpartition(".")[0] for key in names}) > 1:
+        if is_enough(names, len(names) == len(unread), needed):
             used = sorted({part for long, _ in pairs for part in long.split(".")}.intersection(inside))
             return Prefixes("", "", names, inside=tuple(used), has_them="checkpoint" if longer is unread else "model")
     return None
@@ -133,17 +139,18 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
     theirs, ours = (
         {(name.rpartition(".")[2], header.shape) for name, header in some.items()} for some in (unread, wanted)
     )
-    if not (ours <= theirs or (theirs <= ours and len(unread) <= len(wanted))):
+    if not (ours <= theirs or theirs <= ours):
         return None  # the usual answer, given early: junk by the thousands takes no time
-    alike: dict[frozenset[tuple[str, torch.Size]], list[str]] = {}
+    alike: dict[object, list[str]] = {}  # the prefixes of each content, and of each with the same numbers in them
     for old, content in _subtrees(unread).items():
-        alike.setdefault(content, []).append(old)
+        for like in (content, (content, _numbers(old.split(".")))):
+            alike.setdefault(like, []).append(old)
     names: dict[str, str] = {}
     found: list[Prefixes] = []
     for new, content in sorted(_subtrees(wanted).items(), key=lambda one: len(one[0])):
         olds = alike.get(content, [])
         if len(olds) > 1:  # layers, most often
-            olds = [old for old in olds if _numbers(old.split(".")) == _numbers(new.split("."))]
+            olds = alike.get((content, _numbers(new.split("."))), [])
         of_these = {new + rest: olds[0] + rest for rest, _ in content} if len(olds) == 1 else {}
         if not of_these or not names.keys().isdisjoint(of_these):
             continue  # or it is a part of what was found
@@ -152,9 +159,9 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
         if len(modules) > 1 and not is_elsewhere(old, new, of_these.values(), own):
             found.append(Prefixes(old, new, of_these))
             names |= of_these
-    is_whole = bool(found) and (len(names) == len(unread) or names.keys() >= set(needed))
     is_one_to_one = len(set(names.values())) == len(names)
-    return Prefixes("", "", names, parts=tuple(found)) if is_whole and is_one_to_one else None
+    is_all = is_one_to_one and is_enough(names, len(names) == len(unread), needed)
+    return Prefixes("", "", names, parts=tuple(found)) if is_all else None
 
 
 def _subtrees(headers: Headers) -> dict[str, frozenset[tuple[str, torch.Size]]]:
@@ -174,8 +181,8 @@ def _without_common_end(old: str, new: str) -> tuple[str, str]:
     return ".".join([*theirs, ""]), ".".join([*ours, ""])
 
 
-def _numbers(parts: list[str]) -> list[str]:
-    return [part for part in parts if part.isdecimal()]
+def _numbers(parts: list[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part.isdecimal())
 
 
 def parts_besides(names: Collection[str], others: Collection[str]) -> set[str]:
@@ -226,8 +233,8 @@ def is_elsewhere(old: str, new: str, names: Collection[str], own: Collection[str
     if all(numbers) and numbers[0] != numbers[1]:
         return True
     depth = len(theirs) + 1
-    places = {tuple(name.split(".")[:depth]) for name in names} if theirs else set()
-    taken = (tuple(key.split(".")) for key in own if places)
+    places = {tuple(name.split(".")[:depth]) for name in names}
+    taken = (tuple(key.split(".")) for key in own if theirs)
     return any(parts[:depth] in places or parts[:-1] == tuple(theirs) for parts in taken)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.memory import equals, lies_at, plain, same
+from tiedquiet.proof.memory import equals, plain, same
 from tiedquiet.proof.missing import rival_of
 from tiedquiet.proof.stored import before_writing
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
@@ -70,7 +70,7 @@ def copy_in_place(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     Returns:
         Whether it holds the value now, cast to its own type. Where the shapes differ, nothing is written.
     """
-    if tensor.shape != value.shape or tensor.is_meta or not plain(tensor):
+    if tensor.shape != value.shape or not plain(tensor):
         return False
     with torch.no_grad():
         tensor.copy_(value)
@@ -106,21 +106,19 @@ def put_in_place(model: torch.nn.Module, state: dict[str, torch.Tensor], key: st
 
 def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
     tensor, read = load.reading.held[key], load.reading.read_to[key]
-    pieces, write = plain(read), load.watch.writes.get(key)
-    before = before_writing(load.reading, key, write)
-    if write is not None and isinstance(before, torch.Tensor) and len(pieces) == 1:
+    pieces, before = plain(read), before_writing(load.reading, key, load.watch.writes.get(key))
+    if isinstance(before, torch.Tensor) and len(pieces) == 1:
         pieces[0].copy_(before)
-    if not lies_at(tensor, read) and isinstance(read, torch.Tensor):
+    if isinstance(read, torch.Tensor):
         tensor.data = read
     taken = now.state[key]
-    if taken is not tensor:
-        # Whatever follows the tensor that took its place goes back with it: a decoder tied to an alias of it, say. Not
-        # where that is another stored one's.
-        is_another_s = any(other is taken for other in load.reading.held.values())
-        followers = [name for name, other in now.state.items() if other is taken and not is_another_s]
-        for follower in followers or [key]:
-            parent, _, name = follower.rpartition(".")
-            setattr(model.get_submodule(parent), name, tensor)
+    # Whatever follows the tensor that took its place goes back with it: a decoder tied to an alias of it, say. Not
+    # where that is another stored one's.
+    is_another_s = any(other is taken for other in load.reading.held.values())
+    followers = [name for name, other in now.state.items() if other is taken and not is_another_s]
+    for follower in followers or [key]:
+        parent, _, name = follower.rpartition(".")
+        setattr(model.get_submodule(parent), name, tensor)
 
 
 def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:

@@ -21,15 +21,13 @@ Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
 _IS_META = attrgetter("is_meta")
 
 
-def writes_elsewhere(reading: Reading, watch: Watch) -> dict[str, Write]:
+def writes_elsewhere(watch: Watch) -> dict[str, Write]:
     """The writes that torch counted but the watch did not see: those of other threads."""
     found = {}
     for name in watch.written_elsewhere():
         seen = watch.writes.get(name)
         by = seen.by if seen and seen.was_seen else "by another thread or by compiled code"
-        found[name] = write = Write(by, 0, None)
-        if before_writing(reading, name, write) is not None:
-            write.size = reading.held[name].numel()
+        found[name] = Write(by, 0, None)
     return found
 
 
@@ -46,6 +44,8 @@ def judge_stored(
     for name, tensor in reading.held.items():
         read = reading.read_to[name]
         current, write = now.state.get(name), writes.get(name)
+        if current is not None and current.is_meta and name not in reading.offloaded and is_moved(model, name):
+            current = tensor  # accelerate put its values aside, where they were read to
         if current is tensor and write is None and lies_at(current, read):
             if current.is_meta and name not in reading.offloaded:
                 found[name] = Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
@@ -54,10 +54,6 @@ def judge_stored(
             continue
         if name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
             continue  # its values stay on disk, and are read from there whenever they are needed; not those of a buffer
-        if current is not None and current.is_meta and not tensor.is_meta and is_moved(model, name):
-            current = tensor  # accelerate put its values aside, where they were read to
-            if write is None and lies_at(current, read):
-                continue
         before = before_writing(reading, name, write)
         is_equal = current is not None and before is not None and equals(current, before)
         held = is_equal or (None if current is None or before is None else holds(current, before))

@@ -159,13 +159,11 @@ def find_unread(
         What they are made of: by the model's own names; or by transformers' renaming for the class that the model's
         is made from; or by one prefix in place of another, after which its own conversions may apply.
     """
-    if not unread:
+    wanted = reading.missing - reading.found.keys()
+    if not unread or not wanted:
         return None
     now = survey(model)
-    missing = {key: now.state[key] for key in reading.missing - reading.found.keys() if key in now.state}
-    if not missing:
-        return None
-    tied = declared(now)
+    missing, tied = {key: now.state[key] for key in wanted}, declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
     left = Leftovers(model, unread, missing, needed, now.state, conversions)
     made = left.made(is_resumed)
