@@ -131,6 +131,17 @@ def test_a_pipe_that_is_closed(good: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_both_streams_lead_to_a_pipe_that_is_closed(name: str, good: Path) -> None:
+    """`2>&1 | head -1`: Python ends with 1 if the line cannot be written either, and with 120 if its buffer cannot."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = run("check", str(good / name), stdout=writes, stderr=writes)
+    os.close(writes)
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is full")
 def test_a_disk_that_is_full(good: Path) -> None:
     with open("/dev/full", "w") as full:
