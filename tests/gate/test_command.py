@@ -253,6 +253,9 @@ def test_whatever_happens(
         (["x", "--class", ""], "--class"),
         (["x", "--config", ""], "--config"),
         (["x", "--device="], "--device"),
+        (["x", "--lora", ""], "--lora"),
+        (["x", "--variant", ""], "--variant"),
+        (["x", "--revision="], "--revision"),
     ],
 )
 def test_a_variable_that_is_not_set(given: list[str], which: str, capsys: pytest.CaptureFixture[str]) -> None:
