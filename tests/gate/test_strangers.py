@@ -96,12 +96,13 @@ def as_sentences(folder: Path) -> Path:
     ("change", "says"),
     [
         ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, "asks for megatron_core, a module that peft imports"),
+        ({"peft_type": "XLORA", "adapters": {"0": "elsewhere"}}, "adapter_config.json has other adapters read"),
         ({"target_modules": EVIL}, f"adapter_config.json has {EVIL}, a pattern whose search may never end"),
         (lambda f: link(f / "adapter_config.json"), "adapter_config.json points outside the folder"),
         (lambda f: link(f / WEIGHTS), f"{WEIGHTS} points outside the folder"),
         (lambda f: pipe(f / "adapter_config.json"), "adapter_config.json is not a regular file"),
     ],
-    ids=["module", "pattern", "config", "weights", "pipe"],
+    ids=["module", "others", "pattern", "config", "weights", "pipe"],
 )
 def test_an_adapter_beside_a_model_is_held_to_the_rules(
     change: Any, says: str, place: Callable[[Path], Path], good: Path, refused: Callable[[Path], str]

@@ -196,6 +196,11 @@ def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
             f"{part.label}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
             "--trust-remote-code allows it"
         )
+    if adapter.get("adapters"):  # X-LoRA's: each is the name of a folder anywhere, or of one on the hub
+        raise CannotCheck(
+            f"{part.label}: adapter_config.json has other adapters read, which are not looked at; "
+            "--trust-remote-code allows it"
+        )
     if pattern := endless(adapter):
         raise CannotCheck(f"{part.label}: adapter_config.json {ENDLESS.format(pattern)}")
     return adapter
