@@ -198,6 +198,26 @@ def test_a_generation_config_is_looked_at_before_it_is_read(
     )
 
 
+@pytest.mark.parametrize(("change", "says"), [(link, "points outside the folder"), (pipe, "is not a regular file")])
+def test_the_voices_of_qwen_omni_are_looked_at(
+    change: Callable[[Path], None],
+    says: str,
+    good: Path,
+    refused: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pickle beside the weights, which its own `from_pretrained` reads."""
+    path = good / "spk_dict.pt"
+    torch.save({"Chelsie": {"bos_token": 1}}, path)
+    assert check(good) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.9.1")
+        assert "spk_dict.pt is a pickle, and torch 2.9.1 does not read pickles safely" in refused(good)
+        assert check(good, "--trust-pickle") == 0
+    change(path)
+    assert f"spk_dict.pt {says}" in refused(good)
+
+
 def test_a_gguf_file_that_was_found_may_not_be_a_link_to_elsewhere(good: Path, refused: Callable[[Path], str]) -> None:
     link(as_gguf(good) / "m.gguf")
     assert "m.gguf points outside the folder" in refused(good)

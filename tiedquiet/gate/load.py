@@ -25,6 +25,8 @@ from tiedquiet.gate.weights import (
 )
 from tiedquiet.verdict import Finding, Verdict
 
+_VOICES = "spk_dict.pt"  # which Qwen2.5-Omni's `from_pretrained` reads besides
+
 
 @dataclass(frozen=True)
 class How:
@@ -146,6 +148,9 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
         path = source.file("generation_config.json", part.name) if source.is_local else None
         if path is not None:
             check_length(path)
+        unsafe = "" if how.trust_pickle else pickles_are_unsafe()
+        if (source.is_local or unsafe) and source.file(_VOICES, part.name) is not None and unsafe:
+            raise CannotCheck(f"{part.label}: {_VOICES} is a pickle, and {unsafe}")
     has_adapter = part.source.file("adapter_config.json", part.name) is not None
     adapter = [weights_of(part.source, part.name, OF_ADAPTERS, how.trust_pickle)] if has_adapter else []
     if part.source.gguf:
