@@ -170,6 +170,27 @@ def test_experts_that_a_gguf_file_has_in_one_have_their_place(
     }
 
 
+def test_a_gguf_file_of_an_encoder_and_a_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its kind has no causal language model, and T5Model has no head."""
+    file = quantised.Gguf(tmp_path / "t5", "t5", ("Q8_0", "F16"))
+    file.about(context_length=64, embedding_length=64, block_count=1, feed_forward_length=64, head_count=2, key_length=32, vocab_size=64, relative_attn_buckets_count=32, layer_norm_rms_eps=1e-6)  # fmt: skip
+    for name in ("token_embd", "output"):
+        file.add(name, 64, 64)
+    for start in ("enc", "dec"):
+        file.add(f"{start}.output_norm", 64)
+        file.writer.add_tensor(f"{start}.blk.0.attn_rel_b.weight", torch.ones(32, 2).numpy())
+        for part in ("attn", "cross_attn") if start == "dec" else ("attn",):
+            file.add(f"{start}.blk.0.{part}_norm", 64)
+            for name in "qkvo":
+                file.add(f"{start}.blk.0.{part}_{name}", 64, 64)
+        file.add(f"{start}.blk.0.ffn_norm", 64)
+        for name in ("gate", "up", "down"):
+            file.add(f"{start}.blk.0.ffn_{name}", 64, 64)
+    file.close()
+    found = component(tmp_path / "t5" / "model.gguf", 0, capsys)
+    assert (found["class"], found["unexpected"]) == ("T5ForConditionalGeneration", [])
+
+
 def quantised_tensor() -> torch.Tensor:
     return torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
 

@@ -291,7 +291,8 @@ def _of_gguf(part: Part) -> tuple[Any, str]:
         config = _config_of_gguf(part)
         named = (classes.named("transformers", name) for name in config.architectures or ())
         found = [kind for kind in named if classes.is_of_transformers(kind)]
-        found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+        of_language: Any = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+        found += [auto for auto in of_language if type(config) in auto._model_mapping]
         return found[0], ""
     return transformers.AutoModel, "a GGUF file names no class"
 
