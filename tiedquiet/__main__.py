@@ -148,7 +148,10 @@ def _fail(reason: str, given: list[str], options: argparse.Namespace) -> int:
             sys.stdout.flush()
     except (OSError, ValueError):  # nobody reads it, or the disk is full: Python must not try again at exit
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
-    print(f"{coloured('tiedquiet', 'red', sys.stderr)}: {printable(reason)}", file=sys.stderr)
+    try:
+        print(f"{coloured('tiedquiet', 'red', sys.stderr)}: {printable(reason)}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # `2>&1 | head -1`: as above, and 1 would mean that something was checked
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     return 2
 
 

@@ -176,6 +176,31 @@ def test_a_part_that_is_switched_off_is_named(pipe: Path, capsys: pytest.Capture
     assert said[-1].startswith("5 of 5 components are sound; ")
 
 
+@pytest.mark.parametrize(
+    ("folder", "given", "says"),
+    [
+        (
+            "image_encoder",
+            ...,
+            "cannot be checked: it has weights, and model_index.json does not name it: nothing reads",
+        ),
+        ("image_encoder", [None, None], ""),
+        ("old_unet", ..., "model_index.json does not name it, so nothing reads its weights"),
+        (".cache", ..., "model_index.json does not name it, so nothing reads its weights"),
+    ],
+)
+def test_a_folder_with_weights_that_the_index_does_not_name(
+    folder: str, given: Any, says: str, pipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Diffusers makes the pipeline without it, and says nothing."""
+    shutil.copytree(pipe / "text_encoder", pipe / folder)
+    (pipe / "elsewhere").symlink_to(pipe / "unet")
+    name(pipe, **{folder: given})
+    assert getattr(load(pipe), folder, None) is None
+    said = [line for line in lines(pipe, int("weights, and" in says), capsys) if line.startswith(f"{folder}: ")]
+    assert [line.partition("Pipeline: ")[2][: len(says)] for line in said] == [says] * bool(says)
+
+
 def test_of_a_class_that_is_not_known_it_is_seen_by_the_library(pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = ["diffusers", "DDIMScheduler", "x"]
     name(pipe, _class_name="Mine", scheduler=entry, sizes=["a", "b", "c"], _hidden=entry)

@@ -59,6 +59,21 @@ def test_shards_beside_a_whole_file(good: Path, capsys: pytest.CaptureFixture[st
     assert "model.safetensors.index.json beside it is older and has other values for 1 of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_shard_that_the_index_does_not_name(change: int, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Left by an older save of as many."""
+    GPT2LMHeadModel.from_pretrained(good).save_pretrained(good, max_shard_size="8KB")
+    (good / "model.safetensors").unlink()
+    shards = sorted(good.glob("model-*"))
+    stored = load_file(shards[0])
+    beside = good / shards[0].name.replace("00001-of", "00000-of")
+    save_file({name: tensor + change for name, tensor in stored.items()}, beside, {"format": "pt"})
+    capsys.readouterr()
+    assert check(good) == change
+    why = f"model.safetensors.index.json is read, and {beside.name} beside it is newer and has other values for {len(stored)} of"
+    assert (why in capsys.readouterr().out) is bool(change)
+
+
 def test_other_names_altogether(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"a": torch.ones(1)}, good / "pytorch_model.bin")
     assert check(good) == 1

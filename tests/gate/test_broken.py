@@ -223,6 +223,15 @@ def test_layers_without_end(key: str, value: Any, good: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == f"tiedquiet: {good}: config.json asks for more than 10,000 layers ({named})\n"
 
 
+def test_shards_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether they are there or not."""
+    index = good / "model.safetensors.index.json"
+    (good / "model.safetensors").unlink()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {f"x{i}": f"{i}.safetensors" for i in range(10_001)}}))
+    assert check(good) == 2
+    assert capsys.readouterr().err == f"tiedquiet: {index} names more than 10,000 files\n"
+
+
 def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(changed(good, num_labels=10**12)) == 2
     assert (

@@ -122,12 +122,15 @@ def test_a_terminal_that_has_no_letters_but_ascii(good: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_pipe_that_is_closed(good: Path) -> None:
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_a_pipe_that_is_closed(name: str, good: Path) -> None:
+    """Also for the line on stderr (`2>&1 | head -1`), where Python ends with 1, or with 120 if it tries again."""
     reads, writes = os.pipe()
     os.close(reads)
     done = run("check", str(good), "--json", stdout=writes)
-    os.close(writes)
     assert (done.returncode, done.stderr) == (2, "tiedquiet: the output was closed before all of it was written\n")
+    assert run("check", str(good / name), stdout=writes, stderr=writes).returncode == 2
+    os.close(writes)
 
 
 @pytest.mark.slow
@@ -242,6 +245,9 @@ def test_whatever_happens(
         (["x", "--class", ""], "--class"),
         (["x", "--config", ""], "--config"),
         (["x", "--device="], "--device"),
+        (["x", "--lora", ""], "--lora"),
+        (["x", "--variant", ""], "--variant"),
+        (["x", "--revision="], "--revision"),
     ],
 )
 def test_a_variable_that_is_not_set(given: list[str], which: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,7 @@ def test_code_that_is_let_run_does_not_choose_the_status(
     ("name", "says"),
     [
         ("..", "there is no class .. to load it as: TypeError: "),
+        ("GPT2LMHeadModal", "there is no class GPT2LMHeadModal to load it as: transformers has none of that name, and"),
         ("is_torn.M", "there is no class is_torn.M to load it as: SyntaxError: "),
         ("fails.M", "there is no class fails.M to load it as: ZeroDivisionError: division by zero"),
         ("lacks.M", "there is no class lacks.M to load it as: ModuleNotFoundError: No module named 'nowhere_at_all'"),

@@ -96,12 +96,13 @@ def as_sentences(folder: Path) -> Path:
     ("change", "says"),
     [
         ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, "asks for megatron_core, a module that peft imports"),
+        ({"peft_type": "XLORA", "adapters": {"0": "elsewhere"}}, "adapter_config.json has other adapters read"),
         ({"target_modules": EVIL}, f"adapter_config.json has {EVIL}, a pattern whose search may never end"),
         (lambda f: link(f / "adapter_config.json"), "adapter_config.json points outside the folder"),
         (lambda f: link(f / WEIGHTS), f"{WEIGHTS} points outside the folder"),
         (lambda f: pipe(f / "adapter_config.json"), "adapter_config.json is not a regular file"),
     ],
-    ids=["module", "pattern", "config", "weights", "pipe"],
+    ids=["module", "others", "pattern", "config", "weights", "pipe"],
 )
 def test_an_adapter_beside_a_model_is_held_to_the_rules(
     change: Any, says: str, place: Callable[[Path], Path], good: Path, refused: Callable[[Path], str]
@@ -195,6 +196,26 @@ def test_a_generation_config_is_looked_at_before_it_is_read(
     assert f"generation_config.json {says}"[-20:] in refused(
         adapter(tmp_path / "alone", str(good)) if of_base else good
     )
+
+
+@pytest.mark.parametrize(("change", "says"), [(link, "points outside the folder"), (pipe, "is not a regular file")])
+def test_the_voices_of_qwen_omni_are_looked_at(
+    change: Callable[[Path], None],
+    says: str,
+    good: Path,
+    refused: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pickle beside the weights, which its own `from_pretrained` reads."""
+    path = good / "spk_dict.pt"
+    torch.save({"Chelsie": {"bos_token": 1}}, path)
+    assert check(good) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.9.1")
+        assert "spk_dict.pt is a pickle, and torch 2.9.1 does not read pickles safely" in refused(good)
+        assert check(good, "--trust-pickle") == 0
+    change(path)
+    assert f"spk_dict.pt {says}" in refused(good)
 
 
 def test_a_gguf_file_that_was_found_may_not_be_a_link_to_elsewhere(good: Path, refused: Callable[[Path], str]) -> None:

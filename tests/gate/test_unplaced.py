@@ -24,7 +24,7 @@ from tests.gate import quantised
 from tests.gate.test_check import check, config_of
 from tests.gate.test_compare import mixtral
 from tiedquiet.gate.again import Again
-from tiedquiet.gate.unplaced import of_gguf, of_transformers
+from tiedquiet.gate.unplaced import OfGguf, of_gguf, of_transformers
 from tiedquiet.proof.files import Checkpoint
 
 WHOLE = 16  # tensors of this GPT-2 in a file
@@ -141,10 +141,11 @@ def test_what_a_gguf_file_has_and_the_model_has_not(
     assert found["problem"] == (says if extra == 30 else None)
 
 
+@pytest.mark.parametrize("without", ["", "gate", "up"])
 def test_experts_that_a_gguf_file_has_in_one_have_their_place(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    without: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Transformers reads them by rules of their own, which its table of names does not have."""
+    """Transformers reads them by rules of its own, and takes zeros for the half that the file does not have."""
     file = quantised.Gguf(tmp_path / "moe", "qwen2moe", ("Q8_0",))
     file.about(context_length=64, embedding_length=64, block_count=1, feed_forward_length=128, head_count=2, head_count_kv=2, vocab_size=64, layer_norm_rms_eps=1e-5, rope_freq_base=1e4, expert_count=2, expert_used_count=1, name="x")  # fmt: skip
     for name, *shape in (
@@ -155,12 +156,39 @@ def test_experts_that_a_gguf_file_has_in_one_have_their_place(
         ("blk.0.ffn_gate_shexp", 5632, 64), ("blk.0.ffn_up_shexp", 5632, 64), ("blk.0.ffn_down_shexp", 64, 5632),
         ("blk.0.ffn_gate_inp_shexp", 64),
     ):  # fmt: skip
-        file.add(name, *shape)
+        if not without or f"ffn_{without}_exps" not in name:
+            file.add(name, *shape)
     for name in ("q", "k", "v"):
         file.writer.add_tensor(f"blk.0.attn_{name}.bias", torch.ones(64).numpy())
     file.close()
-    found = component(tmp_path / "moe" / "model.gguf", 0, capsys)
+    found = component(tmp_path / "moe" / "model.gguf", int(bool(without)), capsys)
     assert (found["unexpected"], found["problem"]) == ([], None)
+    assert found["held"] == found["tensors"] - bool(without)
+    assert {(finding["verdict"], finding["why"]) for finding in found["findings"]} == {
+        ("missing", f"the file has 180,224 of its 360,448 elements, and no blk.0.ffn_{part}_exps")
+        for part in filter(None, [without])
+    }
+
+
+def test_a_gguf_file_of_an_encoder_and_a_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its kind has no causal language model, and T5Model has no head."""
+    file = quantised.Gguf(tmp_path / "t5", "t5", ("Q8_0", "F16"))
+    file.about(context_length=64, embedding_length=64, block_count=1, feed_forward_length=64, head_count=2, key_length=32, vocab_size=64, relative_attn_buckets_count=32, layer_norm_rms_eps=1e-6)  # fmt: skip
+    for name in ("token_embd", "output"):
+        file.add(name, 64, 64)
+    for start in ("enc", "dec"):
+        file.add(f"{start}.output_norm", 64)
+        file.writer.add_tensor(f"{start}.blk.0.attn_rel_b.weight", torch.ones(32, 2).numpy())
+        for part in ("attn", "cross_attn") if start == "dec" else ("attn",):
+            file.add(f"{start}.blk.0.{part}_norm", 64)
+            for name in "qkvo":
+                file.add(f"{start}.blk.0.{part}_{name}", 64, 64)
+        file.add(f"{start}.blk.0.ffn_norm", 64)
+        for name in ("gate", "up", "down"):
+            file.add(f"{start}.blk.0.ffn_{name}", 64, 64)
+    file.close()
+    found = component(tmp_path / "t5" / "model.gguf", 0, capsys)
+    assert (found["class"], found["unexpected"]) == ("T5ForConditionalGeneration", [])
 
 
 def quantised_tensor() -> torch.Tensor:
@@ -204,4 +232,4 @@ def test_one_tensor_that_meta_cannot_have_ends_nothing(
 
 def test_a_gguf_file_whose_names_are_not_known() -> None:
     model = GPT2LMHeadModel(gpt2())
-    assert of_gguf(model, [], Again(model, {}, SimpleNamespace(hf_quantizer=None, weight_mapping=None))) == ([], "")
+    assert of_gguf(model, [], Again(model, {}, SimpleNamespace(hf_quantizer=None, weight_mapping=None))) == OfGguf()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiedquiet.gate.printing import few
 from tiedquiet.gate.weights import Weights, pickles_are_unsafe
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import same
@@ -20,20 +21,33 @@ def rivals(forms: Sequence[Weights], trust: bool = False) -> tuple[list[Finding]
         A finding for each that differs, and a note for each that is newer and must not be opened.
     """
     findings, notes = [], []
-    for first, other in ((forms[0], other) for other in forms[1:] if forms[0].files and other.files):
+    others = [*forms[1:], *map(_unlisted, forms[:1])]
+    for first, other in ((forms[0], other) for other in others if forms[0].files and other.files):
         if other.is_pickle and not trust and pickles_are_unsafe():
             if _written(other) > _written(first):
                 notes.append(
                     f"{other.name} is newer than {first.name}, which is read; it was not opened: it is a pickle"
                 )
-        elif differs := _difference(first, other):
+        elif differs := _difference(first, other, other in forms):
             why = f"{first.name} is read, and {other.name} beside it {differs}"
             findings.append(Finding("", Verdict.AMBIGUOUS, first.name, why, True, "Delete the one that is out of date"))
     return findings, notes
 
 
-def _difference(first: Weights, other: Weights) -> str:
-    """How the values of two forms differ, as a clause; empty where they do not, or one of them is damaged."""
+def _unlisted(first: Weights) -> Weights:
+    """The shards beside those that are read, of as many, that the index does not name."""
+    files = Checkpoint(None, list(map(str, first.files))).unlisted().files
+    return Weights(few([Path(path).name for path in files]), tuple(map(Path, files)), False)
+
+
+def _difference(first: Weights, other: Weights, is_form: bool) -> str:
+    """How the values of two forms differ, as a clause; empty where they do not, or one of them is damaged.
+
+    Args:
+        first: what is read.
+        other: what is not.
+        is_form: whether it should be the same once more; what a shard has that the others lack is told by the load.
+    """
     ours, theirs = (Checkpoint(None, [str(path) for path in form.files]) for form in (first, other))
     try:
         both = [name for name in theirs.tensors if name in ours.tensors]
@@ -44,7 +58,9 @@ def _difference(first: Weights, other: Weights) -> str:
     age = "newer" if _written(other) > _written(first) else "older"
     if changed:
         return f"is {age} and has other values for {changed:,} of {len(both):,} tensors"
-    return f"is {age} and has {others:,} tensor{'s' * (others > 1)} under other names" if others and not both else ""
+    if not is_form or not others or both:
+        return ""
+    return f"is {age} and has {others:,} tensor{'s' * (others > 1)} under other names"
 
 
 def _written(form: Weights) -> float:

@@ -93,6 +93,9 @@ def by_user(name: str) -> Any:
     if (found := named("transformers", name.removeprefix("transformers."))) is not None:
         return found
     module, _, last = name.rpartition(".")
+    if not module:
+        why = "transformers has none of that name, and a class of your own is named with its module"
+        raise CannotCheck(f"there is no class {name} to load it as: {why}")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(import_module(module), last)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_named,
         help="a folder, a .gguf file, a model's name on the hub, or a file of weights (--config)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
+    parser.add_argument("--revision", type=_named, help="branch, tag or commit on the hub (default: main)")
     parser.add_argument(
         "--class",
         dest="cls",
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="cpu", type=_named, help="where to load it: cpu (default), cuda, cuda:1, ..."
     )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="load it as this type (default: the file's)")
-    parser.add_argument("--variant", default="", help="read this variant of the files: fp16 of model.fp16.safetensors")
+    parser.add_argument("--variant", type=_named, help="read this variant of the files: fp16 of model.fp16.safetensors")
     parser.add_argument(
-        "--lora", default="", metavar="FILE", help="say how much of this LoRA file reaches the pipeline"
+        "--lora", type=_named, metavar="FILE", help="say how much of this LoRA file reaches the pipeline"
     )
     parser.add_argument("--resume", action="store_true", help="exit with 1 if the Trainer would not read all of it")
     parser.add_argument("--json", action="store_true", help="print JSON for machines instead of lines")
@@ -91,8 +91,8 @@ def check(options: argparse.Namespace) -> int:
         options.trust_remote_code,
         options.trust_pickle,
         options.resume,
-        options.variant,
-        options.lora,
+        options.variant or "",
+        options.lora or "",
     )
     shown = progress.shown(not options.json and not options.quiet)
     with shown, _silence(how.trust), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):

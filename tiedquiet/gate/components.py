@@ -1,5 +1,6 @@
 """The models in what `check` is given, and the class to load each as."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count, takewhile
@@ -13,6 +14,7 @@ from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.source import Source, kernels, under
 
 _LIBRARIES = (["diffusers"], ["transformers"])
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\b.*\.(?:safetensors|bin)$")
 # The classes of diffusers that are read from several folders (`controlnet`, `controlnet_1`, ...), and of what they are.
 _SEVERAL = {
     "MultiAdapter": "T2IAdapter",
@@ -82,11 +84,11 @@ def _singly(source: Source, entry: Entry) -> Iterator[Entry]:
 
 
 def lacking(source: Source) -> Iterator[tuple[str, str, str, bool]]:
-    """Parts of a pipeline that its index does not name although its class needs them.
+    """Parts of a pipeline that its index does not name although its class needs them, or the folder has their weights.
 
     Yields:
         The name of each; that of the pipeline's class; what is to be said; and whether that is wrong. It is right to
-        switch a part off: whoever loads the pipeline passes another, or None.
+        switch a part off: whoever loads the pipeline passes another, or None. And a folder may hold other models, too.
     """
     index = source.read("model_index.json") or {}
     name = index.get("_class_name")
@@ -103,6 +105,24 @@ def lacking(source: Source) -> Iterator[tuple[str, str, str, bool]]:
             yield part, str(name), f"model_index.json gives {given!r} for it, not its library and its class", True
         elif part not in index and is_needed:
             yield part, str(name), "it cannot be made without one, and model_index.json does not name it", True
+    for part in _unnamed(source, index):
+        if part not in parts:
+            yield part, str(name), "model_index.json does not name it, so nothing reads its weights", False
+        elif not parts[part]:
+            yield part, str(name), "it has weights, and model_index.json does not name it: nothing reads them", True
+
+
+def _unnamed(source: Source, index: dict[str, Any]) -> list[str]:
+    """The subfolders with weights that an index does not name; none of a pipeline on the hub: they are not fetched."""
+    named = index.keys() | {entry.name for entry in entries_of(source)}
+    found = (path for path in source.folder().iterdir() if path.name not in named) if source.is_local else ()
+    return sorted(path.name for path in found if not path.is_symlink() and path.is_dir() and _has_weights(path))
+
+
+def _has_weights(folder: Path) -> bool:
+    with suppress(OSError):  # it may not be read
+        return any(_WEIGHTS.match(path.name) for path in folder.iterdir())
+    return False
 
 
 def class_of(entry: Entry) -> Any:
@@ -196,6 +216,11 @@ def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
             f"{part.label}: adapter_config.json asks for megatron_core, a module that peft imports by its name; "
             "--trust-remote-code allows it"
         )
+    if adapter.get("adapters"):  # X-LoRA's: each is the name of a folder anywhere, or of one on the hub
+        raise CannotCheck(
+            f"{part.label}: adapter_config.json has other adapters read, which are not looked at; "
+            "--trust-remote-code allows it"
+        )
     if pattern := endless(adapter):
         raise CannotCheck(f"{part.label}: adapter_config.json {ENDLESS.format(pattern)}")
     return adapter
@@ -286,7 +311,8 @@ def _of_gguf(part: Part) -> tuple[Any, str]:
         config = _config_of_gguf(part)
         named = (classes.named("transformers", name) for name in config.architectures or ())
         found = [kind for kind in named if classes.is_of_transformers(kind)]
-        found += [transformers.AutoModelForCausalLM] * (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+        of_language: Any = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+        found += [auto for auto in of_language if type(config) in auto._model_mapping]
         return found[0], ""
     return transformers.AutoModel, "a GGUF file names no class"
 

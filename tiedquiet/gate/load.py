@@ -12,7 +12,7 @@ from tiedquiet.gate.diagnosis import CannotCheck, damage, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import check_length, under, without_hub
-from tiedquiet.gate.unplaced import IS_IT, left_of, of_gguf, of_transformers
+from tiedquiet.gate.unplaced import IS_IT, OfGguf, left_of, of_gguf, of_transformers
 from tiedquiet.gate.weights import (
     OF_ADAPTERS,
     OF_TRANSFORMERS,
@@ -24,6 +24,8 @@ from tiedquiet.gate.weights import (
     weights_of,
 )
 from tiedquiet.verdict import Finding, Verdict
+
+_VOICES = "spk_dict.pt"  # which Qwen2.5-Omni's `from_pretrained` reads besides
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
     undos = [partial(undo, model), partial(undo_anew, model)]
     conversions = getattr(model, "_weight_conversions", None) or ()
-    again, settled = _begin_again(part, loader, how, model), None
+    again, settled, fit = _begin_again(part, loader, how, model), None, OfGguf()
     if again is not None:
         settled = settle(model, again, checkpoint, known.stored)
+        fit = of_gguf(model, files, again) if part.source.gguf else fit
+        settled.findings.update(fit.partial)
         conversions = ()  # a quantiser's may change the model that they are carried out on
         checkpoint = Checkpoint({}) if part.source.gguf else checkpoint
     of_quantiser = settled.findings if settled is not None else None
@@ -105,8 +109,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     left = left_of(model, checkpoint, conversions) if info is None else info["unexpected_keys"]
     unexpected, told = sorted(left), ""
     if part.source.gguf and again is not None:
-        of_file, told = of_gguf(model, files, again)
-        unexpected = of_file or unexpected
+        unexpected, told = list(fit.left) or unexpected, fit.told
     elif unexpected:
         told = of_transformers(model, checkpoint, conversions)
     if told and not any(finding.verdict is Verdict.UNREAD for finding in findings):
@@ -146,6 +149,9 @@ def _forms(part: Part, how: How) -> list[list[Weights]]:
         path = source.file("generation_config.json", part.name) if source.is_local else None
         if path is not None:
             check_length(path)
+        unsafe = "" if how.trust_pickle else pickles_are_unsafe()
+        if (source.is_local or unsafe) and source.file(_VOICES, part.name) is not None and unsafe:
+            raise CannotCheck(f"{part.label}: {_VOICES} is a pickle, and {unsafe}")
     has_adapter = part.source.file("adapter_config.json", part.name) is not None
     adapter = [weights_of(part.source, part.name, OF_ADAPTERS, how.trust_pickle)] if has_adapter else []
     if part.source.gguf:

@@ -1,17 +1,21 @@
 """Whether a class is the one that a file was made for: at least half of the file should have a place in it."""
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from tiedquiet.gate.again import Again
+from tiedquiet.gate.printing import few
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import is_ignored
 from tiedquiet.proof.record import loaded_name
 from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import Finding, Verdict
 
 IS_IT = ": is that the right class?"
 
@@ -61,8 +65,22 @@ def left_of(model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]) -> l
     return [n for n in left if not (n.startswith("base_model.") and hasattr(model, "peft_config"))]
 
 
-def of_gguf(model: Any, files: Sequence[str], again: Again) -> tuple[list[str], str]:
-    """The names in a GGUF file that its model has no place for, and the same of them; nothing where they are not known.
+class OfGguf(NamedTuple):
+    """How a GGUF file and its model fit; nothing where that is not known.
+
+    Attributes:
+        left: the names in the file that the model has no place for.
+        told: what to say of them.
+        partial: findings on the model's tensors of which the file has a part; transformers takes zeros for the rest.
+    """
+
+    left: Sequence[str] = ()
+    told: str = ""
+    partial: Mapping[str, Finding] = MappingProxyType({})
+
+
+def of_gguf(model: Any, files: Sequence[str], again: Again) -> OfGguf:
+    """What a GGUF file has for its model, and besides.
 
     Args:
         model: it.
@@ -74,24 +92,33 @@ def of_gguf(model: Any, files: Sequence[str], again: Again) -> tuple[list[str], 
 
         reader = GGUFReader(files[0])
         stored = {one.name: one for one in reader.tensors}
-        left = _left_of_gguf(again, reader, stored)
+        left, partial = _fit_of_gguf(again, reader, stored)
         headers = {key: torch.empty(int(one.n_bytes), dtype=torch.uint8, device="meta") for key, one in stored.items()}
-        return left, left_over(type(model).__name__, headers, left)
-    return [], ""
+        return OfGguf(left, left_over(type(model).__name__, headers, left), partial)
+    return OfGguf()
 
 
-def _left_of_gguf(again: Again, reader: Any, stored: dict[str, Any]) -> list[str]:
+def _fit_of_gguf(again: Again, reader: Any, stored: dict[str, Any]) -> tuple[list[str], dict[str, Finding]]:
     from transformers import modeling_gguf_pytorch_utils as theirs
 
     given = again.given or {}
     if given.keys() <= stored.keys():  # some kinds are renamed like other checkpoints
         origins = names.sources(again.model, given, survey(again.model).state, again.conversions).values()
-        return sorted(stored.keys() - {name for origin in origins for name in origin.names})
+        return sorted(stored.keys() - {name for origin in origins for name in origin.names}), {}
     kind = theirs.read_field(reader, "general.architecture")[0]
     processor = theirs.TENSOR_PROCESSORS.get(kind, theirs.TensorProcessor)(config=again.model.config.to_dict())
     placed = theirs.get_gguf_hf_weights_map(again.model, processor)
-    left = sorted(name for name in stored if not {name, name.removesuffix(".weight")} & placed.keys())
-    read = sum(tensor.numel() for tensor in given.values())
+    where = {name: placed.get(name, placed.get(name.removesuffix(".weight"))) for name in stored}
+    count: Counter[str | None] = Counter()
+    for name, key in where.items():
+        count[key] += int(stored[name].n_elements)
+    partial = {}
+    for key, tensor in given.items():
+        if 0 < count[key] < tensor.numel():
+            own = (name for name, place in placed.items() if place == key)
+            lacks = few([name for name in sorted(own) if not {name, f"{name}.weight"} & stored.keys()])
+            why = f"the file has {count[key]:,} of its {tensor.numel():,} elements, and no {lacks}"
+            partial[key] = Finding(key, Verdict.MISSING, None, why, True)
     # Of a few tensors transformers reads what this table does not have: then more is read than the others are.
-    is_all = sum(int(one.n_elements) for name, one in stored.items() if name not in left) == read
-    return left if is_all else []
+    is_all = count.total() - count[None] == sum(tensor.numel() for tensor in given.values())
+    return sorted(name for name, key in where.items() if key is None) if is_all else [], partial

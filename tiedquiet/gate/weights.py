@@ -22,6 +22,7 @@ OF_DIFFUSERS = (
     "diffusion_pytorch_model.bin",
 )
 _SHARD = re.compile(r"-\d+-of-\d+$")
+_MOST_SHARDS = 10_000  # each is looked for several times, and the largest published checkpoints have a few hundred
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -112,6 +113,8 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
     if reason := damaged_index(index):
         raise CannotCheck(f"{path} is damaged: {reason}")
     shards: list[Any] = list(dict.fromkeys(index["weight_map"].values()))
+    if len(shards) > _MOST_SHARDS:
+        raise CannotCheck(f"{path} names more than {_MOST_SHARDS:,} files")
     for shard in shards:
         if not is_inside(shard):
             raise CannotCheck(f"{path} names {shard}, which points outside the folder")
