@@ -42,6 +42,7 @@ class Adapter:
         in_files: its tensors in the base model, each with its name in the files.
         known: the record of the load.
         repaired: findings that were repaired.
+        beside: what the adapter has beside that model, X-LoRA's classifier for one, each with whether it was read.
     """
 
     def __init__(self, model: Any, given: Mapping[str, Any], unseen: Collection[str]) -> None:
@@ -65,6 +66,23 @@ class Adapter:
         self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
         self.known.adapted = adapted
         self.repaired: list[Finding] = []
+        self.beside = {name: name not in unseen for name in self._names_beside()}
+
+    def _names_beside(self) -> list[str]:
+        model = self._model
+        if model.peft_config[self._name].is_prompt_learning:
+            return []  # prompts are read by code of their own
+        # What its layers hold as well, peft draws again from a seed (VeRA).
+        in_base = set(map(id, self._state.values()))
+        found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
+        return [name for name in found if not self._is_another_s(name)]
+
+    def _is_another_s(self, name: str) -> bool:
+        """Whether a tensor lies in a dictionary under the name of another adapter."""
+        parts, modules = name.split("."), dict(self._model.named_modules())
+        holders = {part: modules.get(".".join(parts[:place])) for place, part in enumerate(parts)}
+        others = self._model.peft_config.keys() - {self._name}
+        return any(part in getattr(holders[part], "keys", tuple)() for part in others & holders.keys())
 
     def judge(self, reported: Collection[str]) -> list[Finding]:
         """All findings; what `repair` reads is read now.
@@ -95,6 +113,9 @@ class Adapter:
                 self._mend(finding, self.in_files[finding.key])
         if wrong := altered_prompts(self._model, self._name, checkpoint):
             known.lasting[""] = _of_prompts(wrong)
+        elif lost := self.lost_beside():
+            why = f"the adapter's files do not have {words.few(lost)}, which is no part of the base model"
+            known.lasting[""] = Finding("", Verdict.MISSING, None, why)
         left = sorted(known.missing - known.lasting.keys())
         if checkpoint.closed:
             known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in left})
@@ -150,6 +171,10 @@ class Adapter:
             return True
         self.known.lasting[finding.key] = finding
         return False
+
+    def lost_beside(self) -> list[str]:
+        """What the adapter has beside the base model and its files do not have."""
+        return [] if self.checkpoint.closed else sorted(name for name, is_read in self.beside.items() if not is_read)
 
     def is_on_meta(self, key: str) -> bool:
         """Whether a tensor has no values."""

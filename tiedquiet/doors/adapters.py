@@ -181,6 +181,9 @@ def _judge(before: _Before, result: Any) -> Outcome:
     if left := known.missing - known.lasting.keys():
         are_on_meta = any(adapter.is_on_meta(key) for key in left)
         outcome.lines.append((logging.WARNING, f"{name}: {of_missing(left, known.total, are_on_meta)}"))
+    if beside := adapter.lost_beside():
+        total = known.total + len(adapter.beside)
+        outcome.lines.append((logging.WARNING, f"{name}: {of_missing(beside, total)}"))
     if changed := _changed_in_base(before, adapter.prefix):
         line = f"{name}: loading it also changed tensors of the base model: {words.few(changed, fold)}"
         outcome.lines.append((logging.INFO, line))
