@@ -75,14 +75,15 @@ class Adapter:
         # What its layers hold as well, peft draws again from a seed (VeRA).
         in_base = set(map(id, self._state.values()))
         found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
-        return [name for name in found if not self._is_another_s(name)]
+        return [name for name in found if self._owner(name) == self._name]
 
-    def _is_another_s(self, name: str) -> bool:
-        """Whether a tensor lies in a dictionary under the name of another adapter."""
+    def _owner(self, name: str) -> str:
+        """The adapter under whose name a tensor lies in a dictionary; if there is none, the one that came first."""
         parts, modules = name.split("."), dict(self._model.named_modules())
-        holders = {part: modules.get(".".join(parts[:place])) for place, part in enumerate(parts)}
-        others = self._model.peft_config.keys() - {self._name}
-        return any(part in getattr(holders[part], "keys", tuple)() for part in others & holders.keys())
+        holders = ((part, modules.get(".".join(parts[:place]))) for place, part in enumerate(parts))
+        adapters = self._model.peft_config
+        own = (part for part, holder in holders if part in adapters and part in getattr(holder, "keys", tuple)())
+        return next(own, next(iter(adapters)))
 
     def judge(self, reported: Collection[str]) -> list[Finding]:
         """All findings; what `repair` reads is read now.
