@@ -184,3 +184,15 @@ def test_those_of_different_kinds(saved: Path) -> None:
     rename(saved / "two", lambda key: None if "lora_B" in key else key)
     proof = tiedquiet.check(peft.PeftMixedModel.from_pretrained(base_of(saved), saved / "two"))
     assert (proof.ok, proof.missing) == (False, 4)
+
+
+def test_what_another_has_beside_the_base_model(saved: Path) -> None:
+    if not hasattr(peft, "FrodConfig"):
+        pytest.skip("this release of peft has no such kind")
+    for name in ("one", "two"):
+        trained = peft.get_peft_model(base_of(saved), peft.FrodConfig(target_modules=["q_proj"]))
+        trained.save_pretrained(saved / f"{name} beside")
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(base_of(saved), saved / "one beside")
+        model.load_adapter(saved / "two beside", "two")
+    assert tiedquiet.check(model).ok

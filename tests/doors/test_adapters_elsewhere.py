@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,6 +18,7 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.renamed import BERT, qwen2, verdicts
+from tests.doors.test_adapters import FILE
 from tiedquiet import LoadError, Verdict
 
 peft = pytest.importorskip("peft")
@@ -93,3 +95,34 @@ def test_the_adapter_of_one_layer_is_not_read_into_another(tmp_path: Path, print
     assert not tiedquiet.check(loaded).ok
     assert not any("read by TIEDQUIET=repair" in line for line in printed.confirmed)
     assert any("0 of 2 tensors of the adapter were read" in line for line in printed.loud)
+
+
+def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
+    """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
+    qwen2().save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.config.use_cache = False
+        return model
+
+    experts = {}
+    for number in ("0", "1"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(base(), config).save_pretrained(tmp_path / number)
+        experts[number] = str(tmp_path / number)
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=base().config.hidden_size, xlora_depth=1, adapters=experts
+    )
+    trained = peft.get_peft_model(base(), config)
+    trained.save_pretrained(tmp_path / "mixed")
+    classifier = {name: value for name, value in trained.state_dict().items() if "classifier" in name}
+    path = tmp_path / "mixed" / FILE
+    for in_file in (classifier, {}):
+        save_file(in_file, path, {"format": "pt"})
+        printed.records.clear()
+        model = peft.PeftModel.from_pretrained(base(), tmp_path / "mixed")
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in in_file.items())
+        proof = tiedquiet.check(model)
+        assert (proof.ok, proof.missing) == (bool(in_file), int(not in_file))
+        assert any("missing, 2 of 2 tensors of the adapter" in line for line in printed.loud) == (not in_file)

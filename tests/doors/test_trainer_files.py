@@ -135,6 +135,30 @@ def test_another_prefix(old: str, new: str, runs: Any, tmp_path: Path, printed: 
     assert tiedquiet.check(model).ok
 
 
+def tied_llava() -> Any:
+    model = llava()
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    return model
+
+
+def test_what_is_claimed_for_one_key_is_no_likely_one_of_another(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """The tied head has the shape of the embedding, which the file has under two more changes of its name."""
+    folder = runs(tied_llava)
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    save_file(
+        {f"module.{key}": v for key, v in tensors.items()}, tmp_path / "c" / "model.safetensors", {"format": "pt"}
+    )
+    printed.records.clear()
+    proof = tiedquiet.check(resumed(tied_llava, folder, tmp_path / "c"))
+    assert proof.unread == len(tensors)
+    assert not any("perhaps" in line for line in printed.loud), printed.loud
+    with tiedquiet.enable("repair"):
+        model = resumed(tied_llava, folder, tmp_path / "c")
+    assert differing(model, right(tied_llava, folder / "checkpoint-2")) == set()
+
+
 def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
     """Transformers saves it under the names that the mapping undoes; the class alone does not know them."""
     GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "base")

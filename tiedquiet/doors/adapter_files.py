@@ -42,6 +42,7 @@ class Adapter:
         in_files: its tensors in the base model, each with its name in the files.
         known: the record of the load.
         repaired: findings that were repaired.
+        beside: what the adapter has beside that model, X-LoRA's classifier for one, each with whether it was read.
     """
 
     def __init__(self, model: Any, given: Mapping[str, Any], unseen: Collection[str]) -> None:
@@ -65,6 +66,24 @@ class Adapter:
         self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
         self.known.adapted = adapted
         self.repaired: list[Finding] = []
+        self.beside = {name: name not in unseen for name in self._names_beside()}
+
+    def _names_beside(self) -> list[str]:
+        model = self._model
+        if model.peft_config[self._name].is_prompt_learning:
+            return []  # prompts are read by code of their own
+        # What its layers hold as well, peft draws again from a seed (VeRA).
+        in_base = set(map(id, self._state.values()))
+        found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
+        return [name for name in found if self._owner(name) == self._name]
+
+    def _owner(self, name: str) -> str:
+        """The adapter under whose name a tensor lies in a dictionary; if there is none, the one that came first."""
+        parts, modules = name.split("."), dict(self._model.named_modules())
+        holders = ((part, modules.get(".".join(parts[:place]))) for place, part in enumerate(parts))
+        adapters = self._model.peft_config
+        own = (part for part, holder in holders if part in adapters and part in getattr(holder, "keys", tuple)())
+        return next(own, next(iter(adapters)))
 
     def judge(self, reported: Collection[str]) -> list[Finding]:
         """All findings; what `repair` reads is read now.
@@ -73,45 +92,53 @@ class Adapter:
             reported: the names that peft says it found no place for.
         """
         known, checkpoint = self.known, self.checkpoint
-        rest, count = self._without_place(reported)
+        rest, count, single = self._without_place(reported)
         # Of these peft speaks itself, if it was told to go on in spite of them.
         for key in known.missing:
             header = checkpoint.headers.get(self.in_files[key])
             if header is not None and header.shape != self._state[key].shape:
                 known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
         count += len(known.lasting)
-        for finding in list(self._under_a_prefix(rest)):
+        for finding in list(self._under_a_prefix(single)):
             rest.discard(finding.source or "")
             if finding.key not in known.missing and self._is_held(finding):
                 count -= 1
             elif self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
                 count -= 1
-        known.lasting.update(of_the_whole(checkpoint, count, sorted(rest)))
+        # A name that the files do not have may stand for several that peft has merged.
+        is_known = rest <= checkpoint.headers.keys()
+        known.lasting.update(of_the_whole(checkpoint, count if is_known else None, sorted(rest)))
         if not self._has_mapping:  # which may have exchanged names
             for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
                 self._mend(finding, self.in_files[finding.key])
         if wrong := altered_prompts(self._model, self._name, checkpoint):
             known.lasting[""] = _of_prompts(wrong)
+        elif lost := self.lost_beside():
+            why = f"the adapter's files do not have {words.few(lost)}, which is no part of the base model"
+            known.lasting[""] = Finding("", Verdict.MISSING, None, why)
         left = sorted(known.missing - known.lasting.keys())
         if checkpoint.closed:
             known.lasting.update({key: Finding(key, Verdict.UNPROVEN, None, checkpoint.closed) for key in left})
             left = []
         return [*known.lasting.values(), *(Finding(key, Verdict.MISSING) for key in left)]
 
-    def _without_place(self, reported: Collection[str]) -> tuple[set[str], int]:
-        """The names in the files that peft found no place for, and how many those are."""
+    def _without_place(self, reported: Collection[str]) -> tuple[set[str], int, set[str]]:
+        """The names in the files that peft found no place for, how many those are, and which stand for one each."""
         headers = self.checkpoint.headers
         # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
         others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
         found = {_as_given(self._name, name, headers) for name in others}
+        count, single = len(others), found
         by_their_names = {self.in_files[key] for key in self.known.stored}
-        left_over = headers.keys() - by_their_names
-        if by_their_names <= headers.keys() and len(left_over) == len(others):
-            found = set(left_over)  # peft may have renamed what it then found no place for
+        if by_their_names <= headers.keys() and not found <= headers.keys():
+            # peft has renamed what it then found no place for, or merged several of the files' (experts) into one.
+            left_over = headers.keys() - by_their_names
+            single = left_over if len(left_over) == count else found & headers.keys()
+            found, count = set(left_over), len(left_over)
         drawn_again = made_again(self._model, [self._name], found, self.checkpoint)
         self._count_as_read({key for key in self.known.missing if self.in_files[key] in drawn_again})
-        return found - drawn_again, len(others) - len(drawn_again)
+        return found - drawn_again, count - len(drawn_again), single - drawn_again
 
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
         """Findings on what nothing read because its names have another prefix."""
@@ -145,6 +172,10 @@ class Adapter:
             return True
         self.known.lasting[finding.key] = finding
         return False
+
+    def lost_beside(self) -> list[str]:
+        """What the adapter has beside the base model and its files do not have."""
+        return [] if self.checkpoint.closed else sorted(name for name, is_read in self.beside.items() if not is_read)
 
     def is_on_meta(self, key: str) -> bool:
         """Whether a tensor has no values."""
@@ -198,12 +229,14 @@ def made_again(model: Any, adapters: Collection[str], rest: Collection[str], che
     return found
 
 
-def of_the_whole(checkpoint: Checkpoint, unread: int, rest: list[str]) -> dict[str, Finding]:
+def of_the_whole(checkpoint: Checkpoint, unread: int | None, rest: list[str]) -> dict[str, Finding]:
     """What there is to say about an adapter as a whole: tensors without a place, or files that are out of date."""
     if not rest:
         return {"": older} if (older := out_of_date(checkpoint)) else {}
     total = len(checkpoint.headers)
-    of = f"{total - unread:,} of {total:,} tensors of the adapter were read" if total else "some were not read"
+    of = "some were not read"
+    if total and unread is not None:
+        of = f"{total - unread:,} of {total:,} tensors of the adapter were read"
     why = f"{of}; the model has no place for {words.few(rest, fold)}"
     return {"": Finding("", Verdict.UNREAD, rest[0], why, True, "Load it into the model that it was trained on")}
 

@@ -117,13 +117,19 @@ def note_names(model: Any, reading: Reading, unread: names.Headers) -> names.Hea
     return {name: header for name, header in unread.items() if name not in claimed}
 
 
-def note_rest(model: Any, reading: Reading, unread: names.Headers) -> None:
-    """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place."""
-    rest = set(note_names(model, reading, unread))
-    claimed = {finding.source for finding in reading.found.values()}
-    rest -= made_again(model, model.peft_config, rest, reading.checkpoint)
-    count = len(rest) + len(claimed & unread.keys())
-    reading.found.update(of_the_whole(reading.checkpoint, count, sorted(rest)))
+def note_rest(model: Any, reading: Reading, unread: names.Headers, made: names.Made | None = None) -> None:
+    """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        unread: what nothing read.
+        made: what of that is known to be the model's, under other names.
+    """
+    rest = set(note_names(model, reading, unread)) - (made.key_of.keys() if made is not None else set())
+    rest -= {finding.source for finding in reading.found.values()}
+    drawn_again = made_again(model, model.peft_config, rest, reading.checkpoint)
+    reading.found.update(of_the_whole(reading.checkpoint, len(unread) - len(drawn_again), sorted(rest - drawn_again)))
 
 
 def _on_load(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,6 +181,9 @@ def _judge(before: _Before, result: Any) -> Outcome:
     if left := known.missing - known.lasting.keys():
         are_on_meta = any(adapter.is_on_meta(key) for key in left)
         outcome.lines.append((logging.WARNING, f"{name}: {of_missing(left, known.total, are_on_meta)}"))
+    if beside := adapter.lost_beside():
+        total = known.total + len(adapter.beside)
+        outcome.lines.append((logging.WARNING, f"{name}: {of_missing(beside, total)}"))
     if changed := _changed_in_base(before, adapter.prefix):
         line = f"{name}: loading it also changed tensors of the base model: {words.few(changed, fold)}"
         outcome.lines.append((logging.INFO, line))

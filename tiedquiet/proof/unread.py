@@ -217,6 +217,8 @@ def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
     """Note that nothing read what the files have for these keys."""
     for key, origin in made.origins.items():
         reading.found[key] = Finding(key, Verdict.UNREAD, origin.names[0], made.why, True, cure)
+    taken = made.key_of
+    reading.likely = {key: name for key, name in reading.likely.items() if name not in taken}
 
 
 def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales) -> Finding | None:
