@@ -213,7 +213,8 @@ def test_a_tie_is_asked_for_only_where_somebody_can_ask() -> None:
 
     assert asks(LlamaConfig(tie_word_embeddings=True))
     assert not asks(LlamaConfig(tie_word_embeddings=False))
-    assert not asks(T5Config())  # which sets it in any case
+    assert not asks(T5Config(tie_word_embeddings=False))  # which sets it in any case
+    assert asks(T5Config())  # and tells by another that the file has it
     inside = LlavaConfig(text_config=LlamaConfig(tie_word_embeddings=False), tie_word_embeddings=True)
     assert not asks(inside)
 

@@ -87,14 +87,30 @@ def declared_sources(model: Any) -> dict[str, str]:
 
 
 def asked_for(model: Any) -> set[str]:
-    """The targets of declared ties that the declaring model's config asks for, and that of its text model allows."""
+    """The targets of declared ties that the declaring model's config asks for, and that of its text model allows.
+
+    Two input embeddings are no head, which is all that either of these may deny.
+    """
     from transformers import PreTrainedModel
 
+    models = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, PreTrainedModel)]
+    inputs = {id(table) for _, one in models if (table := input_table(one)) is not None}
     found = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PreTrainedModel) and module._tied_weights_keys and asks(module.config):
-            found |= {f"{prefix}.{name}" if prefix else name for name in declared_sources(module)}
+    for prefix, module in models:
+        for target, source in declared_sources(module).items() if module._tied_weights_keys else ():
+            ends = module.get_parameter_or_buffer(target), module.get_parameter_or_buffer(source)
+            is_of_inputs = getattr(module.config, "tie_word_embeddings", False) and {id(end) for end in ends} <= inputs
+            if is_of_inputs or asks(module.config):
+                found.add(f"{prefix}.{target}" if prefix else target)
     return found
+
+
+def input_table(model: Any) -> Any:
+    """The tensor of a model's input embeddings; None where it names none."""
+    try:
+        return getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def asks(config: Any) -> bool:
@@ -105,8 +121,12 @@ def asks(config: Any) -> bool:
         return False
     without = config.to_dict()
     flag_off(without)
-    # T5's sets it whatever the file says, since the embeddings of its two halves are one in any case.
-    return type(config).from_dict(without).tie_word_embeddings is False
+    if type(config).from_dict(without).tie_word_embeddings is False:
+        return True
+    # T5's sets it whatever the file says, since the embeddings of its two halves are one in any case. From 5.2 on it
+    # says by this what the file has.
+    is_scaled = getattr(config, "scale_decoder_outputs", False)
+    return bool(is_scaled) and not type(config)(tie_word_embeddings=False).scale_decoder_outputs
 
 
 def grouped(meant: dict[str, str]) -> list[set[str]]:

@@ -328,8 +328,7 @@ def test_the_model_s_own_name_that_a_loader_left_unread(tmp_path: Path) -> None:
     checkpoint = Checkpoint(None, [str(tmp_path / "model.safetensors")])
     left = {name: checkpoint.headers[name] for name in ("lm_head.weight", "model.norm.weight")}
     reading = read(model, {"lm_head.weight", "model.layers.0.input_layernorm.weight"}, checkpoint)
-    made = find_unread(model, reading, left)
-    assert made is not None
+    (made,) = find_unread(model, reading, left)
     assert made.key_of == {"lm_head.weight": "lm_head.weight"}
     assert {key: (f.verdict, f.source) for key, f in reading.found.items()} == {
         "lm_head.weight": (Verdict.UNREAD, "lm_head.weight")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import tiedquiet
-from tests.checkpoints import Printed, t5
+from tests.checkpoints import Printed, save, t5
 from tests.doors.renamed import (
     SMALL,
     llava,
@@ -191,6 +191,22 @@ def test_both_ends_of_a_tie_that_the_config_denies(tmp_path: Path, printed: Prin
         model = drifted(tmp_path, tie_word_embeddings=False).from_pretrained(tmp_path)
     assert tiedquiet.check(model).ok
     assert not printed.loud
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("end", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_both_ends_where_the_class_sets_the_flag(end: str, flag: bool, tmp_path: Path, printed: Printed) -> None:
+    """T5 does. What the file says shows in how it scales; and the flag is about the head, not about the two halves."""
+    model = T5ForConditionalGeneration(t5(tie_word_embeddings=flag))
+    tables = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    own = {end: torch.rand(64, 16), **({} if flag else {"lm_head.weight": torch.rand(64, 16)})}
+    keys = model.state_dict().keys() - tables | {"shared.weight"}
+    save(model, tmp_path, keys, flag, **{key.replace(".", "__"): value for key, value in own.items()})
+    is_told = end != "lm_head.weight" or (flag and not t5(tie_word_embeddings=False).scale_decoder_outputs)
+    wanted = {end: Verdict.AMBIGUOUS} if is_told else {}
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert {key: v for key, v in verdicts(loaded).items() if v is not Verdict.TIED} == wanted
+    assert len(printed.loud) == len(wanted)
 
 
 def test_both_ends_of_a_tie_that_only_the_text_config_denies(tmp_path: Path, printed: Printed) -> None:

@@ -158,15 +158,19 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     reading, unread = _read(model, info, checkpoint, offloaded, config)
     # peft's names for them say more than what else may be in names.
     rest = adapters.note_names(model, reading, unread) if adapters.is_loading(model) else unread
-    made = find_unread(model, reading, rest, config.weight_mapping or ())
-    if made is not None and mode.current() == "repair" and not reading.is_quantised:
-        to_disk = "disk" in (config.device_map or {}).values()
-        if not to_disk and not _lies_in_stored(model, reading, made.origins):
-            before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-            _read_again(wrapped, bound, info, checkpoint, made)
-            reading, unread = _read(model, info, checkpoint, offloaded, config, made.key_of)
+    others = find_unread(model, reading, rest, config.weight_mapping or ())
+    to_disk = "disk" in (config.device_map or {}).values()
+    if others and mode.current() == "repair" and not (reading.is_quantised or to_disk):
+        before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+        also: dict[str, str] = {}
+        for made in others:
+            if not _lies_in_stored(model, reading, made.origins):
+                _read_again(wrapped, bound, info, checkpoint, made)
+                also |= made.key_of
+        if also:
+            reading, unread = _read(model, info, checkpoint, offloaded, config, also)
             mended = [finding for key, finding in before.items() if key in reading.held]
-            unread = {name: header for name, header in unread.items() if name not in made.key_of}
+            unread = {name: header for name, header in unread.items() if name not in also}
             find_unread(model, reading, unread, config.weight_mapping or ())
     if mode.current() == "repair" and reading.crossed:
         mended += _uncross(reading)

@@ -137,10 +137,11 @@ def read_folder(
     used = {name for made in (*found, names.Made(unfit, "")) for name in made.key_of}
     left = {name: checkpoint.headers[name] for name in unexpected - used if name in checkpoint.headers}
     rest = find_unread(model, reading, left, cure=_REPAIR, is_resumed=True)
-    if rest is None and (rest := there.under_a_prefix(reading.missing - reading.found.keys(), left)) is not None:
-        note_unread(reading, rest, _REPAIR)
-    if rest is not None:
-        take(rest)
+    if not rest and (under := there.under_a_prefix(reading.missing - reading.found.keys(), left)) is not None:
+        note_unread(reading, under, _REPAIR)
+        rest = [under]
+    for made in rest:
+        take(made)
     if not done and not held:
         return reading, [], set()
     came = done | held

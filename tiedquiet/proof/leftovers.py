@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tiedquiet.proof import names, prefixes
@@ -27,6 +28,7 @@ class Leftovers(NamedTuple):
         needed: those of them that nothing else supplies.
         state: all of the model's tensors.
         conversions: transformers' own for its class, or what the loader renamed and converted.
+        was_read: what else the files have.
     """
 
     model: Any
@@ -35,6 +37,7 @@ class Leftovers(NamedTuple):
     needed: Collection[str]
     state: names.Headers
     conversions: Sequence[Any]
+    was_read: names.Headers = MappingProxyType({})
 
     def made(self, is_resumed: bool = False) -> names.Made | None:
         """What the first rule that fits makes of the unread tensors.
@@ -47,18 +50,32 @@ class Leftovers(NamedTuple):
             why = "because they are renamed while they are read, to names that the model does not have"
             return names.Made({key: names.Origin((key,), False) for key in own}, why)
         sides = self._sides(is_resumed)
-        for why, cure, rules in names.conversions_of_others(model):
+        others = list(names.conversions_of_others(model))
+        for why, cure, rules in others:
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
                 made = names.Made(origins, why, rules)
                 change = next(filter(None, (side._prefixes() for side in sides)), None)
-                mappings = _mapping_of(change), names.own_mapping(model)
-                return made._replace(cure=next(filter(None, (self._cure(one, made) for one in mappings)), cure))
+                return made._replace(cure=self._cure([*_mappings_of(change), names.own_mapping(model)], made) or cure)
+        ways = [("", self.conversions)]
+        if not is_resumed:  # of a wrapper's prefix in a Trainer's checkpoint more is asked
+            ways += [(f", and {why}", rules) for why, _, rules in others if rules]
         for side in sides:
-            if (found := side._with_other_names()) is not None:
-                made, change = found
-                return made._replace(cure=self._cure(_mapping_of(change), made))
+            tried = ((why, side._replace(conversions=rules)._with_other_names()) for why, rules in ways)
+            found = [(one[0]._replace(why=one[0].why + why), one[1]) for why, one in tried if one is not None]
+            if found:
+                made, change = max(found, key=lambda one: len(one[0].origins))
+                return made._replace(cure=self._cure(_mappings_of(change), made))
         return self._by_ties() if asks_for_ties(model) else None
+
+    def without(self, made: names.Made) -> "Leftovers":
+        """What is left of either side besides what was found."""
+        used = made.key_of
+        return self._replace(
+            unread={name: header for name, header in self.unread.items() if name not in used},
+            missing={key: tensor for key, tensor in self.missing.items() if key not in made.origins},
+            needed=set(self.needed) - made.origins.keys(),
+        )
 
     def _by_ties(self) -> names.Made | None:
         """What the class that saved the files ties: they may have the one name of two that this model does not know.
@@ -82,7 +99,7 @@ class Leftovers(NamedTuple):
                     found, f"because {name}, which saved the checkpoint, ties the two and stores one of them"
                 )
                 mapping = {f"^{re.escape(origin.names[0])}$": key for key, origin in found.items()}
-                return made._replace(cure=self._cure(mapping, made))
+                return made._replace(cure=self._cure([mapping], made))
         return None
 
     def _sides(self, is_resumed: bool) -> list["Leftovers"]:
@@ -147,7 +164,10 @@ class Leftovers(NamedTuple):
             is_whole = used >= (known_as.keys() if change.old in wrappers else self.unread.keys())
             if is_enough(made.origins, is_whole, self.needed, not (change.old and change.new)):
                 found.setdefault(used, (made, change))
-        return next(iter(found.values())) if len(found) == 1 else None
+        if len(found) != 1:
+            return None
+        ((made, change),) = found.values()
+        return made, replace(change, names={key: name for name, key in made.key_of.items()})
 
     def _hits(self, known_as: dict[str, str]) -> int:
         """How many of the files' names lead to what is missing, if they are known as these."""
@@ -178,24 +198,27 @@ class Leftovers(NamedTuple):
         if inside := prefixes.parts_besides(unread, re.findall(r"\w+", " ".join(patterns))):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
 
-    def _cure(self, mapping: dict[str, str], made: names.Made) -> str:
-        """How to have `from_pretrained` read them, as a clause; empty where no `key_mapping` does it.
+    def _cure(self, mappings: Sequence[dict[str, str]], made: names.Made) -> str:
+        """How to have `from_pretrained` read them, as a clause: by the first `key_mapping` that does it, if any does.
 
-        Up to 5.3 that takes the place of the class's own.
+        What was read without it has to go where it went. Up to 5.3 it takes the place of the class's own.
         """
-        if not mapping:
-            return ""
         used = [pattern for one in self.conversions for pattern in one.source_patterns]
-        mapping = mapping | {old: new for old, new in names.own_mapping(self.model).items() if old in used}
-        read_to = names.targets(self.model, self.unread, self.state, names.conversions_of(self.model, mapping))
-        if not all(read_to.get(name) in made.origins for name in made.key_of):
-            return ""
-        # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
-        return f"pass key_mapping={mapping} to from_pretrained, and save_original_format=False to save_pretrained"
+        own = {old: new for old, new in names.own_mapping(self.model).items() if old in used}
+        was_read = names.targets(self.model, self.was_read, self.state, self.conversions) if any(mappings) else {}
+        for mapping in filter(None, mappings):
+            rules = names.conversions_of(self.model, mapping | own)
+            read_to = names.targets(self.model, {**self.was_read, **self.unread}, self.state, rules)
+            cures = all(read_to.get(name) in made.origins for name in made.key_of)
+            if cures and all(read_to.get(name) == key for name, key in was_read.items()):
+                how = f"pass key_mapping={mapping | own} to from_pretrained"
+                # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
+                return f"{how}, and save_original_format=False to save_pretrained"
+        return ""
 
 
-def _mapping_of(change: Prefixes | None) -> dict[str, str]:
-    return {} if change is None else change.key_mapping()
+def _mappings_of(change: Prefixes | None) -> list[dict[str, str]]:
+    return [] if change is None else [change.key_mapping(), change.key_mapping(is_narrow=True)]
 
 
 def is_ignored(model: Any, name: str, ends: Collection[str] = ()) -> bool:

@@ -146,10 +146,16 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
         if ends[0] is None or ends[1] is None or ({key, source} & known.altered and holds(ends[0], ends[1])):
             continue  # the class turned one of them
         if equals(ends[0], ends[1]) is False:
-            if any(is_denied(model) for _, model in now.models):
-                return
+            if not _are_inputs(now, key, source) and any(is_denied(model) for _, model in now.models):
+                continue
             why = "its own: the config ties them, but the checkpoint has both, and they differ"
             yield Finding(key, Verdict.AMBIGUOUS, source, why, True)
+
+
+def _are_inputs(now: Survey, *keys: str) -> bool:
+    """Whether these are input embeddings of the model, or of models inside: the flag of the config is about heads."""
+    inputs = [getattr(embeddings(model, "input"), "weight", None) for _, model in now.models]
+    return all(any(now.state[key] is one for one in inputs) for key in keys)
 
 
 def _is_new_head(model: Any, tensor: torch.Tensor, is_resumed: bool) -> bool:

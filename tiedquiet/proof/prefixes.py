@@ -55,17 +55,21 @@ class Prefixes:
             return {name: without(name, self.inside) for name in of}
         return {name: self.new + name[len(self.old) :] for name in of if name.startswith(self.old)}
 
-    def key_mapping(self) -> dict[str, str]:
-        """The `key_mapping` that makes `from_pretrained` read them; empty if none does."""
+    def key_mapping(self, is_narrow: bool = False) -> dict[str, str]:
+        """The `key_mapping` that makes `from_pretrained` read them; empty if none does.
+
+        Args:
+            is_narrow: not of all that begins with this prefix, but of what follows it in these names.
+        """
         if self.inside:
             return {}
         if self.parts:
-            return {old: new for one in self.parts for old, new in one.key_mapping().items()}
+            return {old: new for one in self.parts for old, new in one.key_mapping(is_narrow).items()}
         # Of whole names: transformers replaces what a pattern matched wherever it is, and up to 5.3 each time.
-        if self.old:
+        if self.old and not is_narrow:
             return {f"^{re.escape(self.old)}(.+)": rf"{self.new}\1"}
-        first = sorted({name.partition(".")[0] for name in self.names.values()})
-        return {f"^((?:{'|'.join(map(re.escape, first))})\\b.*)": rf"{self.new}\1"}
+        first = sorted({name[len(self.old) :].partition(".")[0] for name in self.names.values()})
+        return {f"^{re.escape(self.old)}((?:{'|'.join(map(re.escape, first))})\\b.*)": rf"{self.new}\1"}
 
 
 def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:

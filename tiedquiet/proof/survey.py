@@ -1,7 +1,6 @@
 """What a model says about itself: its tensors in one walk, and its embeddings."""
 
 from collections.abc import Set
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -112,13 +111,16 @@ def is_denied(model: Any) -> bool:
     """Whether nobody asks for the ties that a model's config seems to ask for.
 
     The config of the text model inside may deny them. And where a config class sets the flag itself, whatever the file
-    says (T5's, MT5's), nobody asked for the flag.
+    says (T5's, MT5's), nobody asked for the flag, unless something else tells that the file has it (T5's again).
     """
     config: Any = getattr(model, "config", None)
     if getattr(getattr(config, "text_config", None), "tie_word_embeddings", None) is False:
         return True
     try:
-        return asks_for_ties(model) and asks_for_ties(SimpleNamespace(config=type(config)(tie_word_embeddings=False)))
+        on, off = (vars(type(config)(tie_word_embeddings=flag)) for flag in (True, False))
+        tells = [name for name, value in on.items() if name in off and off[name] != value]
+        is_set_by_class = asks_for_ties(model) and bool(off["tie_word_embeddings"])
+        return is_set_by_class and not (tells and all(getattr(config, name) == on[name] for name in tells))
     except Exception:
         return False  # a config that cannot be made from this alone
 

@@ -144,7 +144,7 @@ def find_unread(
     conversions: Sequence[Any] = (),
     cure: str = "",
     is_resumed: bool = False,
-) -> names.Made | None:
+) -> list[names.Made]:
     """Look for missing tensors among what the files have and nothing read, and note the findings.
 
     Args:
@@ -157,26 +157,31 @@ def find_unread(
 
     Returns:
         What they are made of: by the model's own names; or by transformers' renaming for the class that the model's
-        is made from; or by one prefix in place of another, after which its own conversions may apply.
+        is made from; or by one prefix in place of another, after which its own conversions may apply. What one of
+        these leaves, another may fit.
     """
+    found: list[names.Made] = []
     wanted = reading.missing - reading.found.keys()
     if not unread or not wanted:
-        return None
+        return found
     now = survey(model)
     missing, tied = {key: now.state[key] for key in wanted}, declared(now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
-    left = Leftovers(model, unread, missing, needed, now.state, conversions)
-    made = left.made(is_resumed)
-    if made is not None:
+    was_read = {name: header for name, header in reading.checkpoint.headers.items() if name not in unread}
+    left = Leftovers(model, unread, missing, needed, now.state, conversions, was_read)
+    for _ in missing:  # each time at least one of them is found, or it was the last
+        if not (left.unread and left.missing) or (made := left.made(is_resumed)) is None:
+            break
         if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
         note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
-    used = made.key_of if made is not None else {}
-    rest = by_shape({n: h for n, h in left.not_ignored().items() if n not in used})
-    for key in sorted(missing.keys() - reading.found.keys()):
+        found.append(made)
+        left = left.without(made)
+    rest = by_shape(left.not_ignored())
+    for key in sorted(left.missing):
         if (name := likely(key, rest.get(missing[key].shape, ()))) is not None:
             reading.likely[key] = name
-    return made
+    return found
 
 
 def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:

@@ -1,0 +1,58 @@
+"""Files whose names differ in more than one way, and advice that leaves alone what was read without it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+import tiedquiet
+from tests.checkpoints import Printed
+from tests.doors.renamed import llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.gate.test_compare import mixtral
+from tiedquiet import Verdict
+
+
+def users(model: Any) -> Any:
+    """A class of the user's, which transformers gives no renaming, or another one."""
+    return type(f"Users{type(model).__name__}", (type(model),), {"__module__": __name__})
+
+
+def test_what_one_rule_leaves_another_may_fit(tmp_path: Path) -> None:
+    """The class's renaming is not applied, and part of the files' names have another prefix."""
+    truth = written(llava(), tmp_path, lambda key: key.replace("vision_tower.", "image_encoder."))
+    kind = users(llava())
+    lost = wrong(loaded := kind.from_pretrained(tmp_path), truth)
+    assert {key for key, verdict in verdicts(loaded).items() if verdict is Verdict.UNREAD} == lost != set()
+    repaired = stopped_and_repaired(kind, tmp_path)
+    assert not wrong(repaired, truth)
+    assert tiedquiet.check(repaired).ok
+
+
+@pytest.mark.parametrize("prefix", ["module.", "transformer."])
+@pytest.mark.parametrize("build", [llava, mixtral, lambda: mixtral().model])
+def test_a_prefix_before_names_that_are_renamed_for_another_class(build: Any, prefix: str, tmp_path: Path) -> None:
+    truth = written(build(), tmp_path, lambda key: prefix + key)
+    repaired = stopped_and_repaired(users(build()), tmp_path)
+    assert not wrong(repaired, truth)
+    assert tiedquiet.check(repaired).ok
+
+
+def test_advice_leaves_alone_what_was_read(tmp_path: Path, printed: Printed) -> None:
+    """`language_model.` is the prefix of the head, and of all of the language model, which was read as it is."""
+    truth, kind = written(llava(), tmp_path), users(llava())
+    lost = wrong(kind.from_pretrained(tmp_path), truth)
+    for line in (line for line in printed.loud if "key_mapping=" in line):
+        assert not wrong(kind.from_pretrained(tmp_path, key_mapping=mapping_of(line)), truth)
+    assert len(printed.loud) == bool(lost), "5.0 to 5.3 give a subclass the mapping of its class"
+
+
+def test_advice_about_a_prefix_that_has_to_be_added(tmp_path: Path, printed: Printed) -> None:
+    """The base model was read, under names that transformers renames."""
+    sizes: dict[str, Any] = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    model = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=8))
+    truth = written(model, tmp_path, lambda key: key.removeprefix("decode_head."))
+    type(model).from_pretrained(tmp_path)
+    (line,) = printed.loud
+    assert not wrong(type(model).from_pretrained(tmp_path, key_mapping=mapping_of(line)), truth)
+    assert not wrong(stopped_and_repaired(type(model), tmp_path), truth)
