@@ -1,4 +1,4 @@
-"""Adapters from transformers 4, with an A and a B for each expert, which are merged while they are read."""
+"""Adapters from transformers 4: names that the model had then, an A and a B for each expert, which are merged now."""
 
 import json
 import re
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.test_adapters import FILE, WAYS
-from tests.doors.training import SMALL, mixtral
+from tests.doors.test_adapters import FILE, WAYS, rename
+from tests.doors.training import SMALL, llava, mixtral
 from tiedquiet import Verdict
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Found missing adapter keys"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
@@ -67,12 +67,28 @@ def test_none_is_read_under_another_prefix(load: Any, tmp_path: Path, printed: P
 
 def test_a_layer_too_many(tmp_path: Path, printed: Printed) -> None:
     """Where peft has merged some that were read, and some that were not, nothing tells how many those were."""
-    from peft import PeftModel
-
     adapter = written(tmp_path, prefix="", layers=3)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     printed.records.clear()
-    proof = tiedquiet.check(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
     assert not proof.ok
     ((read, total),) = re.findall(r"(\w+) (?:of (\d+) tensors of the adapter )?were (?:not )?read", printed.loud[0])
     assert (read, total) == ("some", "") or int(total) - int(read) >= len(adapter) // 3
+
+
+def test_magnitudes_under_the_names_that_the_model_had(tmp_path: Path, printed: Printed) -> None:
+    """A release of transformers that renames a DoRA's A and B finds no magnitudes: those have a place all the same."""
+    torch.manual_seed(0)
+    llava().save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    now, before = "model.model.language_model.", "model.language_model.model."
+    rename(tmp_path / "adapter", lambda name: name.replace(now, before))
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    printed.records.clear()
+    model.load_adapter(str(tmp_path / "adapter"))
+    unread = [finding for finding in tiedquiet.check(model).findings if finding.verdict is Verdict.UNREAD]
+    names = {name for name in load_file(tmp_path / "adapter" / FILE) if "magnitude" in name}
+    assert {finding.source for finding in unread} >= names
+    assert not any("has no place" in line for line in printed.loud)

@@ -5,7 +5,7 @@ adapters need are here, for both.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -99,20 +99,30 @@ def note_parted(model: Any, where: object, earlier: Record | None, outcome: Outc
     outcome.failure = outcome.failure or rest.failure
 
 
-def note_names(model: Any, reading: Reading, unread: names.Headers) -> names.Headers:
-    """Note what an adapter's files hold under peft's own names for it, but nothing read; returns the others."""
+def note_names(model: Any, reading: Reading, unread: names.Headers, conversions: Sequence[Any] = ()) -> names.Headers:
+    """Note what an adapter's files hold under peft's own names for it, but nothing read; returns the others.
+
+    Args:
+        model: the model.
+        reading: what was read; findings are added to it.
+        unread: what nothing read.
+        conversions: what renames the model's tensors, if the adapter may be older than their names.
+    """
     if not unread:
         return unread
     state, missing = survey(model).state, reading.missing - reading.found.keys()
-    for key, own in ((key, own) for adapter in model.peft_config for key, own in saved(model, adapter).items()):
-        # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
-        names_there = (f"base_model.model.{one}" for one in (own, own.removesuffix(".weight")))
-        name = next((one for one in names_there if one in unread), None)
-        if key in missing and name is not None and unread[name].shape == state[key].shape:
+    theirs = {own: key for adapter in model.peft_config for key, own in saved(model, adapter).items() if key in missing}
+    # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
+    theirs |= {own.removesuffix(".weight"): key for own, key in theirs.items()}
+    full = {name.removeprefix("base_model.model."): name for name in unread}
+    known, headers = {own: state[key] for own, key in theirs.items()}, {short: unread[n] for short, n in full.items()}
+    found = names.targets(model, headers, known, conversions) if conversions else {own: own for own in headers}
+    for short, own in ((short, own) for short, own in found.items() if own in known):
+        if headers[short].shape == known[own].shape:
             why = (
                 "because load_adapter in this release of transformers looks for it under a name that peft does not use"
             )
-            reading.found[key] = Finding(key, Verdict.UNREAD, name, why, True, _BY_PEFT)
+            reading.found[theirs[own]] = Finding(theirs[own], Verdict.UNREAD, full[short], why, True, _BY_PEFT)
     claimed = {finding.source for finding in reading.found.values()}
     return {name: header for name, header in unread.items() if name not in claimed}
 
@@ -126,7 +136,9 @@ def note_rest(model: Any, reading: Reading, unread: names.Headers, made: names.M
         unread: what nothing read.
         made: what of that is known to be the model's, under other names.
     """
-    rest = set(note_names(model, reading, unread)) - (made.key_of.keys() if made is not None else set())
+    rest = set(note_names(model, reading, unread, names.conversions_of(model))) - (
+        made.key_of.keys() if made is not None else set()
+    )
     rest -= {finding.source for finding in reading.found.values()}
     drawn_again = made_again(model, model.peft_config, rest, reading.checkpoint)
     reading.found.update(of_the_whole(reading.checkpoint, len(unread) - len(drawn_again), sorted(rest - drawn_again)))
