@@ -180,6 +180,7 @@ def test_one_module_that_nothing_but_a_prefix_is_before() -> None:
         found = fitting(under(old, one), {**under(new, one), "head.weight": (9, 4)})
         assert found is not None
         assert (found.old, found.new) == (old, new)
+        assert found.why == f"because the checkpoint has {old or 'no prefix'} where the model has {new or 'no prefix'}"
 
 
 def test_a_prefix_under_which_both_have_more() -> None:

@@ -1,5 +1,6 @@
 """What `repair` fills buffers with: what the first `__init__` computed, and nothing else."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any, ClassVar
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.idioms import Tiny, dirty_memory, same
+from tests.idioms import Idiom, Tiny, dirty_memory, same, ties
 from tests.proof.test_watch import saved, verdicts
 from tiedquiet import Verdict
 from tiedquiet.proof.repair import put_in_place
@@ -149,6 +150,40 @@ def test_what_was_given_other_memory_is_put_back(tmp_path: Path) -> None:
         model = GivesOtherMemory.from_pretrained(tmp_path)
     assert verdicts(model) == {}
     assert all(same(tensor, file[name]) for name, tensor in model.state_dict().items() if name in file)
+
+
+class LeavesItsHead(ties.AskedForByTheConfigAlone):
+    """And nothing writes to the end that the file lacks."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if module is not self.head:
+            super()._init_weights(module)
+
+
+def test_a_tie_of_which_one_end_was_never_written_is_tied(tmp_path: Path) -> None:
+    Idiom(LeavesItsHead, missing=("head.weight",), config={"tie_word_embeddings": True}).save(tmp_path)
+    model = LeavesItsHead.from_pretrained(tmp_path)
+    assert verdicts(model) == {"head.weight": Verdict.UNTIED}
+    model.head.weight = model.embed.weight
+    assert verdicts(model) == {"head.weight": Verdict.TIED}
+    with tiedquiet.enable("repair"):
+        model = LeavesItsHead.from_pretrained(tmp_path)
+    assert model.head.weight is model.embed.weight
+    assert tiedquiet.check(model).ok
+
+
+def test_nothing_is_tied_to_what_two_files_have_differently(tmp_path: Path) -> None:
+    stored = Idiom(ties.DoesNothing, missing=("head.weight",), config={"tie_word_embeddings": True}).save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    save_file(stored, tmp_path / shards[0], {"format": "pt"})
+    save_file({"embed.weight": stored["embed.weight"] + 1}, tmp_path / shards[1], {"format": "pt"})
+    where = dict.fromkeys(stored, shards[0]) | {"embed.weight": shards[1]}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with tiedquiet.enable("repair"):
+        model = ties.DoesNothing.from_pretrained(tmp_path)
+    assert verdicts(model) == {"embed.weight": Verdict.AMBIGUOUS, "head.weight": Verdict.UNTIED}
+    assert model.head.weight is not model.embed.weight
 
 
 def test_a_value_is_put_where_one_of_its_shape_is_on_meta() -> None:

@@ -150,12 +150,11 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
 
 
 def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Survey) -> None:
-    buffer = now.others[key] if key in now.others else now.state[key]
+    tensors = now.state | now.others
+    buffer = tensors[key]
     if values is None or (values.shape, values.dtype) != (buffer.shape, buffer.dtype):
         return
-    if buffer.is_meta:
-        parent, _, name = key.rpartition(".")
-        setattr(model.get_submodule(parent), name, values.to(model.device))
+    if put_in_place(model, tensors, key, values):
         return
     buffer.copy_(values)
     load.watch.placeholders.note_written(buffer)
