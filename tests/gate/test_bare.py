@@ -201,6 +201,23 @@ def test_a_folder_with_weights_that_the_index_does_not_name(
     assert [line.partition("Pipeline: ")[2][: len(says)] for line in said] == [says] * bool(says)
 
 
+@pytest.mark.parametrize("kind", ["transformers", "diffusers"])
+def test_a_model_beside_the_index(kind: str, pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`from_pretrained` of a model reads it from the same folder, whatever an index says."""
+    part = pipe / ("text_encoder" if kind == "transformers" else "vae")
+    for path in part.iterdir():
+        shutil.copy(path, pipe)
+    assert check(pipe, "--json") == 0
+    found = components(capsys)
+    assert found["."]["held"] == found[part.name]["held"] > 0
+    weights = next(pipe.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert check(pipe, "--json") == 1
+    found = components(capsys)
+    assert {key for key, component in found.items() if component["loud"]} == {"."}
+    assert "is truncated" in found["."]["error"]
+
+
 def test_of_a_class_that_is_not_known_it_is_seen_by_the_library(pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = ["diffusers", "DDIMScheduler", "x"]
     name(pipe, _class_name="Mine", scheduler=entry, sizes=["a", "b", "c"], _hidden=entry)

@@ -92,6 +92,7 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: write(g / "config.json", "[]"), "does not hold a JSON object"),
         (lambda g: write(g / "model_index.json", "{}"), "is a pipeline, and its model_index.json names no component"),
         (lambda g: changed(g, architectures=["NoSuchModel"]), "config.json names NoSuchModel, which transformers"),
+        (lambda g: changed(g, architectures=["GPT2PreTrainedModel"]), "GPT2PreTrainedModel, which is not a model; name"),
         (lambda g: changed(g, vocab_size=80), "transformer.wte.weight is 64 by 16 in the file and 80 by 16 in the model"),
         (lambda g: cut(g, 5000), "model.safetensors is truncated: its header promises"),
         (lambda g: cut(g, 100), "model.safetensors is truncated or not a safetensors file: it has 100 bytes"),

@@ -88,6 +88,15 @@ def test_one_that_is_well(whole: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert last == "5 of 5 components are sound; 23 of 23 tensors hold the files' bytes"
 
 
+def test_a_model_beside_the_list(whole: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    """`from_pretrained` reads it from the same folder, whatever a list says; if it is on the list, it is checked once."""
+    BertModel(bert()).save_pretrained(whole)
+    assert outcome(whole, 0)["."]["class"] == "BertModel"
+    (whole / "model.safetensors").write_bytes(b"junk")
+    found = outcome(whole, 1)
+    assert [key for key, component in found.items() if component["loud"]] == ["."]
+
+
 def test_what_the_package_writes_and_reads(tmp_path: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
     """Against the real one, where it is installed: the names of its types, and of what it stores."""
     package = pytest.importorskip("sentence_transformers")

@@ -10,7 +10,7 @@ from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
-from tiedquiet.gate.weights import has_variant
+from tiedquiet.gate.weights import has_variant, has_weights
 
 _NO_LORA = "{} is not a model of diffusers, which --lora is for; a peft adapter is a folder"
 
@@ -47,7 +47,7 @@ def check(
     if not is_pipeline and cls is None and not how.is_resume and sentences.is_one(source):
         if how.lora:
             raise CannotCheck(_NO_LORA.format(name))
-        return _all(name, sentences.check(source, how)), True
+        return [*_all(name, found := sentences.check(source, how)), *_beside_index(source, found, how)], True
     if not is_pipeline:
         part = components.the_part(source, cls, how.trust)
         if kind := components.class_of_diffusers(part):
@@ -65,6 +65,7 @@ def check(
     results = [_component(source, entry, hows[entry.name]) for entry in entries]
     results += [_lacking(*lacking) for lacking in components.lacking(source)]
     results = _all(name, sorted(results, key=lambda result: result.component))
+    results += _beside_index(source, results, how)
     return results if file is None else [*results, lora.check_pipeline(source, file, how)], True
 
 
@@ -75,6 +76,22 @@ def _all(name: str, results: list[Result]) -> list[Result]:
         why = f"{looked_at[0].component}: {looked_at[0].error}" if looked_at else "it has no model"
         raise CannotCheck(f"{name}: no part of this pipeline can be checked: {why}")
     return results
+
+
+def _beside_index(source: Source, results: list[Result], how: How) -> list[Result]:
+    """The model that lies beside an index of others: transformers reads it from the same folder, and no index."""
+    if any(result.component == "." for result in results) or not source.is_local:
+        return []
+    if source.file("config.json") is None or not has_weights(source.folder()):
+        return []
+    how = how if how.variant and has_variant(source, "", how.variant) else replace(how, variant="")
+    try:
+        part = components.the_part(source, None, how.trust)
+        kind = components.class_of_diffusers(part)
+        result = load.check_model(part, how) if kind is None else diffusion.check_model(part, kind, how)
+    except CannotCheck as error:
+        return [Result(".", "a model of its own", error=str(error))]
+    return [replace(result, component=".")]
 
 
 def _lacking(part: str, cls: str, said: str, is_wrong: bool) -> Result:

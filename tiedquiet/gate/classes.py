@@ -30,10 +30,12 @@ def named(library: str, name: object) -> Any:
 
 
 def is_of_transformers(kind: object) -> bool:
-    """Whether it is one of transformers' models, or extends one."""
+    """Whether it is one of transformers' models, or extends one; what several have in common makes no model."""
     from transformers import PreTrainedModel
 
-    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        return False
+    return next(base for base in kind.__mro__ if "__init__" in vars(base)) is not PreTrainedModel
 
 
 def is_of_diffusers(kind: object) -> bool:

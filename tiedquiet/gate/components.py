@@ -1,6 +1,5 @@
 """The models in what `check` is given, and the class to load each as."""
 
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count, takewhile
@@ -12,9 +11,9 @@ from tiedquiet.gate.bounds import check_gguf, check_size
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.source import Source, kernels, under
+from tiedquiet.gate.weights import has_weights
 
 _LIBRARIES = (["diffusers"], ["transformers"])
-_WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\b.*\.(?:safetensors|bin)$")
 # The classes of diffusers that are read from several folders (`controlnet`, `controlnet_1`, ...), and of what they are.
 _SEVERAL = {
     "MultiAdapter": "T2IAdapter",
@@ -116,13 +115,7 @@ def _unnamed(source: Source, index: dict[str, Any]) -> list[str]:
     """The subfolders with weights that an index does not name; none of a pipeline on the hub: they are not fetched."""
     named = index.keys() | {entry.name for entry in entries_of(source)}
     found = (path for path in source.folder().iterdir() if path.name not in named) if source.is_local else ()
-    return sorted(path.name for path in found if not path.is_symlink() and path.is_dir() and _has_weights(path))
-
-
-def _has_weights(folder: Path) -> bool:
-    with suppress(OSError):  # it may not be read
-        return any(_WEIGHTS.match(path.name) for path in folder.iterdir())
-    return False
+    return sorted(path.name for path in found if not path.is_symlink() and path.is_dir() and has_weights(path))
 
 
 def class_of(entry: Entry) -> Any:

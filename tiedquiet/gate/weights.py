@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,17 @@ OF_DIFFUSERS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
+_OF_MODELS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\b.*\.(?:safetensors|bin)$")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _MOST_SHARDS = 10_000  # each is looked for several times, and the largest published checkpoints have a few hundred
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a file of the names under which models are saved."""
+    with suppress(OSError):  # it may not be read
+        return any(_OF_MODELS.match(path.name) for path in folder.iterdir())
+    return False
 
 
 def of_variant(names: Sequence[str], variant: str) -> tuple[str, ...]:
