@@ -5,7 +5,7 @@ adapters need are here, for both.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -127,18 +127,16 @@ def note_names(model: Any, reading: Reading, unread: names.Headers, conversions:
     return {name: header for name, header in unread.items() if name not in claimed}
 
 
-def note_rest(model: Any, reading: Reading, unread: names.Headers, made: names.Made | None = None) -> None:
+def note_rest(model: Any, reading: Reading, unread: names.Headers, known: Collection[str] = ()) -> None:
     """Note what else an adapter's files hold but nothing read: by peft's names for it, and then what has no place.
 
     Args:
         model: the model.
         reading: what was read; findings are added to it.
         unread: what nothing read.
-        made: what of that is known to be the model's, under other names.
+        known: the names in that of what is known to be the model's.
     """
-    rest = set(note_names(model, reading, unread, names.conversions_of(model))) - (
-        made.key_of.keys() if made is not None else set()
-    )
+    rest = note_names(model, reading, unread, names.conversions_of(model)).keys() - set(known)
     rest -= {finding.source for finding in reading.found.values()}
     drawn_again = made_again(model, model.peft_config, rest, reading.checkpoint)
     reading.found.update(of_the_whole(reading.checkpoint, len(unread) - len(drawn_again), sorted(rest - drawn_again)))

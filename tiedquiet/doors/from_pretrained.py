@@ -179,7 +179,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     around = call.current()
     load.arguments = around.arguments if around is not None else ()
     if adapters.is_loading(model):  # perhaps with no call around it: so it is judged when transformers reports
-        adapters.note_rest(model, reading, unread, made)
+        adapters.note_rest(model, reading, unread, [name for made in others for name in made.key_of])
     elif around is not None and (not reading.is_quantised or _is_last_step_seen(config.hf_quantizer)):
         around.watch(load, model)
 
