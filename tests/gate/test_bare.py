@@ -201,6 +201,12 @@ def test_a_folder_with_weights_that_the_index_does_not_name(
     assert [line.partition("Pipeline: ")[2][: len(says)] for line in said] == [says] * bool(says)
 
 
+def test_a_part_that_the_class_needs_is_told_once(pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name(pipe, unet=...)
+    (said,) = (line for line in lines(pipe, 1, capsys) if line.startswith("unet: "))
+    assert said.endswith("cannot be checked: it cannot be made without one, and model_index.json does not name it")
+
+
 @pytest.mark.parametrize("kind", ["transformers", "diffusers"])
 def test_a_model_beside_the_index(kind: str, pipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`from_pretrained` of a model reads it from the same folder, whatever an index says."""

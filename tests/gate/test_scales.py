@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
 
+from tests.checkpoints import gpt2
 from tests.gate.quantised import MAKERS, Make
 from tiedquiet import Verdict
 from tiedquiet.__main__ import main
@@ -125,3 +127,27 @@ def test_a_piece_of_the_file_that_the_model_does_not_have(more: tuple[str, ...])
     found = settling.settled.findings["0.weight"]
     assert (found is None) == (not more)
     assert found is None or (found.verdict, found.source) == (Verdict.UNREAD, *more)
+
+
+@pytest.mark.parametrize(("dtype", "status"), [(torch.int8, 1), (torch.uint8, 1), (torch.float8_e4m3fn, 0)])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_codes_that_no_config_and_no_scale_tell(
+    form: str, dtype: torch.dtype, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole numbers for a matrix; of a vector or a mask they may be what is meant, and eight bits of a float as well."""
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path)
+    stored["transformer.ln_f.bias"] = stored["transformer.ln_f.bias"].to(dtype)
+    stored["transformer.wpe.weight"] = torch.ones_like(stored["transformer.wpe.weight"]).to(dtype)
+    if form == "bin":
+        torch.save(stored, tmp_path / "pytorch_model.bin")
+        path.unlink()
+    else:
+        save_file(stored, path, {"format": "pt"})
+    capsys.readouterr()
+    assert main(["check", str(tmp_path)]) == status
+    said = capsys.readouterr().out
+    name = str(dtype).removeprefix("torch.")
+    assert (f"the file has {name} codes for it, and no scale" in said) is bool(status)
+    assert f"{16 - status} of 16 tensors hold the file's bytes" in said

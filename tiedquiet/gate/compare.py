@@ -20,6 +20,7 @@ from tiedquiet.verdict import WELL, Finding, Verdict
 
 Tensors = dict[str, torch.Tensor]
 Undo = Callable[[Tensors], Tensors]
+_CODES = {torch.int8, torch.uint8}  # float8 may be the numbers themselves
 _PREFIX = 16  # elements that tell which tensors can be equal
 
 
@@ -86,7 +87,7 @@ def compare(
     with Threads() as threads:
         comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered, threads)
         comparing.make_again(conversions)
-        found = [*comparing.run(), *comparing.rivals(state.keys()), *filter(None, settled.values())]
+        found = [*comparing.run(), *comparing.rivals(state.keys()), *comparing.codes(), *filter(None, settled.values())]
     held = comparing.held | {name for name, finding in settled.items() if finding is None}
     for name in held:
         findings.pop(name, None)  # what could not be proven by watching is proven now
@@ -177,6 +178,19 @@ class _Comparing:
                 if won and len(won) < len(keys) and not (is_base and prefix + name in won):
                     rival = next(key for key in keys if key not in won)
                     yield Finding(name, Verdict.AMBIGUOUS, won[0], f"not of {rival}: the file has both", True)
+
+    def codes(self) -> Iterator[Finding]:
+        """Findings on matrices of numbers that a file has as codes: they hold its bytes, which say nothing alone."""
+        kinds = self._checkpoint.dtypes & _CODES
+        for name in sorted(self.held) if kinds else ():
+            tensor = self._state[name]
+            if not isinstance(tensor, torch.nn.Parameter) or tensor.dim() < 2 or not tensor.is_floating_point():
+                continue
+            stored = self._checkpoint.headers.get(next(self._checkpoint.names_of(name), ""))
+            if stored is not None and stored.dtype in kinds:
+                self.held.discard(name)
+                what = str(stored.dtype).removeprefix("torch.")
+                yield Finding(name, Verdict.MISSING, None, f"the file has {what} codes for it, and no scale", True)
 
     def _open(self) -> list[str]:
         return [name for name in self._state if name not in self.held]

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +28,8 @@ OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has a file of the names under which models are saved."""
-    with suppress(OSError):  # it may not be read
-        return any(_OF_MODELS.match(path.name) for path in folder.iterdir())
-    return False
+    """Whether a folder has a file of the names under which models are saved; none if it may not be read."""
+    return any(_OF_MODELS.match(path.name) for path in folder.glob("*"))
 
 
 def of_variant(names: Sequence[str], variant: str) -> tuple[str, ...]:
