@@ -5,11 +5,13 @@ looks for one in the checkpoint's folder itself.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
+
+import torch
 
 from tiedquiet import mode, words
 from tiedquiet.doors.adapter_files import FOR_INFERENCE, altered_prompts, of_missing
@@ -64,53 +66,90 @@ def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outc
     rest = [name for name in before if now.get(name) == before[name] or (is_best and name != "default")]
     if not rest:
         return None
-    base, prefix = base_of(model)
-    state, earlier = survey(model).state, record.of(base)
-    own = {adapter: saved(model, adapter) for adapter in before}
-    read = {id(state[key]) for adapter in before.keys() - set(rest) for key in own[adapter]}
-    in_base_names = [key for key in state if key.startswith(prefix)]
-    in_base = {id(state[key]) for key in in_base_names}
-    known, repaired, lines = Record(set(), set(), 0, model=ref(base)), [], []
+    judged = _Rest(model, folder, before.keys() - set(rest))
     for adapter in rest:
+        judged.add(adapter)
+    return judged.outcome()
+
+
+class _Rest:
+    """Adapters that Trainer did not read, beside their files.
+
+    Args:
+        model: peft's.
+        folder: the checkpoint.
+        read: the adapters that Trainer did read.
+    """
+
+    def __init__(self, model: Any, folder: str, read: Collection[str]) -> None:
+        self._model, self._folder = model, folder
+        self._base, self._prefix = base_of(model)
+        self._state = survey(model).state
+        self._in_base = [key for key in self._state if key.startswith(self._prefix)]
         # What the layers share has a name above them as well.
-        names = {key: n for key, n in own[adapter].items() if key.startswith(prefix) or id(state[key]) not in in_base}
-        checkpoint = found_in(str(Path(folder, "" if adapter == "default" else adapter)), kind="adapter_model")
+        shared = {id(self._state[key]) for key in self._in_base}
+        self._places = {*self._in_base, *(key for key, tensor in self._state.items() if id(tensor) not in shared)}
+        self._read = {id(self._state[key]) for adapter in read for key in saved(model, adapter)}
+        self._earlier = record.of(self._base)
+        self._known = Record(set(), set(), 0, model=ref(self._base))
+        self._repaired: list[Finding] = []
+        self._said: list[str] = []
+
+    def add(self, adapter: str) -> None:
+        """Judge one of them."""
+        known, prefix = self._known, self._prefix
+        names = {key: own for key, own in saved(self._model, adapter).items() if key in self._places}
+        checkpoint = found_in(str(Path(self._folder, "" if adapter == "default" else adapter)), kind="adapter_model")
         if not checkpoint.files:
-            if earlier is not None and {key.removeprefix(prefix) for key in names} <= earlier.stored:
-                continue  # it came from somewhere else
-            what = f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had"
-            lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {what}"))
-        elif not names and (wrong := altered_prompts(model, adapter, checkpoint)):
+            if self._earlier is not None and {key.removeprefix(prefix) for key in names} <= self._earlier.stored:
+                return  # it came from somewhere else
+            self._said.append(
+                f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had"
+            )
+        elif not names and (wrong := altered_prompts(self._model, adapter, checkpoint)):
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
             known.findings[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
         known.files += checkpoint.files
         known.adapted |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        names |= base_s_own(checkpoint.headers, names, in_base_names)
+        names |= base_s_own(checkpoint.headers, names, self._in_base)
         missing = []
-        for name, own_name in ((name, n) for name, n in names.items() if id(state[name]) not in read):
-            key, values = name.removeprefix(prefix), checkpoint.tensors.get(own_name)
-            finding = Finding(key, Verdict.MISSING)
-            if values is not None:
-                finding = Finding(key, Verdict.UNREAD, own_name, _WHY, True, _CURE)
-            is_held = values is not None and bool(equals(state[name], values()))
-            if values is not None and not is_held and mode.current() == "repair":
-                is_held = copy_in_place(state[name], values())
-                repaired += [finding] if is_held else []
-            if name.startswith(prefix):
-                (known.stored if is_held else known.missing).add(key)
-            elif not is_held:  # prompts are no part of the base model, whose record this is
-                finding = replace(finding, key="", why=f"{own_name} of the adapter {adapter} was not read, {_WHY}")
-            if not is_held:
-                known.findings[finding.key] = finding
-                missing += [key] if values is None else []
+        for name, own in names.items():
+            if id(self._state[name]) in self._read:
+                continue
+            values = checkpoint.tensors.get(own)
+            if not self._judge(adapter, name, own, values) and values is None:
+                missing.append(name.removeprefix(prefix))
         if checkpoint.files and missing:
-            lines.append((logging.WARNING, f"{words.name_of(model, folder)}: {of_missing(missing, len(names))}"))
-    known.total = len(known.stored) + len(known.missing)
-    if not known.total and not known.findings and not repaired:
-        return None
-    known.lasting = {key: f for key, f in known.findings.items() if f.verdict is Verdict.UNREAD or not key}
-    known.tensors = record.refs_to({key: state[prefix + key] for key in known.stored})
-    outcome = outcome_of(model, folder, list(known.findings.values()), repaired, set(), known.total)
-    outcome.lines += lines
-    record.leave(base, known if earlier is None else known.after(earlier))
-    return outcome
+            self._said.append(of_missing(missing, len(names)))
+
+    def _judge(self, adapter: str, name: str, own: str, values: Callable[[], torch.Tensor] | None) -> bool:
+        """Note what became of one tensor, in `repair` reading it first; returns whether the model has its values."""
+        key, tensor = name.removeprefix(self._prefix), self._state[name]
+        finding, is_held = Finding(key, Verdict.MISSING), False
+        if values is not None:
+            finding, is_held = Finding(key, Verdict.UNREAD, own, _WHY, True, _CURE), bool(equals(tensor, values()))
+            if not is_held and mode.current() == "repair" and copy_in_place(tensor, values()):
+                is_held = True
+                self._repaired.append(finding)
+        if name.startswith(self._prefix):
+            (self._known.stored if is_held else self._known.missing).add(key)
+        else:  # prompts are no part of the base model, whose record this is
+            finding = replace(finding, key="", why=f"{own} of the adapter {adapter} was not read, {_WHY}")
+        if not is_held:
+            self._known.findings[finding.key] = finding
+        return is_held
+
+    def outcome(self) -> Outcome | None:
+        """What comes of all of them; leaves the record."""
+        known = self._known
+        known.total = len(known.stored) + len(known.missing)
+        if not known.total and not known.findings and not self._repaired:
+            return None
+        known.lasting = {key: f for key, f in known.findings.items() if f.verdict is Verdict.UNREAD or not key}
+        known.tensors = record.refs_to({key: self._state[self._prefix + key] for key in known.stored})
+        found = list(known.findings.values())
+        outcome = outcome_of(self._model, self._folder, found, self._repaired, set(), known.total)
+        name = words.name_of(self._model, self._folder)
+        outcome.lines += [(logging.WARNING, f"{name}: {line}") for line in self._said]
+        record.leave(self._base, known if self._earlier is None else known.after(self._earlier))
+        return outcome
