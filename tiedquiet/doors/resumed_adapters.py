@@ -113,9 +113,7 @@ class _Rest:
         known.adapted |= {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
         names |= base_s_own(checkpoint.headers, names, self._in_base)
         missing = []
-        for name, own in names.items():
-            if id(self._state[name]) in self._read:
-                continue
+        for name, own in ((name, own) for name, own in names.items() if id(self._state[name]) not in self._read):
             values = checkpoint.tensors.get(own)
             if not self._judge(adapter, name, own, values) and values is None:
                 missing.append(name.removeprefix(prefix))
