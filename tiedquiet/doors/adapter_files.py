@@ -114,7 +114,7 @@ class Adapter:
                 self._mend(finding, self.in_files[finding.key])
         if wrong := altered_prompts(self._model, self._name, checkpoint):
             known.lasting[""] = _of_prompts(wrong)
-        elif lost := self.lost_beside():
+        elif "" not in known.lasting and (lost := self.lost_beside()):
             why = f"the adapter's files do not have {words.few(lost)}, which is no part of the base model"
             known.lasting[""] = Finding("", Verdict.MISSING, None, why)
         left = sorted(known.missing - known.lasting.keys())
