@@ -1,14 +1,15 @@
 """Files whose names differ in more than one way, and advice that leaves alone what was read without it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import BertConfig, BertModel, SegformerConfig, SegformerForSemanticSegmentation
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.renamed import BERT, llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
 from tests.gate.test_compare import mixtral
 from tiedquiet import Verdict
 
@@ -56,3 +57,12 @@ def test_advice_about_a_prefix_that_has_to_be_added(tmp_path: Path, printed: Pri
     (line,) = printed.loud
     assert not wrong(type(model).from_pretrained(tmp_path, key_mapping=mapping_of(line)), truth)
     assert not wrong(stopped_and_repaired(type(model), tmp_path), truth)
+
+
+def test_advice_keeps_the_key_mapping_that_was_given(tmp_path: Path, printed: Printed) -> None:
+    """The one that is advised takes its place."""
+    model = BertModel(BertConfig(**BERT))
+    truth = written(model, tmp_path, lambda key: re.sub("^encoder", "layers", re.sub("^embeddings", "words", key)))
+    BertModel.from_pretrained(tmp_path, key_mapping={"^layers": "encoder"})
+    (line,) = printed.loud
+    assert not wrong(BertModel.from_pretrained(tmp_path, key_mapping=mapping_of(line)), truth)

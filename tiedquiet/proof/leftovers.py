@@ -201,19 +201,18 @@ class Leftovers(NamedTuple):
     def _cure(self, mappings: Sequence[dict[str, str]], made: names.Made) -> str:
         """How to have `from_pretrained` read them, as a clause: by the first `key_mapping` that does it, if any does.
 
-        What was read without it has to go where it went. Up to 5.3 it takes the place of the class's own.
+        A `key_mapping` takes the place of the user's own, and up to 5.3 of the class's: what was read by those is still
+        to be read into the same keys.
         """
-        used = [pattern for one in self.conversions for pattern in one.source_patterns]
-        own = {old: new for old, new in names.own_mapping(self.model).items() if old in used}
         was_read = names.targets(self.model, self.was_read, self.state, self.conversions) if any(mappings) else {}
         for mapping in filter(None, mappings):
-            rules = names.conversions_of(self.model, mapping | own)
+            whole = mapping | names.mapping_besides(self.conversions, names.conversions_of(self.model, mapping))
+            rules = names.conversions_of(self.model, whole)
             read_to = names.targets(self.model, {**self.was_read, **self.unread}, self.state, rules)
             cures = all(read_to.get(name) in made.origins for name in made.key_of)
             if cures and all(read_to.get(name) == key for name, key in was_read.items()):
-                how = f"pass key_mapping={mapping | own} to from_pretrained"
                 # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
-                return f"{how}, and save_original_format=False to save_pretrained"
+                return f"pass key_mapping={whole} to from_pretrained, and save_original_format=False to save_pretrained"
         return ""
 
 

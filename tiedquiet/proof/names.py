@@ -83,6 +83,13 @@ def all_conversions(model: Any, used: Sequence[Any]) -> list[Any]:
     return [*(one for one in used if _patterns(one) not in known), *own]
 
 
+def mapping_besides(used: Sequence[Any], own: Sequence[Any]) -> dict[str, str]:
+    """What of the renamings that a model was loaded with is not among others, as a `key_mapping`."""
+    known = [_patterns(one) for one in own]
+    besides = [one for one in _machinery(used)[1] if _patterns(one) not in known] if used else []
+    return {one.source_patterns[0]: one.target_patterns[0] for one in besides if len(one.source_patterns) == 1}
+
+
 def _patterns(conversion: Any) -> tuple[Any, ...]:
     scope = getattr(conversion, "scope_prefix", None)
     return type(conversion), conversion.source_patterns, conversion.target_patterns, scope
