@@ -122,7 +122,7 @@ def out_of_date(checkpoint: Checkpoint) -> Finding | None:
     for path in map(Path, checkpoint.files):
         rival = path.with_name("pytorch_model.bin") if path.stem == "model" else path.with_suffix(".bin")
         is_newer = rival.is_file() and rival.stat().st_mtime > path.stat().st_mtime + 1
-        if path.suffix == ".safetensors" and is_newer and not _is_equal(checkpoint, Checkpoint(None, [str(rival)])):
+        if is_newer and not _is_equal(checkpoint, Checkpoint(None, [str(rival)])):
             why = f"{path.name} was read; {rival.name} beside it is newer and was not"
             return Finding("", Verdict.AMBIGUOUS, path.name, why, False, "Delete the one that is out of date")
     return None
