@@ -1,7 +1,7 @@
 """Two names of the files for one tensor of the model, of which transformers drops one without a word."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -89,3 +89,37 @@ def test_a_file_of_several_types_is_not_counted_by_its_elements(tmp_path: Path) 
     assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {}
     save_file({**tensors, EXPERTS: value.bfloat16(), "x": value}, tmp_path / "model.safetensors", {"format": "pt"})
     assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {EXPERTS: Verdict.AMBIGUOUS}
+
+
+class TiesAnyway(GPT2LMHeadModel):
+    """Its code ties the head to the embedding, whatever the config says."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        self.lm_head.weight = self.transformer.wte.weight
+
+
+class DeclaresNothing(TiesAnyway):
+    """Nor does anything declare it."""
+
+    _tied_weights_keys: ClassVar[Any] = {}
+
+
+@pytest.mark.parametrize("kind", [TiesAnyway, DeclaresNothing])
+@pytest.mark.parametrize("stored", ["the_head.weight", ""])
+def test_a_tie_that_nobody_asks_for_beside_an_unread_head(
+    stored: str, kind: type[GPT2LMHeadModel], tmp_path: Path, printed: Printed
+) -> None:
+    """With the head in the files the row may be true, and stays; else the two are one, as the class has it."""
+    GPT2LMHeadModel(gpt2(tie_word_embeddings=False)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors | ({stored: head} if stored else {}), tmp_path / "model.safetensors", {"format": "pt"})
+    printed.records.clear()
+    model = kind.from_pretrained(tmp_path)
+    (found,) = tiedquiet.check(model).findings
+    verdict = Verdict.MISSING if stored else Verdict.TIED
+    assert (found.key, found.verdict, found.source) == ("lm_head.weight", verdict, stored or "transformer.wte.weight")
+    assert tiedquiet.check(model).ok is not bool(stored)
+    assert printed.shows("lm_head.weight") is bool(stored)
+    assert [f"may be {stored}" in line for line in printed.loud] == [True] * bool(stored)

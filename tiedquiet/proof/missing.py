@@ -82,6 +82,10 @@ def _judge_follower(
     # (a T5 with an `lm_head` of its own). Otherwise two different stored values leave the choice open.
     if source != meant and (rival := rival_of(source, group, stored)):
         return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
+    # A tie that nobody asks for may be in the place of values that the files have, and nothing read.
+    is_asked_for = source == meant and not group.flags.get(key)
+    if not is_asked_for and (likely := known.likely.get(key)) is not None:
+        return Finding(key, Verdict.MISSING, likely, f"it may be {likely} in the checkpoint, which was not read")
     if known.place(source) != known.place(key):
         # One tensor, without values: accelerate reads them again for each name, and up to 5.12.1 it is not told
         # where those of a tied one are.
