@@ -186,6 +186,32 @@ def test_nothing_is_tied_to_what_two_files_have_differently(tmp_path: Path) -> N
     assert model.head.weight is not model.embed.weight
 
 
+class Marked(torch.Tensor):
+    """A type of the user's: of such a tensor only the plain ones in it are kept."""
+
+
+class PutsAnother(Tiny):
+    """Puts another tensor in the place of what was read."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        self.lin.weight = torch.nn.Parameter(torch.zeros_like(self.lin.weight))
+
+
+def test_a_tensor_of_another_type_is_put_back_as_it_is(tmp_path: Path) -> None:
+    file = load_file(saved(tmp_path, "good citizen") / "model.safetensors")
+    given = {name: value.as_subclass(Marked) for name, value in file.items()}
+    config = Tiny.config_class.from_pretrained(tmp_path)
+    with tiedquiet.enable("on"):
+        model = PutsAnother.from_pretrained(None, config=config, state_dict=dict(given))
+        assert verdicts(model)["lin.weight"] is Verdict.OVERWRITTEN
+    with tiedquiet.enable("repair"):
+        model = PutsAnother.from_pretrained(None, config=config, state_dict=dict(given))
+    assert "lin.weight" not in verdicts(model)
+    assert isinstance(model.lin.weight, Marked)
+    assert same(model.lin.weight.as_subclass(torch.Tensor), file["lin.weight"])
+
+
 def test_a_value_is_put_where_one_of_its_shape_is_on_meta() -> None:
     module = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     module[0].register_buffer("running_mean", torch.empty(3, device="meta"))
