@@ -162,12 +162,13 @@ class LeavesItsHead(ties.AskedForByTheConfigAlone):
 
 def test_a_tie_of_which_one_end_was_never_written_is_tied(tmp_path: Path) -> None:
     Idiom(LeavesItsHead, missing=("head.weight",), config={"tie_word_embeddings": True}).save(tmp_path)
-    model = LeavesItsHead.from_pretrained(tmp_path)
-    assert verdicts(model) == {"head.weight": Verdict.UNTIED}
-    model.head.weight = model.embed.weight
-    assert verdicts(model) == {"head.weight": Verdict.TIED}
-    with tiedquiet.enable("repair"):
+    with dirty_memory():  # else it may be that of an embedding which was given back, and has its values
         model = LeavesItsHead.from_pretrained(tmp_path)
+        assert verdicts(model) == {"head.weight": Verdict.UNTIED}
+        model.head.weight = model.embed.weight
+        assert verdicts(model) == {"head.weight": Verdict.TIED}
+        with tiedquiet.enable("repair"):
+            model = LeavesItsHead.from_pretrained(tmp_path)
     assert model.head.weight is model.embed.weight
     assert tiedquiet.check(model).ok
 
