@@ -55,16 +55,15 @@ class Leftovers(NamedTuple):
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
                 made = names.Made(origins, why, rules)
-                change = next(filter(None, (side._prefixes() for side in sides)), None)
+                tried = ((side._prefix_in_files() or side._prefix_of_renamed()) for side in sides)
+                change = next(filter(None, tried), None)
                 return made._replace(cure=self._cure([*_mappings_of(change), names.own_mapping(model)], made) or cure)
         ways = [("", self.conversions)]
         if not is_resumed:  # of a wrapper's prefix in a Trainer's checkpoint more is asked
             ways += [(f", and {why}", rules) for why, _, rules in others if rules]
         for side in sides:
-            tried = ((why, side._replace(conversions=rules)._with_other_names()) for why, rules in ways)
-            found = [(one[0]._replace(why=one[0].why + why), one[1]) for why, one in tried if one is not None]
-            if found:
-                made, change = max(found, key=lambda one: len(one[0].origins))
+            if (found := side._with_other_names(ways)) is not None:
+                made, change = found
                 return made._replace(cure=self._cure(_mappings_of(change), made))
         return self._by_ties() if asks_for_ties(model) else None
 
@@ -123,17 +122,29 @@ class Leftovers(NamedTuple):
         some = names.of_models(self.unread)
         return {name: header for name, header in some.items() if not is_ignored(self.model, name, ends)}
 
-    def _with_other_names(self) -> tuple[names.Made, Prefixes] | None:
-        """What becomes of them with a prefix in place of another; converted, if that alone is not enough."""
-        if (found := self._prefixes()) is None:
-            return self.under_other_names() if self.conversions else None
-        return names.Made({key: names.Origin((name,), False) for key, name in found.names.items()}, found.why), found
+    def _with_other_names(self, ways: Sequence[tuple[str, Sequence[Any]]]) -> tuple[names.Made, Prefixes] | None:
+        """What becomes of them with a prefix in place of another; renamed or converted, if that alone is not enough.
 
-    def _prefixes(self) -> Prefixes | None:
-        """The prefix that fits: of the names that the files have, or of what transformers made of these."""
-        found = prefixes.by_prefix(self.unread, self.missing, self.needed, self.state)
-        if found is not None:
-            return found
+        Args:
+            ways: whose conversions, as a clause, and these; what most is made by counts.
+        """
+        if (found := self._prefix_in_files()) is not None:
+            return _straight(found), found
+        tried: list[tuple[names.Made, Prefixes]] = []
+        for why, rules in ((why, rules) for why, rules in ways if rules):
+            side = self._replace(conversions=rules)
+            change = side._prefix_of_renamed()
+            if (one := side.under_other_names() if change is None else (_straight(change), change)) is not None:
+                made, change = one
+                tried.append((made._replace(why=made.why + why), change))
+        return max(tried, key=lambda one: len(one[0].origins), default=None)
+
+    def _prefix_in_files(self) -> Prefixes | None:
+        """The prefix that fits, of the names that the files have."""
+        return prefixes.by_prefix(self.unread, self.missing, self.needed, self.state)
+
+    def _prefix_of_renamed(self) -> Prefixes | None:
+        """The prefix that fits, of what transformers has made of these names."""
         in_files = {new: old for old, new in names.renamed(self.model, self.unread, self.conversions).items()}
         in_theirs = {new: self.unread[old] for new, old in in_files.items()}
         found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state)
@@ -214,6 +225,11 @@ class Leftovers(NamedTuple):
                 # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
                 return f"pass key_mapping={whole} to from_pretrained, and save_original_format=False to save_pretrained"
         return ""
+
+
+def _straight(change: Prefixes) -> names.Made:
+    """What is made of the files' tensors if nothing but their names is another."""
+    return names.Made({key: names.Origin((name,), False) for key, name in change.names.items()}, change.why)
 
 
 def _mappings_of(change: Prefixes | None) -> list[dict[str, str]]:
