@@ -10,7 +10,7 @@ import torch
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import base_of, base_s_own, saved, without
+from tiedquiet.proof.adapted import base_of, base_s_own, names_in_files, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -75,15 +75,11 @@ class Adapter:
         # What its layers hold as well, peft draws again from a seed (VeRA).
         in_base = set(map(id, self._state.values()))
         found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
-        return [name for name in found if self._owner(name) == self._name]
-
-    def _owner(self, name: str) -> str:
-        """The adapter under whose name a tensor lies in a dictionary; if there is none, the one that came first."""
-        parts, modules = name.split("."), dict(self._model.named_modules())
-        holders = ((part, modules.get(".".join(parts[:place]))) for place, part in enumerate(parts))
-        adapters = self._model.peft_config
-        own = (part for part, holder in holders if part in adapters and part in getattr(holder, "keys", tuple)())
-        return next(own, next(iter(adapters)))
+        own = {adapter: names_in_files(model, adapter) for adapter in (model.peft_config if found else ())}
+        # What has no adapter's name is that of the one that came first.
+        first = next(iter(model.peft_config))
+        owners = ((name, next((adapter for adapter in own if name in own[adapter]), first)) for name in found)
+        return [name for name, owner in owners if owner == self._name]
 
     def judge(self, reported: Collection[str]) -> list[Finding]:
         """All findings; what `repair` reads is read now.

@@ -159,8 +159,12 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     # peft's names for them say more than what else may be in names.
     rest = adapters.note_names(model, reading, unread) if adapters.is_loading(model) else unread
     others = find_unread(model, reading, rest, config.weight_mapping or ())
-    to_disk = "disk" in (config.device_map or {}).values()
-    if others and mode.current() == "repair" and not (reading.is_quantised or to_disk):
+    if (
+        others
+        and mode.current() == "repair"
+        and not reading.is_quantised
+        and "disk" not in (config.device_map or {}).values()
+    ):
         before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
         also: dict[str, str] = {}
         for made in others:

@@ -37,7 +37,7 @@ def rivals(forms: Sequence[Weights], trust: bool = False) -> tuple[list[Finding]
 def _unlisted(first: Weights) -> Weights:
     """The shards beside those that are read, of as many, that the index does not name."""
     files = Checkpoint(None, list(map(str, first.files))).unlisted().files
-    return Weights(few([Path(path).name for path in files]), tuple(map(Path, files)), False)
+    return first._replace(name=few([Path(path).name for path in files]), files=tuple(map(Path, files)))
 
 
 def _difference(first: Weights, other: Weights, is_form: bool) -> str:

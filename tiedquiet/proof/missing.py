@@ -56,10 +56,14 @@ def judge_missing(
             if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
             elif (name := known.likely.get(key)) is not None:
-                why = f"it may be {name} in the checkpoint, which was not read"
+                why = _may_be(name)
             finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
         if finding is not None:
             yield finding
+
+
+def _may_be(name: str) -> str:
+    return f"it may be {name} in the checkpoint, which was not read"
 
 
 def _judge_follower(
@@ -85,7 +89,7 @@ def _judge_follower(
     # A tie that nobody asks for may be in the place of values that the files have, and nothing read.
     is_asked_for = source == meant and not group.flags.get(key)
     if not is_asked_for and (likely := known.likely.get(key)) is not None:
-        return Finding(key, Verdict.MISSING, likely, f"it may be {likely} in the checkpoint, which was not read")
+        return Finding(key, Verdict.MISSING, likely, _may_be(likely))
     if known.place(source) != known.place(key):
         # One tensor, without values: accelerate reads them again for each name, and up to 5.12.1 it is not told
         # where those of a tied one are.
