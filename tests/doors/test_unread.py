@@ -135,17 +135,18 @@ def test_a_base_model_of_which_nothing_was_read(tmp_path: Path, printed: Printed
     assert "embeddings.LayerNorm.bias may be tower.embeddings.LayerNorm.bias and 20 more of tower.* likewise" in line
 
 
-def test_an_untied_head_is_not_tied_while_the_file_may_have_it(tmp_path: Path, printed: Printed) -> None:
-    """One renamed head is only likely; but tying it would be wrong."""
-    truth = written(qwen2(tie_word_embeddings=False), tmp_path, lambda k: k.replace("lm_head", "output_head"))
-    for how in ("on", "repair"):
-        with tiedquiet.enable(how):
-            model = Qwen2ForCausalLM.from_pretrained(tmp_path)
-        assert wrong(model, truth) == {"lm_head.weight"}
-        assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-        (line,) = [line for line in printed.loud if "untied" in line]
-        assert "Check whether it is output_head.weight, which is in the checkpoint and was not read" in line
-        printed.records.clear()
+@pytest.mark.parametrize("how", ["on", "repair"])
+@pytest.mark.parametrize("name", ["output_head.weight", "decoder_out"])
+def test_no_head_is_tied_while_the_file_may_have_it(name: str, how: str, tmp_path: Path, printed: Printed) -> None:
+    """One renamed head is only likely, or less; but tying it would be wrong."""
+    truth = written(qwen2(tie_word_embeddings=False), tmp_path, lambda k: k.replace("lm_head.weight", name))
+    with tiedquiet.enable(how):
+        model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert wrong(model, truth) == {"lm_head.weight"}
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    (line,) = [line for line in printed.loud if "untied" in line]
+    which = f"{name}, which is" if "head" in name else "one of the tensors of its shape that are"
+    assert f"Check whether it is {which} in the checkpoint and w" in line
 
 
 class CopiesItsHead(Qwen2ForCausalLM):
@@ -159,10 +160,11 @@ class CopiesItsHead(Qwen2ForCausalLM):
 def test_a_copy_is_not_confirmed_while_the_file_may_have_it(tmp_path: Path, printed: Printed) -> None:
     written(qwen2(), tmp_path)
     assert verdicts(CopiesItsHead.from_pretrained(tmp_path)) == {"lm_head.weight": Verdict.COPIED}
-    written(qwen2(), tmp_path, **{"output_head.weight": torch.ones(64, 32)})
-    printed.records.clear()
-    assert verdicts(CopiesItsHead.from_pretrained(tmp_path)) == {"lm_head.weight": Verdict.MISSING}
-    assert "lm_head.weight may be output_head.weight" in printed.loud[0]
+    for name in ("output_head.weight", "decoder_out"):
+        written(qwen2(), tmp_path, **{name: torch.ones(64, 32)})
+        printed.records.clear()
+        assert verdicts(CopiesItsHead.from_pretrained(tmp_path)) == {"lm_head.weight": Verdict.MISSING}
+        assert any(f"lm_head.weight may be {name}" in line for line in printed.loud) is ("head" in name)
 
 
 @pytest.mark.parametrize(("part", "kind"), [("half", "missing"), ("all", "missing")])

@@ -55,15 +55,19 @@ def judge_missing(
             why = "neither end of its tie is in the checkpoint" if group else ""
             if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
-            elif (name := known.likely.get(key)) is not None:
-                why = _may_be(name)
+            elif known.likely.get(key):
+                why = f"it may be {_unread(key, known)}"
             finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
         if finding is not None:
             yield finding
 
 
-def _may_be(name: str) -> str:
-    return f"it may be {name} in the checkpoint, which was not read"
+def _unread(key: str, known: Record) -> str:
+    """What of the files may be this key, in words."""
+    name = known.likely[key]
+    if name is None:
+        return "one of the tensors of its shape that are in the checkpoint and were not read"
+    return f"{name}, which is in the checkpoint and was not read"
 
 
 def _judge_follower(
@@ -88,8 +92,8 @@ def _judge_follower(
         return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
     # A tie that nobody asks for may be in the place of values that the files have, and nothing read.
     is_asked_for = source == meant and not group.flags.get(key)
-    if not is_asked_for and (likely := known.likely.get(key)) is not None:
-        return Finding(key, Verdict.MISSING, likely, _may_be(likely))
+    if not is_asked_for and key in known.likely:
+        return Finding(key, Verdict.MISSING, known.likely[key], f"it may be {_unread(key, known)}")
     if known.place(source) != known.place(key):
         # One tensor, without values: accelerate reads them again for each name, and up to 5.12.1 it is not told
         # where those of a tied one are.
@@ -133,8 +137,8 @@ def _judge_parted(
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
-    if (name := known.likely.get(key)) is not None:
-        cure = f"Check whether it is {name}, which is in the checkpoint and was not read"
+    if key in known.likely:
+        cure = f"Check whether it is {_unread(key, known)}"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
 

@@ -33,7 +33,8 @@ class Reading:
         tied: those missing that a declared tie explains: another member of it was read.
         found: findings on the reading itself, which nothing later changes.
         crossed: keys that another name of the files was read into, and their own name there.
-        likely: for missing keys, an unread tensor of the files that fits their shape.
+        likely: for each missing key that unread tensors of the files fit by their shape, which one it most likely is;
+            None if none is likely.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
         made_of: gives what the loader made tensors of; those left out have their own names in the files, if any.
@@ -51,7 +52,7 @@ class Reading:
     tied: set[str] = field(default_factory=set)
     found: dict[str, Finding] = field(default_factory=dict)
     crossed: dict[str, str] = field(default_factory=dict)
-    likely: dict[str, str] = field(default_factory=dict)
+    likely: dict[str, str | None] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     made_of: Callable[[], Mapping[str, names.Origin]] = dict

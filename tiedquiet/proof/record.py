@@ -33,7 +33,8 @@ class Record:
         gone: names of those of which the quantiser made other tensors when all was read.
         adapted: names of those that an adapter brought: to delete it again takes them away.
         places: where what stays on disk is, by name.
-        likely: for missing keys, an unread tensor of the files that fits their shape.
+        likely: for each missing key that unread tensors of the files fit by their shape, which one it most likely is;
+            None if none is likely.
         is_resumed: whether the checkpoint is one of this very model.
         files: where the checkpoint lies.
         stamps: size and time that each of these files had then.
@@ -55,7 +56,7 @@ class Record:
     gone: set[str] = field(default_factory=set)
     adapted: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
-    likely: dict[str, str] = field(default_factory=dict)
+    likely: dict[str, str | None] = field(default_factory=dict)
     is_resumed: bool = False
     files: list[str] = field(default_factory=list)
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)

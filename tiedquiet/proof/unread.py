@@ -164,8 +164,13 @@ def find_unread(
     wanted = reading.missing - reading.found.keys()
     if not unread or not wanted:
         return found
-    now = survey(model)
+    now, held = survey(model), set(map(id, reading.held.values()))
     missing, tied = {key: now.state[key] for key in wanted}, declared(now)
+
+    def is_held(key: str, name: str) -> bool:
+        """Whether the key shares a tensor that was read, and that has these very values: then nothing is lost."""
+        return id(missing[key]) in held and bool(equals(missing[key], reading.checkpoint.tensors[name]()))
+
     needed = {key for key in missing if key not in tied and key not in reading.free}
     was_read = {name: header for name, header in reading.checkpoint.headers.items() if name not in unread}
     left = Leftovers(model, unread, missing, needed, now.state, conversions, was_read)
@@ -174,13 +179,18 @@ def find_unread(
             break
         if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
-        note_unread(reading, made, cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
-        found.append(made)
         left = left.without(made)
+        lost = {k: o for k, o in made.origins.items() if len(o.names) > 1 or o.is_converted or not is_held(k, *o.names)}
+        if lost:
+            found.append(made._replace(origins=lost))
+            note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     rest = by_shape(left.not_ignored())
     for key in sorted(left.missing):
-        if (name := likely(key, rest.get(missing[key].shape, ()))) is not None:
-            reading.likely[key] = name
+        alike = rest.get(missing[key].shape, [])
+        if len(alike) <= names.MOST_TRIED:
+            alike = [name for name in alike if not is_held(key, name)]
+        if alike:
+            reading.likely[key] = likely(key, alike)
     return found
 
 
