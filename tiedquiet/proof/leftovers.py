@@ -137,6 +137,8 @@ class Leftovers(NamedTuple):
             if (one := side.under_other_names() if change is None else (_straight(change), change)) is not None:
                 made, change = one
                 tried.append((made._replace(why=made.why + why), change))
+                if made.origins.keys() >= self.missing.keys():
+                    break  # no other makes more
         return max(tried, key=lambda one: len(one[0].origins), default=None)
 
     def _prefix_in_files(self) -> Prefixes | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from tiedquiet.proof.watch import TRANSFORMERS, Watch, Write
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
 Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
+_Kept = Literal["grown", "altered"]
 _IS_META = attrgetter("is_meta")
 
 
@@ -36,42 +37,56 @@ def judge_stored(
 ) -> tuple[dict[str, Finding], set[str], set[str]]:
     """Findings on stored keys that no longer hold what was read; those made larger; those altered and not lost."""
     found: dict[str, Finding] = {}
-    grown: set[str] = set()
-    altered: set[str] = set()
+    kept: dict[_Kept, set[str]] = {"grown": set(), "altered": set()}
     # The answer of nearly every load, in half the time that it takes to ask of each by itself.
     if not writes and all_lie_at([now.state.get(name) for name in reading.held], reading.read_to.values()):
-        return found, grown, altered
+        return found, kept["grown"], kept["altered"]
+    what: Finding | _Kept | None
     for name, tensor in reading.held.items():
-        read = reading.read_to[name]
         current, write = now.state.get(name), writes.get(name)
         if current is not None and current.is_meta and name not in reading.offloaded and is_moved(model, name):
             current = tensor  # accelerate put its values aside, where they were read to
-        if current is tensor and write is None and lies_at(current, read):
-            if current.is_meta and name not in reading.offloaded:
-                found[name] = Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
-            elif current.is_meta and is_over and not is_moved(model, name):  # up to 5.3.0, where all of a model is
-                found[name] = Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, and nothing reads them")
-            continue
-        if name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
-            continue  # its values stay on disk, and are read from there whenever they are needed; not those of a buffer
-        before = before_writing(reading, name, write)
-        is_equal = current is not None and before is not None and equals(current, before)
-        held = is_equal or (None if current is None or before is None else holds(current, before))
-        if current is None or (held is None and not (write and write.was_seen)):
-            found[name] = Finding(name, Verdict.UNPROVEN, None, "its values cannot be traced")
-        elif held:
-            if isinstance(before, torch.Tensor) and current.numel() > before.numel():
-                grown.add(name)
-            elif not is_equal:
-                altered.add(name)
-        elif write and write.prepares_adapter:
-            found[name] = Finding(name, Verdict.UNPROVEN, None, f"peft prepared it for its adapter, {write.by}")
-        elif write and write.package == TRANSFORMERS and is_padding(model, name, current, before):
-            altered.add(name)
+        if current is tensor and write is None and lies_at(current, reading.read_to[name]):
+            what = _without_values(model, reading, name, is_over) if current.is_meta else None
+        elif name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
+            what = None  # its values stay on disk, and are read from there whenever they are needed; not a buffer's
         else:
-            by = write.by if write else "by another tensor that took its place"
-            found[name] = Finding(name, Verdict.OVERWRITTEN, name, by, True)
-    return found, grown, altered
+            what = _judge_changed(model, reading, name, current, write)
+        if isinstance(what, Finding):
+            found[name] = what
+        elif what is not None:
+            kept[what].add(name)
+    return found, kept["grown"], kept["altered"]
+
+
+def _without_values(model: torch.nn.Module, reading: Reading, name: str, is_over: bool) -> Finding | None:
+    """The finding on a stored tensor that is on meta, as it was when it was read; None if something will read it."""
+    if name not in reading.offloaded:
+        return Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
+    if is_over and not is_moved(model, name):  # up to 5.3.0, where all of a model is
+        return Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, and nothing reads them")
+    return None
+
+
+def _judge_changed(
+    model: torch.nn.Module, reading: Reading, name: str, current: torch.Tensor | None, write: Write | None
+) -> "Finding | _Kept | None":
+    """The finding on a stored tensor that was written to or replaced; or how it has its values all the same."""
+    before = before_writing(reading, name, write)
+    is_equal = current is not None and before is not None and equals(current, before)
+    held = is_equal or (None if current is None or before is None else holds(current, before))
+    if current is None or (held is None and not (write and write.was_seen)):
+        return Finding(name, Verdict.UNPROVEN, None, "its values cannot be traced")
+    if held:
+        if isinstance(before, torch.Tensor) and current.numel() > before.numel():
+            return "grown"
+        return None if is_equal else "altered"
+    if write and write.prepares_adapter:
+        return Finding(name, Verdict.UNPROVEN, None, f"peft prepared it for its adapter, {write.by}")
+    if write and write.package == TRANSFORMERS and is_padding(model, name, current, before):
+        return "altered"
+    by = write.by if write else "by another tensor that took its place"
+    return Finding(name, Verdict.OVERWRITTEN, name, by, True)
 
 
 def judge_casts(known: Record, now: Survey, sources: Sources, and_on_disk: bool = False) -> None:
