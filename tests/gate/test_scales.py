@@ -129,7 +129,10 @@ def test_a_piece_of_the_file_that_the_model_does_not_have(more: tuple[str, ...])
     assert found is None or (found.verdict, found.source) == (Verdict.UNREAD, *more)
 
 
-@pytest.mark.parametrize(("dtype", "status"), [(torch.int8, 1), (torch.uint8, 1), (torch.float8_e4m3fn, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "status"),
+    [(torch.int8, 1), (torch.uint8, 1), (torch.int16, 1), (torch.int64, 1), (torch.float8_e4m3fn, 0)],
+)
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_codes_that_no_config_and_no_scale_tell(
     form: str, dtype: torch.dtype, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

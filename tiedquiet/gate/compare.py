@@ -8,6 +8,7 @@ import torch
 
 from tiedquiet.gate import progress
 from tiedquiet.gate.threads import Pair, Threads
+from tiedquiet.proof.codes import is_whole
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import differing, holds, plain, same
@@ -20,7 +21,6 @@ from tiedquiet.verdict import WELL, Finding, Verdict
 
 Tensors = dict[str, torch.Tensor]
 Undo = Callable[[Tensors], Tensors]
-_CODES = {torch.int8, torch.uint8}  # float8 may be the numbers themselves
 _PREFIX = 16  # elements that tell which tensors can be equal
 
 
@@ -181,7 +181,7 @@ class _Comparing:
 
     def codes(self) -> Iterator[Finding]:
         """Findings on matrices of numbers that a file has as codes: they hold its bytes, which say nothing alone."""
-        kinds = self._checkpoint.dtypes & _CODES
+        kinds = set(filter(is_whole, self._checkpoint.dtypes))  # float8 may be the numbers themselves
         for name in sorted(self.held) if kinds else ():
             tensor = self._state[name]
             if not isinstance(tensor, torch.nn.Parameter) or tensor.dim() < 2 or not tensor.is_floating_point():

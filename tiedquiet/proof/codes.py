@@ -10,6 +10,11 @@ from tiedquiet.verdict import Finding, Verdict
 CODES = tuple(t for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2") if (t := getattr(torch, name, None)))
 
 
+def is_whole(dtype: torch.dtype) -> bool:
+    """Whether a type is one of whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
 class Scales:
     """Which tensors that nothing read may be the scale of a module's codes.
 
@@ -55,8 +60,12 @@ def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.dtype, s
         ours: the type that it was read into.
         scales: what nothing read; a scale is of the same module, or has its name (`down_proj_scale`).
     """
-    is_codes = stored in CODES or not (stored.is_floating_point or stored.is_complex or stored is torch.bool)
-    if not is_codes or ours in CODES or not ours.is_floating_point or (scale := scales.of(name, stored)) is None:
+    if (
+        not (stored in CODES or is_whole(stored))
+        or ours in CODES
+        or not ours.is_floating_point
+        or (scale := scales.of(name, stored)) is None
+    ):
         return None
     why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
     return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")
