@@ -185,13 +185,19 @@ def find_unread(
             found.append(made._replace(origins=lost))
             note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     rest = by_shape(left.not_ignored())
-    for key in sorted(left.missing):
-        alike = rest.get(missing[key].shape, [])
-        if len(alike) <= names.MOST_TRIED:
-            alike = [name for name in alike if not is_held(key, name)]
-        if alike:
-            reading.likely[key] = likely(key, alike)
+    for shape, keys in by_shape(left.missing).items():
+        alike = rest.get(shape, [])
+        if len(alike) <= names.MOST_TRIED and not held.isdisjoint(id(missing[key]) for key in keys):
+            alike = [name for name in alike if not all(is_held(key, name) for key in _most_alike(name, keys))]
+        reading.likely |= {key: likely(key, alike) for key in sorted(keys) if alike}
     return found
+
+
+def _most_alike(name: str, keys: Sequence[str]) -> list[str]:
+    """Those of several keys whose names have as much in common with one of the files' as any."""
+    common = {key: names.in_common(key, name) for key in keys}
+    most = max(common.values())
+    return [key for key, one in common.items() if one == most]
 
 
 def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:
