@@ -3,7 +3,7 @@
 Their headers are asked, and only if a load is not plainly clean.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,29 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.leftovers import Leftovers
+from tiedquiet.proof.leftovers import Leftovers, is_ignored
 from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
-from tiedquiet.proof.survey import declared, survey
+from tiedquiet.proof.survey import Survey, declared, only, survey, ties
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
+_Tensors = Mapping[str, Callable[[], torch.Tensor]]
+_IsHeld = Callable[[str, names.Origin, _Tensors], bool]
 
 
 def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 
-    That is where it reports keys that no tie explains, where two files may have one name, where they have more than was
-    read, and where a type of the model may not hold what one of theirs does.
+    That is where it reports keys that no tie explains, where two files may have one name or lie beside one more, where
+    they have more than was read, and where a type of the model may not hold what one of theirs does.
     """
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
     checkpoint = reading.checkpoint
-    if len(checkpoint.files) > 1 and checkpoint.is_mapped:
+    if checkpoint.is_parted and checkpoint.is_mapped:
         return True
     if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
@@ -164,13 +166,9 @@ def find_unread(
     wanted = reading.missing - reading.found.keys()
     if not unread or not wanted:
         return found
-    now, held = survey(model), set(map(id, reading.held.values()))
+    now = survey(model)
     missing, tied = {key: now.state[key] for key in wanted}, declared(now)
-
-    def is_held(key: str, name: str) -> bool:
-        """Whether the key shares a tensor that was read, and that has these very values: then nothing is lost."""
-        return id(missing[key]) in held and bool(equals(missing[key], reading.checkpoint.tensors[name]()))
-
+    is_held, tensors = _asks_what_is_held(reading, now), reading.checkpoint.tensors
     needed = {key for key in missing if key not in tied and key not in reading.free}
     was_read = {name: header for name, header in reading.checkpoint.headers.items() if name not in unread}
     left = Leftovers(model, unread, missing, needed, now.state, conversions, was_read)
@@ -180,18 +178,46 @@ def find_unread(
         if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
         left = left.without(made)
-        lost = {k: o for k, o in made.origins.items() if len(o.names) > 1 or o.is_converted or not is_held(k, *o.names)}
-        if lost:
+        if lost := {key: origin for key, origin in made.origins.items() if not is_held(key, origin, tensors)}:
             found.append(made._replace(origins=lost))
             note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
-    rest = by_shape(left.not_ignored())
-    for key in sorted(left.missing):
+    _note_likely(reading, left.missing, left.not_ignored(), is_held, tensors)
+    return found
+
+
+def _asks_what_is_held(reading: Reading, now: Survey) -> _IsHeld:
+    """What tells whether a key has what files have for it: then nothing is lost.
+
+    It shares a tensor that was read, or a tie that is asked for makes it one, and that has these very values.
+    """
+    held, tied = set(map(id, reading.held.values())), ties(now, reading.missing, reading.stored)
+
+    def is_held(key: str, origin: names.Origin, tensors: _Tensors) -> bool:
+        if origin.is_converted or len(origin.names) > 1:
+            return False
+        ends = [now.state[key]] if id(now.state[key]) in held else []
+        if (group := tied.get(key)) is not None and not group.flags.get(key):
+            ends += [reading.held[name] for name in group.members if name in reading.held]
+        return any(equals(end, tensors[origin.names[0]]()) for end in ends)
+
+    return is_held
+
+
+def _note_likely(
+    reading: Reading,
+    missing: names.Headers,
+    unread: names.Headers,
+    is_held: _IsHeld,
+    tensors: _Tensors,
+) -> None:
+    """Note which of the unread tensors each missing key may be."""
+    rest = by_shape(unread)
+    for key in sorted(missing):
         alike = rest.get(missing[key].shape, [])
         if len(alike) <= names.MOST_TRIED:
-            alike = [name for name in alike if not is_held(key, name)]
+            alike = [name for name in alike if not is_held(key, names.Origin((name,), False), tensors)]
         if alike:
             reading.likely[key] = likely(key, alike)
-    return found
 
 
 def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:
@@ -221,11 +247,15 @@ def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> N
     if not wanted or not (others := reading.checkpoint.unlisted()).files:
         return
     with suppress(Exception):  # of files that nobody reads
-        made = names.origins(model, others.headers, survey(model).state, conversions)
+        now, headers, own = survey(model), others.headers, reading.checkpoint.headers
+        is_held = _asks_what_is_held(reading, now)
+        made = names.origins(model, headers, now.state, conversions)
         shards = ", ".join(Path(path).name for path in others.files)
         cure = "Add its tensors to the weight_map of the index, or save the checkpoint again"
-        found = {key: origin for key, origin in made.items() if key in wanted}
+        found = {k: o for k, o in made.items() if k in wanted and not is_held(k, o, others.tensors)}
         note_unread(reading, names.Made(found, f"because the index does not name {shards}"), cure)
+        rest = {name: header for name, header in headers.items() if name not in own and not is_ignored(model, name)}
+        _note_likely(reading, only(now.state, wanted - found.keys()), rest, is_held, others.tensors)
 
 
 def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
