@@ -1,5 +1,6 @@
 """Two names of the files for one tensor of the model, of which transformers drops one without a word."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,6 +93,16 @@ def test_a_file_of_several_types_is_not_counted_by_its_elements(tmp_path: Path) 
     assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {EXPERTS: Verdict.AMBIGUOUS}
 
 
+def beside_a_shard(folder: Path, tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    """Two shards, of which the index names the first."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    for name, some in zip(names, (tensors, others), strict=True):
+        save_file(some, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, names[0])}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 class TiesAnyway(GPT2LMHeadModel):
     """Its code ties the head to the embedding, whatever the config says."""
 
@@ -107,7 +118,7 @@ class DeclaresNothing(TiesAnyway):
 
 
 @pytest.mark.parametrize("kind", [TiesAnyway, DeclaresNothing])
-@pytest.mark.parametrize("stored", ["the_head.weight", "decoder_out", "of many", ""])
+@pytest.mark.parametrize("stored", ["the_head.weight", "decoder_out", "of many", "in a shard", ""])
 def test_a_tie_that_nobody_asks_for_beside_an_unread_head(
     stored: str, kind: type[GPT2LMHeadModel], tmp_path: Path, printed: Printed
 ) -> None:
@@ -117,7 +128,10 @@ def test_a_tie_that_nobody_asks_for_beside_an_unread_head(
     head = tensors.pop("lm_head.weight")
     of_many = {f"heads.{i}.weight": head + i for i in range(MOST_TRIED + 1)}
     others = of_many if stored == "of many" else {stored: head} if stored else {}
-    save_file(tensors | others, tmp_path / "model.safetensors", {"format": "pt"})
+    if stored == "in a shard":
+        beside_a_shard(tmp_path, tensors, {"decoder_out": head})
+    else:
+        save_file(tensors | others, tmp_path / "model.safetensors", {"format": "pt"})
     printed.records.clear()
     model = kind.from_pretrained(tmp_path)
     (found,) = tiedquiet.check(model).findings
@@ -128,6 +142,27 @@ def test_a_tie_that_nobody_asks_for_beside_an_unread_head(
     assert tiedquiet.check(model).ok is not bool(stored)
     assert printed.shows("lm_head.weight") is bool(stored)
     assert [f"may be {named}" in line for line in printed.loud] == [True] * bool(named)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+@pytest.mark.parametrize("where", ["module.lm_head.weight", "in a shard", "in a shard, and more is missing"])
+def test_one_end_of_a_tie_is_not_unread_if_it_has_the_values_of_the_other(
+    where: str, is_same: bool, tmp_path: Path
+) -> None:
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["transformer.wte.weight"] + (0 if is_same else 1)
+    lost = {} if is_same else {"lm_head.weight": Verdict.UNREAD}
+    if "more" in where:
+        gone = ["transformer.ln_f.bias", "transformer.ln_f.weight"]
+        tensors = {key: value for key, value in tensors.items() if key not in gone}
+        lost |= dict.fromkeys(gone, Verdict.MISSING)
+    if "shard" in where:
+        beside_a_shard(tmp_path, tensors, {"lm_head.weight": head})
+    else:
+        save_file({**tensors, where: head}, tmp_path / "model.safetensors", {"format": "pt"})
+    found = verdicts(GPT2LMHeadModel.from_pretrained(tmp_path))
+    assert {"lm_head.weight": Verdict.TIED, **lost} == found
 
 
 class SharesModules(GPT2LMHeadModel):

@@ -5,11 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertModel, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    VideoLlavaConfig,
+    VideoLlavaModel,
+)
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import BERT, llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.renamed import BERT, SMALL, TOWER, llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
 from tests.gate.test_compare import mixtral
 from tiedquiet import Verdict
 
@@ -66,3 +75,15 @@ def test_advice_keeps_the_key_mapping_that_was_given(tmp_path: Path, printed: Pr
     BertModel.from_pretrained(tmp_path, key_mapping={"^layers": "encoder"})
     (line,) = printed.loud
     assert not wrong(BertModel.from_pretrained(tmp_path, key_mapping=mapping_of(line)), truth)
+
+
+def test_a_file_that_fits_two_halves_of_a_model_is_read_into_neither(tmp_path: Path, printed: Printed) -> None:
+    """Names of one tower, which its class has under no prefix, and two towers that they fit."""
+    tower = CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
+    model = VideoLlavaModel(VideoLlavaConfig(vision_config=tower, text_config=LlamaConfig(**SMALL)))
+    written(model.video_tower, tmp_path, lambda key: key.removeprefix("vision_model."))
+    model.config.save_pretrained(tmp_path)
+    with tiedquiet.enable("repair"):
+        model = VideoLlavaModel.from_pretrained(tmp_path)
+    assert verdicts(model) == dict.fromkeys(model.state_dict(), Verdict.MISSING)
+    assert not printed.confirmed

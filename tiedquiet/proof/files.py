@@ -103,6 +103,11 @@ class Checkpoint:
     def _types(self) -> dict[str, list[bytes]]:
         return {path: _names_of_types(path) for path in self.files}
 
+    @property
+    def is_parted(self) -> bool:
+        """Whether these are several files, or one of several."""
+        return len(self.files) > 1 or any(map(_SHARD.search, self.files))
+
     @cached_property
     def is_mapped(self) -> bool:
         """Whether names and types are known without reading whole files, unlike those of pickles before torch 1.6."""

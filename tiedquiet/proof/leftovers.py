@@ -170,13 +170,12 @@ class Leftovers(NamedTuple):
             if is_clear and not is_elsewhere(change.old, change.new, known_as, self.state):
                 tried.append((self._hits(known_as), change, known_as))
         most = max((count for count, *_ in tried), default=0)
-        found: dict[frozenset[str], tuple[names.Made, Prefixes]] = {}
+        found: dict[frozenset[tuple[str, names.Origin]], tuple[names.Made, Prefixes]] = {}
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
-            used = frozenset(made.key_of)
-            is_whole = used >= (known_as.keys() if change.old in wrappers else self.unread.keys())
+            is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
             if is_enough(made.origins, is_whole, self.needed, not (change.old and change.new)):
-                found.setdefault(used, (made, change))
+                found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if len(found) != 1:
             return None
         ((made, change),) = found.values()

@@ -14,27 +14,28 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.leftovers import Leftovers
+from tiedquiet.proof.leftovers import Leftovers, is_ignored
 from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
-from tiedquiet.proof.survey import declared, survey
+from tiedquiet.proof.survey import Survey, declared, only, survey, ties
 from tiedquiet.verdict import Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
+_Ends = Mapping[str, Sequence[torch.Tensor]]
 
 
 def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     """Whether the files have to be asked: where the loader did not account for all of them and of the model.
 
-    That is where it reports keys that no tie explains, where two files may have one name, where they have more than was
-    read, and where a type of the model may not hold what one of theirs does.
+    That is where it reports keys that no tie explains, where two files may have one name or lie beside one more, where
+    they have more than was read, and where a type of the model may not hold what one of theirs does.
     """
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
     checkpoint = reading.checkpoint
-    if len(checkpoint.files) > 1 and checkpoint.is_mapped:
+    if checkpoint.is_parted and checkpoint.is_mapped:
         return True
     if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
@@ -164,13 +165,9 @@ def find_unread(
     wanted = reading.missing - reading.found.keys()
     if not unread or not wanted:
         return found
-    now, held = survey(model), set(map(id, reading.held.values()))
+    now = survey(model)
     missing, tied = {key: now.state[key] for key in wanted}, declared(now)
-
-    def is_held(key: str, name: str) -> bool:
-        """Whether the key shares a tensor that was read, and that has these very values: then nothing is lost."""
-        return id(missing[key]) in held and bool(equals(missing[key], reading.checkpoint.tensors[name]()))
-
+    ends = _ends(reading, now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
     was_read = {name: header for name, header in reading.checkpoint.headers.items() if name not in unread}
     left = Leftovers(model, unread, missing, needed, now.state, conversions, was_read)
@@ -180,17 +177,45 @@ def find_unread(
         if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
         left = left.without(made)
-        lost = {k: o for k, o in made.origins.items() if len(o.names) > 1 or o.is_converted or not is_held(k, *o.names)}
+        lost = {k: o for k, o in made.origins.items() if not _is_held(ends.get(k, ()), o, reading.checkpoint)}
         if lost:
             found.append(made._replace(origins=lost))
             note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
-    rest = by_shape(left.not_ignored())
-    for shape, keys in by_shape(left.missing).items():
-        alike = rest.get(shape, [])
-        if len(alike) <= names.MOST_TRIED and not held.isdisjoint(id(missing[key]) for key in keys):
-            alike = [name for name in alike if not all(is_held(key, name) for key in _most_alike(name, keys))]
-        reading.likely |= {key: likely(key, alike) for key in sorted(keys) if alike}
+    _note_likely(reading, left.missing, left.not_ignored(), reading.checkpoint, ends)
     return found
+
+
+def _ends(reading: Reading, now: Survey) -> dict[str, list[torch.Tensor]]:
+    """For missing keys, the tensors that were read which each of them is, or is to be by a tie that is asked for."""
+    held = set(map(id, reading.held.values()))
+    found = {key: [now.state[key]] for key in reading.missing if id(now.state[key]) in held}
+    for key, group in ties(now, reading.missing, reading.stored).items():
+        if key in reading.missing and not group.flags.get(key):
+            found.setdefault(key, []).extend(reading.held[name] for name in group.members if name in reading.held)
+    return found
+
+
+def _is_held(ends: Sequence[torch.Tensor], origin: names.Origin, files: Checkpoint) -> bool:
+    """Whether one of these tensors has the very values that files have for a key: then nothing is lost."""
+    if not ends or origin.is_converted or len(origin.names) > 1:
+        return False
+    return any(equals(end, files.tensors[origin.names[0]]()) for end in ends)
+
+
+def _note_likely(
+    reading: Reading, missing: names.Headers, unread: names.Headers, files: Checkpoint, ends: _Ends
+) -> None:
+    """Note which of the unread tensors of some files each missing key may be."""
+
+    def is_held(key: str, name: str) -> bool:
+        return _is_held(ends.get(key, ()), names.Origin((name,), False), files)
+
+    rest = by_shape(unread)
+    for shape, keys in by_shape(missing).items():
+        alike = rest.get(shape, [])
+        if len(alike) <= names.MOST_TRIED and not ends.keys().isdisjoint(keys):
+            alike = [name for name in alike if not all(is_held(key, name) for key in _most_alike(name, keys))]
+        reading.likely |= {key: likely(key, alike) for key in keys if alike}
 
 
 def _most_alike(name: str, keys: Sequence[str]) -> list[str]:
@@ -227,11 +252,15 @@ def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> N
     if not wanted or not (others := reading.checkpoint.unlisted()).files:
         return
     with suppress(Exception):  # of files that nobody reads
-        made = names.origins(model, others.headers, survey(model).state, conversions)
+        now, headers, own = survey(model), others.headers, reading.checkpoint.headers
+        ends = _ends(reading, now)
+        made = names.origins(model, headers, now.state, conversions)
         shards = ", ".join(Path(path).name for path in others.files)
         cure = "Add its tensors to the weight_map of the index, or save the checkpoint again"
-        found = {key: origin for key, origin in made.items() if key in wanted}
+        found = {k: o for k, o in made.items() if k in wanted and not _is_held(ends.get(k, ()), o, others)}
         note_unread(reading, names.Made(found, f"because the index does not name {shards}"), cure)
+        rest = {name: header for name, header in headers.items() if name not in own and not is_ignored(model, name)}
+        _note_likely(reading, only(now.state, wanted - found.keys()), rest, others, ends)
 
 
 def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
