@@ -94,10 +94,11 @@ def read_folder(
     # The Trainer believes the index.
     missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & state.keys()
     unexpected = unexpected & in_files
+    unasked = there.unasked - missing if unexpected else set()
     twice = {name: (first, second) for name, first, second in checkpoint.twice()}
     found = list(there.made(missing, unexpected)) if unexpected else []
-    # What a module sets by itself where it is not delivered (a batch norm's count of batches), no loader calls missing.
-    reading = read(model, missing.union(*(made.origins for made in found)), checkpoint)
+    reading = read(model, missing.union(unasked, *(made.origins for made in found)), checkpoint)
+    reading.free |= unasked
     for name, files in twice.items():
         if (key := name.removeprefix(of.path)) in reading.held:
             reading.found[key] = in_two_files(key, *files)
@@ -142,13 +143,15 @@ def read_folder(
         rest = [under]
     for made in rest:
         take(made)
-    if not done and not held:
-        return reading, [], set()
     came = done | held
+    unasked -= reading.found.keys()
+    if not came and not unasked:
+        return reading, [], set()
     mended = [reading.found[key] for key in sorted(done)]
-    again = read(model, reading.missing - came.keys(), checkpoint, made_of=lambda: came)
+    again = read(model, reading.missing - came.keys() - unasked, checkpoint, made_of=lambda: came)
     again.found.update({key: finding for key, finding in reading.found.items() if key not in came})
-    again.likely, again.narrowed = reading.likely, reading.narrowed
+    again.likely = {key: name for key, name in reading.likely.items() if key not in unasked}
+    again.narrowed = reading.narrowed
     return again, mended, set(held)
 
 
@@ -162,7 +165,7 @@ def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) 
         unexpected: the names of what was read and had no place.
     """
     there = _Folder(of, folder)
-    read_into = {key: names.Origin((of.path + key,), False) for key in there.state.keys() - missing}
+    read_into = {key: names.Origin((of.path + key,), False) for key in there.state.keys() - missing - there.unasked}
     made = names.Made(read_into, "")
     return there.checkpoint.tensors.keys() >= unexpected | made.key_of.keys() and there.holds(made)
 
@@ -264,6 +267,16 @@ class _Folder:
         """Why nothing read what the files have under a prefix."""
         own = self._of.path + self._of.at
         return _WHY if prefix == own else Prefixes(prefix, own, {}).why
+
+    @cached_property
+    def unasked(self) -> set[str]:
+        """What a module sets by itself where its files do not have it, so that no loader calls it missing.
+
+        That is a batch norm's count of batches.
+        """
+        in_files = {name for name, _ in self.checkpoint.names}
+        counts = {key for key in self.state if key.endswith("num_batches_tracked")}
+        return {key for key in counts if self._of.path + key not in in_files}
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
