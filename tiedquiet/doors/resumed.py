@@ -104,7 +104,8 @@ def read_folder(
     if (older := out_of_date(checkpoint)) is not None:
         reading.found[""] = older
     if _has_cast(of, reading):
-        ask_headers(model, reading, also={of.path + key: key for key in reading.held})
+        names_of = {of.path + key: key for key in reading.held}
+        ask_headers(model, reading, also={name: names_of[name] for name in names_of if name in checkpoint.headers})
     # What an index lacks and a shard has is read along with that shard.
     own = {key: names.Origin((of.path + key,), False) for key in reading.missing if of.path + key in in_files}
     held = {key: origin for key, origin in own.items() if there.holds(names.Made({key: origin}, ""))}
