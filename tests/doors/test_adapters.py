@@ -99,6 +99,7 @@ def test_a_sound_adapter(load: Any, saved: Path, adapter: Path, printed: Printed
     assert not printed.loud
     base = len(load_file(saved / "base" / "model.safetensors"))
     assert proof.stored == base + len(load_file(adapter / FILE))
+    assert not model._load_state_dict_post_hooks
 
 
 def test_whole_modules_that_transformers_does_not_read(saved: Path, reads_whole: bool, printed: Printed) -> None:
@@ -206,7 +207,9 @@ def test_an_older_file_beside_a_newer_one(load: Any, saved: Path, adapter: Path,
 
 
 @pytest.mark.parametrize("name", ["0", "weight", "model"])
-def test_an_adapter_that_is_called_like_a_part_of_the_base(name: str, saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_called_like_a_part_of_the_base(
+    name: str, saved: Path, tmp_path: Path, printed: Printed
+) -> None:
     """What is known of the base stays: here, that its head is random."""
     shutil.copytree(saved / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": False}
@@ -219,6 +222,7 @@ def test_an_adapter_that_is_called_like_a_part_of_the_base(name: str, saved: Pat
     proof = proof_of(name, saved / "adapter")
     assert [(f.key, f.verdict) for f in proof.findings] == [("lm_head.weight", Verdict.UNTIED)]
     assert proof == proof_of("default", saved / "adapter")
+    assert not any("were one tensor" in line for line in printed.loud), "it was no tie before the adapter came, either"
     shutil.copytree(saved / "adapter", tmp_path / "adapter")
     rename(tmp_path / "adapter", lambda key: key.replace("q_proj", f"{key[-13:-7]}_proj") if "layers.0" in key else key)
     (whole,) = [finding for finding in proof_of(name, tmp_path / "adapter").findings if not finding.key]
@@ -226,6 +230,10 @@ def test_an_adapter_that_is_called_like_a_part_of_the_base(name: str, saved: Pat
 
 
 def test_a_second_adapter_adds_to_what_is_known(saved: Path, adapter: Path) -> None:
+    with tiedquiet.enable("off"):
+        base = AutoModelForCausalLM.from_pretrained(saved / "base")
+    model = peft.PeftModel.from_pretrained(base, saved / "adapter")
+    assert tiedquiet.check(model).stored == len(load_file(adapter / FILE)), "nothing is known of the base model"
     model = by_peft(saved, saved / "adapter")
     before = tiedquiet.check(model)
     rename(adapter, lambda key: None if "lora_B" in key else key)
@@ -248,6 +256,10 @@ def test_prompts_are_no_part_of_the_model(saved: Path, tmp_path: Path, printed: 
         base = AutoModelForCausalLM.from_pretrained(saved / "base")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "prompts")
     assert not tiedquiet.check(model).ok, "nothing is known of the model that they are put before"
+    more = {**load_file(tmp_path / "prompts" / FILE), "stranger": torch.ones(1)}
+    save_file(more, tmp_path / "prompts" / FILE, {"format": "pt"})
+    by_peft(saved, tmp_path / "prompts")
+    assert not printed.loud
     newer = {name: value + 1 for name, value in load_file(tmp_path / "prompts" / FILE).items()}
     torch.save(newer, tmp_path / "prompts" / "adapter_model.bin")
     os.utime(tmp_path / "prompts" / FILE, (0, 0))

@@ -1,4 +1,4 @@
-"""Adapters beside others, and over one of the same name: each is judged by its own file."""
+"""Adapters beside others, over one of the same name, and with a tensor too many: each is judged by its own file."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import tiedquiet
@@ -97,6 +97,7 @@ def test_what_no_load_read_stays_in_the_report(saved: Path, printed: Printed) ->
     printed.records.clear()
     model.load_adapter(str(saved / "two"), adapter_name="two")
     assert "lora_A.new" in printed.report
+    assert not any("read by an earlier load" in line for line in printed.confirmed)
     with tiedquiet.enable("off"):
         model = base_of(saved)
         model.load_adapter(str(saved / "one"), adapter_name="one")
@@ -160,6 +161,17 @@ def test_one_in_a_subfolder_of_another_s(saved: Path) -> None:
     assert tiedquiet.check(model).ok
 
 
+def test_what_repair_has_read_is_there_the_next_time(saved: Path, printed: Printed) -> None:
+    """The same file once more: nothing reads it, and nothing is lost."""
+    rename(saved / "one", lambda key: f"module.{key}")
+    with tiedquiet.enable("repair"):
+        model = by_peft(saved, saved / "one")
+    with tiedquiet.enable("strict"):
+        model.load_adapter(saved / "one", "default")
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
+
+
 def test_half_a_file_over_one_of_the_same_name(saved: Path) -> None:
     model = by_peft(saved, saved / "one")
     model.load_adapter(saved / "two", "default")
@@ -184,6 +196,32 @@ def test_those_of_different_kinds(saved: Path) -> None:
     rename(saved / "two", lambda key: None if "lora_B" in key else key)
     proof = tiedquiet.check(peft.PeftMixedModel.from_pretrained(base_of(saved), saved / "two"))
     assert (proof.ok, proof.missing) == (False, 4)
+
+
+@pytest.mark.parametrize("kind", ["another layer's", "of a prefix that fits others", "a number of its layer"])
+def test_one_tensor_too_many(kind: str, saved: Path, printed: Printed) -> None:
+    """It is counted, and told by the name that the file has, whatever else is wrong."""
+    tensors = load_file(saved / "one" / FILE)
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.{}".format
+    lacking = name(0, "lora_A.weight")
+    if kind == "another layer's":
+        more = name(7, "lora_A.weight")
+        del tensors[lacking]
+    elif kind == "a number of its layer":  # peft's layer has it by that name
+        more = name(0, "scaling")
+    else:
+        more = f"module.{name(7, 'lora_A.weight')}"
+        tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
+    save_file({**tensors, more: torch.ones(2, 32)}, saved / "one" / FILE, {"format": "pt"})
+    printed.records.clear()
+    proof = tiedquiet.check(by_peft(saved, saved / "one"))
+    (whole,) = (finding for finding in proof.findings if not finding.key)
+    total, missing = len(tensors) + 1, proof.missing
+    unread = [finding for finding in proof.findings if finding.verdict is Verdict.UNREAD]
+    assert f"{total - len(unread)} of {total} tensors of the adapter were read" in whole.why, whole
+    assert whole.why.endswith(f"the model has no place for {more}")
+    of_missing = f"missing, 1 of {total - 1 + missing} tensors of the adapter is not in its files"
+    assert any(of_missing in line for line in printed.loud) == (kind == "another layer's"), printed.loud
 
 
 def test_what_another_has_beside_the_base_model(saved: Path) -> None:

@@ -126,6 +126,7 @@ def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> No
         proof = tiedquiet.check(model)
         assert (proof.ok, proof.missing) == (bool(in_file), int(not in_file))
         assert any("missing, 2 of 2 tensors of the adapter" in line for line in printed.loud) == (not in_file)
+        assert not any("also changed tensors of the base model" in line for line in printed.of("tiedquiet"))
     save_file({f"module.{name}": value for name, value in classifier.items()}, path, {"format": "pt"})
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="0 of 2 tensors of the adapter were read"):
         peft.PeftModel.from_pretrained(base(), tmp_path / "mixed")

@@ -1,4 +1,4 @@
-"""The watch covers the whole call of `from_pretrained`; what comes after it, or belongs to a quantiser, it leaves alone."""
+"""The watch covers the whole call of `from_pretrained`; what comes after it, it leaves alone."""
 
 import copy
 import gc
@@ -164,6 +164,64 @@ def test_a_copy_that_is_returned_has_the_record(how: Any, tmp_path: Path) -> Non
     assert [name for name in vars(model) if "tiedquiet" in name] == ["_tiedquiet_record"]
 
 
+class LoadsTwice(Tiny):
+    """Writes to the first model once the second is loaded."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        first, second = (super(LoadsTwice, cls).from_pretrained(*args, **kwargs) for _ in range(2))
+        first.lin.weight.data.mul_(2)
+        second.other = first
+        return second
+
+
+class MakesOneAnew(Tiny):
+    """Loads a model of a class below as well, and returns another one that has all of its own."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not MakesOneAnew:
+            return super().from_pretrained(*args, **kwargs)
+        below, own = Below.from_pretrained(*args, **kwargs), super().from_pretrained(*args, **kwargs)
+        model = cls(own.config)
+        model.load_state_dict(own.state_dict())
+        below.lin.weight.data.mul_(2)
+        model.other = below
+        return model
+
+
+class Below(MakesOneAnew):
+    pass
+
+
+@pytest.mark.parametrize("kind", [LoadsTwice, MakesOneAnew])
+def test_of_two_loads_in_one_call_each_is_judged_by_itself(kind: Any, tmp_path: Path) -> None:
+    model = kind.from_pretrained(saved(tmp_path))
+    other = vars(model)["_modules"].pop("other")
+    assert tiedquiet.check(model).ok
+    assert verdicts(other) == {"lin.weight": Verdict.OVERWRITTEN}
+
+
+class Keeps(Tiny):
+    """Loads each time, and returns what it returned the first time."""
+
+    kept: Any = None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        cls.kept = cls.kept or model
+        return cls.kept
+
+
+def test_what_was_loaded_before_is_not_what_this_call_has_read(tmp_path: Path, printed: Printed) -> None:
+    with torch.no_grad():
+        Keeps.from_pretrained(saved(tmp_path)).lin.weight.mul_(2)  # it was trained since
+    with tiedquiet.enable("strict"):
+        assert tiedquiet.check(Keeps.from_pretrained(tmp_path)).ok
+    assert not printed.loud
+
+
 class Retries(Tiny):
     """Takes a second try after a first that failed late, as one may where the GPU is full."""
 
@@ -241,57 +299,6 @@ def test_an_adapter_of_a_broken_base_stops_strict(tmp_path: Path, printed: Print
         Broken.from_pretrained(tmp_path / "adapter")
     whole = Broken.from_pretrained(tmp_path / "adapter")
     assert verdicts(whole)["transformer.wpe.weight"] is Verdict.OVERWRITTEN
-
-
-def quantiser(kind: str, **methods: Any) -> Any:
-    """The config of a quantiser with these methods, registered in transformers' own way."""
-    quantizers = pytest.importorskip("transformers.quantizers")
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Config(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-        def __init__(self, **_: Any) -> None:
-            self.quant_method = kind
-
-    needed = {"requires_calibration": False, "is_serializable": lambda *_: False, "is_trainable": False}
-    quantizers.register_quantization_config(kind)(Config)
-    quantizers.register_quantizer(kind)(type("Quantizer", (quantizers.HfQuantizer,), {**needed, **methods}))
-    return Config()
-
-
-@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
-def test_what_a_quantiser_does_last_is_no_loss(mode: str, tmp_path: Path) -> None:
-    def halve(self: Any, model: Any, **_: Any) -> Any:
-        model.lin.weight.data.mul_(0.5)
-        return model
-
-    config = quantiser(f"halved in {mode}", _process_model_after_weight_loading=halve)
-    file = IDIOMS["good citizen"].save(tmp_path)
-    with tiedquiet.enable(mode):
-        model = Tiny.from_pretrained(tmp_path, quantization_config=config)
-    assert torch.equal(model.lin.weight, file["lin.weight"] * 0.5)
-    assert verdicts(model) == {}
-
-
-def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> None:
-    from transformers.core_model_loading import ConversionOps
-
-    class Another(ConversionOps):  # type: ignore[misc, unused-ignore]
-        def convert(self, input_dict: Any, *_: Any, model: Any, **__: Any) -> Any:
-            before, model.lin = model.lin, torch.nn.Linear(*reversed(model.lin.weight.shape), device="meta")
-            model.lin.bias = before.bias
-            return {name: values[0] if isinstance(values, list) else values for name, values in input_dict.items()}
-
-    config = quantiser(
-        "another module",
-        param_needs_quantization=lambda self, model, param_name, **_: param_name == "lin.weight",
-        get_quantize_ops=lambda self: Another(),
-    )
-    file = IDIOMS["good citizen"].save(tmp_path)
-    with tiedquiet.enable("strict"):
-        model = Tiny.from_pretrained(tmp_path, quantization_config=config)
-    assert torch.equal(model.lin.weight, file["lin.weight"])
-    proof = tiedquiet.check(model)
-    assert (proof.stored, proof.findings) == (len(file), ())
 
 
 class LooksAtAll(MixtralForCausalLM):

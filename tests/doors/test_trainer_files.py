@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     LlavaForConditionalGeneration,
     SegformerConfig,
     SegformerForSemanticSegmentation,
@@ -106,6 +107,41 @@ def test_an_index_that_lacks_what_a_shard_has(kind: str, runs: Any, tmp_path: Pa
     assert (proof.ok, proof.missing) == (True, 0)
     assert not printed.of("transformers.trainer")
     assert any("already holds what the checkpoint stores" in line and lacking in line for line in printed.confirmed)
+
+
+class Drops(LlamaForCausalLM):
+    """Reads all but its norm."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        drop = lambda module, tensors, prefix, *_: tensors.pop(f"{prefix}weight")  # noqa: E731
+        self.model.norm.register_load_state_dict_pre_hook(drop)
+
+
+def test_what_the_file_has_and_the_model_s_own_code_leaves_out(runs: Any, printed: Printed) -> None:
+    folder = runs(llama)
+    model = Drops.from_pretrained(folder / "base")
+    printed.records.clear()
+    trainer_of(model, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    found = {f.key: f.verdict for f in tiedquiet.check(model).findings if f.verdict is not Verdict.TIED}
+    assert found == {"model.norm.weight": Verdict.MISSING}
+    assert "model.norm.weight" in printed.of("transformers.trainer")[0]
+    assert not any("model.norm.weight" in line for line in printed.confirmed)
+
+
+class HasABaseLayer(LlamaForCausalLM):
+    """With a name in it that peft gives what it puts its layers around."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.more = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(3, 3)})
+
+
+def test_a_name_that_is_none_of_peft_s(tmp_path: Path) -> None:
+    written(HasABaseLayer(llama().config), tmp_path, lambda key: f"module.{key}")
+    with tiedquiet.enable("repair"):
+        trainer_of(model := HasABaseLayer(llama().config), tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert tiedquiet.check(model).ok
 
 
 def test_one_name_in_two_shards(runs: Any, tmp_path: Path, printed: Printed) -> None:
@@ -250,6 +286,16 @@ def test_a_name_in_two_shards_that_the_model_does_not_have(runs: Any, tmp_path: 
     for number, shard in enumerate(sorted(checkpoint.glob("*.safetensors"))):
         save_file({**load_file(shard), "more": torch.tensor([float(number)])}, shard, {"format": "pt"})
     assert tiedquiet.check(resumed(llama, folder, checkpoint)).ok
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning", "ignore:TypedStorage:UserWarning")
+def test_a_tensor_too_many_that_cannot_be_on_meta(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    checkpoint = split(runs(llama) / "checkpoint-2", tmp_path / "checkpoint-2", "whole.bin")
+    more = {"more": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}
+    torch.save({**torch.load(checkpoint / "pytorch_model.bin"), **more}, checkpoint / "pytorch_model.bin")
+    printed.records.clear()
+    assert tiedquiet.check(resumed(llama, runs(llama), checkpoint)).ok
+    assert not printed.loud
 
 
 @pytest.mark.parametrize(

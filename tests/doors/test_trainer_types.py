@@ -30,6 +30,14 @@ def counts() -> Any:
     return Counts(LlamaConfig(**SMALL, tie_word_embeddings=True))
 
 
+class Normalises(LlamaForCausalLM):
+    """Has a batch norm, which sets its count of batches by itself where the file has none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.normalise = torch.nn.BatchNorm1d(4)
+
+
 def checkpoint_of(build: Callable[[], Any], folder: Path, **changed: torch.Tensor) -> Path:
     build().save_pretrained(folder)
     tensors = {**load_file(folder / "model.safetensors"), **{k.replace("__", "."): v for k, v in changed.items()}}
@@ -77,6 +85,16 @@ def test_numbers_that_fit_are_no_finding(kind: torch.dtype, tmp_path: Path, prin
     with tiedquiet.enable("strict"):
         model = resumed(llama().to(kind), checkpoint_of(llama, tmp_path))
     assert wrong(model) == {}
+    assert not printed.loud
+
+
+def test_what_a_module_sets_by_itself_has_no_type_in_the_file(tmp_path: Path, printed: Printed) -> None:
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True)
+    Normalises(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["normalise.num_batches_tracked"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert wrong(resumed(Normalises(config).half(), tmp_path)) == {}
     assert not printed.loud
 
 

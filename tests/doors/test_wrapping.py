@@ -1,10 +1,12 @@
 """Wrapping and unwrapping: identity, import orders, foreign wrappers, forms that are not known."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import tempfile
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,6 +300,21 @@ def test_of_a_class_that_is_pickled_piece_by_piece_the_function_itself_is_sent()
     assert copy.copy(own) is copy.deepcopy(own) is own
     get, arguments = own.__reduce_ex__(4)
     assert get(*arguments) is own.__wrapped__
+
+
+def test_a_class_that_overrides_it_is_let_go() -> None:
+    def kept() -> Any:
+        class Local(GPT2LMHeadModel):
+            @classmethod
+            def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+                return super().from_pretrained(*args, **kwargs)  # which makes the function hold its class
+
+        assert isinstance(vars(Local)["from_pretrained"], wrapt.FunctionWrapper)
+        return weakref.ref(Local)
+
+    local = kept()
+    gc.collect()
+    assert local() is None
 
 
 def test_a_bound_method_is_copied_with_what_it_is_bound_to(tmp_path: Path) -> None:

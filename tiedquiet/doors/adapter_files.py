@@ -97,9 +97,7 @@ class Adapter:
         count += len(known.lasting)
         for finding in list(self._under_a_prefix(single)):
             rest.discard(finding.source or "")
-            if finding.key not in known.missing and self._is_held(finding):
-                count -= 1
-            elif self._mend(finding, finding.source):
+            if self._is_held(finding) or self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
                 count -= 1
         # A name that the files do not have may stand for several that peft has merged.
@@ -264,7 +262,7 @@ def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[st
     """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
     from peft import get_peft_model_state_dict
 
-    if not model.peft_config[adapter].is_prompt_learning or checkpoint.closed:
+    if not model.peft_config[adapter].is_prompt_learning:
         return []
     now = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return sorted(n for n, read in checkpoint.tensors.items() if n in now and not equals(now[n], read()))

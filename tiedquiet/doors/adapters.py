@@ -64,7 +64,7 @@ def read_earlier(load: Load, model: Any, reported: set[str]) -> tuple[set[str], 
     if not others or known is None:
         return set(), []
     read = [known.tensors[name]() for name in known.tensors.keys() & known.stored - known.lasting.keys()]
-    alive, state = {id(tensor) for tensor in read if tensor is not None}, survey(model).state
+    alive, state = set(map(id, read)), survey(model).state
     earlier = {key for key in others & state.keys() if id(state[key]) in alive}
     line = f"{words.name_of(model, load.where)}: reported missing but read by an earlier load: "
     return earlier, [(logging.INFO, line + words.few(earlier, fold))] if earlier else []
@@ -199,7 +199,7 @@ def _judge(before: _Before, result: Any) -> Outcome:
         outcome.lines.append((logging.INFO, line))
     known.findings = {finding.key: finding for finding in findings}
     earlier = record.of(base)
-    if earlier is not None or adapter.in_files or findings:
+    if adapter.in_files or findings:
         record.leave(base, known if earlier is None else known.after(earlier))
     note_parted(base, adapter.where, earlier, outcome)
     return outcome

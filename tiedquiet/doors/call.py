@@ -9,7 +9,6 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 from tiedquiet import words
@@ -77,7 +76,7 @@ class Call:
 
     def _see_to_copy(self, model: Any) -> None:
         """Leave the record on what the call returns as well, where that is a copy which was made during the load."""
-        load = Load.of(model) if isinstance(model, torch.nn.Module) else None
+        load = Load.of(model)
         for own, original in self._open:
             if own is load is not None and (known := record.of(original)) is not None:
                 load.close(model)

@@ -24,7 +24,7 @@ from tiedquiet.verdict import Finding, Verdict
 def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `from_pretrained`: what is read in it is watched over until it returns."""
     around = call.current()
-    if mode.current() == "off" or not is_wrapped(_FINALIZE):
+    if mode.current() == "off":
         return wrapped(*args, **kwargs)
     if around is not None and around.includes(kind):  # transformers' own, called by that of the class
         return around.attempt(wrapped, args, kwargs)
@@ -118,7 +118,7 @@ def _on_report(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kw
 
     def decide() -> Outcome | None:
         bound = bind(wrapped, args, kwargs)
-        load = Load.of(bound["model"]) if mode.current() != "off" else None
+        load = Load.of(bound["model"])
         # transformers reports on a load that fails as well. An exception that the program was already handling when
         # it began to load is no such failure.
         if load is None or sys.exc_info()[1] is not load.in_flight:
@@ -190,8 +190,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
 
 def _is_last_step_seen(quantiser: Any) -> bool:
     """Whether the watch ends before a quantiser's last step: one with a function of its own for it is not wrapped."""
-    owner = next((kind for kind in type(quantiser).__mro__ if _LAST_STEP.names[0] in vars(kind)), None)
-    return is_wrapped(_LAST_STEP) and owner is not None and owner.__module__ == _LAST_STEP.module
+    owner = next(kind for kind in type(quantiser).__mro__ if _LAST_STEP.names[0] in vars(kind))
+    return is_wrapped(_LAST_STEP) and owner.__module__ == _LAST_STEP.module
 
 
 def _lies_in_stored(model: Any, reading: Reading, keys: Collection[str]) -> bool:

@@ -12,7 +12,7 @@ from tiedquiet.doors.wrapping import guarded
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.missing import perhaps_unread
 from tiedquiet.proof.repair import repair
-from tiedquiet.verdict import WELL, Finding, LoadError, Verdict
+from tiedquiet.verdict import WELL, Finding, LoadError
 
 
 @dataclass
@@ -63,8 +63,7 @@ def _judge_and_repair(load: Load, model: Any) -> list[Finding]:
 
 
 def _left(findings: list[Finding], repaired: list[Finding], missing: set[str]) -> set[str]:
-    filled = {f.key for f in repaired if f.verdict in (Verdict.UNWRITTEN, Verdict.UNREAD)}
-    return missing - filled - {f.key for f in findings if f.verdict in WELL}
+    return missing - {f.key for f in repaired} - {f.key for f in findings if f.verdict in WELL}
 
 
 def outcome_of(

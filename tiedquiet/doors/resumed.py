@@ -14,7 +14,7 @@ from tiedquiet import mode
 from tiedquiet.proof import names
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.leftovers import Leftovers
-from tiedquiet.proof.memory import holds, plain, same, types_of
+from tiedquiet.proof.memory import equals, holds, types_of
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.record import loaded_name
@@ -61,13 +61,11 @@ def inside(model: Any) -> Inside:
     """What is judged of a Trainer's model."""
     from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel):
-        return Inside(model, "", model, "")
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "_orig_mod", None)
     found = (pair for pair in model.named_modules() if isinstance(pair[1], PreTrainedModel) or pair[1] is wrapped)
     name, core = next(found, ("", model))
     path = f"{name}." if name else ""
-    if all(own.startswith(path) for own in survey(model).state):
+    if not path or all(own.startswith(path) for own in survey(model).state):
         return Inside(core, path, core, "")
     return Inside(model, "", core, path)
 
@@ -105,7 +103,8 @@ def read_folder(
     if (older := out_of_date(checkpoint)) is not None:
         reading.found[""] = older
     if _has_cast(of, reading):
-        ask_headers(model, reading, also={of.path + key: key for key in reading.held})
+        names_of = {of.path + key: key for key in reading.held}
+        ask_headers(model, reading, also={name: names_of[name] for name in names_of if name in checkpoint.headers})
     # What an index lacks and a shard has is read along with that shard.
     own = {key: names.Origin((of.path + key,), False) for key in reading.missing if of.path + key in in_files}
     held = {key: origin for key, origin in own.items() if there.holds(names.Made({key: origin}, ""))}
@@ -191,7 +190,7 @@ class _Folder:
 
     def __init__(self, of: Inside, folder: str) -> None:
         self._of = of
-        self.checkpoint = found_in(folder, of.path.rstrip(".") or getattr(of.model, "base_model_prefix", ""))
+        self.checkpoint = found_in(folder, of.path.rstrip("."))
         self.state = survey(of.model).state
         self.unfit: dict[str, names.Origin] = {}
 
@@ -252,9 +251,7 @@ class _Folder:
         """Whether the model has all of these values already: it was made from this very checkpoint, say."""
         seen: set[str] = set()
         for key, value in self.values(made):
-            tensor = self.state[key]
-            pieces = plain(tensor)
-            if tensor.is_meta or len(pieces) != 1 or not same(pieces[0], value):
+            if not equals(self.state[key], value):
                 return False
             seen.add(key)
         return seen == made.origins.keys()

@@ -141,14 +141,13 @@ def _on_deepspeed(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...],
     """Around `deepspeed_load_checkpoint`, by which a Trainer resumes under DeepSpeed."""
     result = wrapped(*args, **kwargs)
     bound = bind(wrapped, args, kwargs)
-    model = getattr(bound["deepspeed_engine"], "module", None)
-    guarded(lambda: _leave_unproven(model, bound["checkpoint_path"], "DeepSpeed"))
+    guarded(lambda: _leave_unproven(bound["deepspeed_engine"].module, bound["checkpoint_path"], "DeepSpeed"))
     return result
 
 
 def _leave_unproven(model: Any, folder: object, by: str, is_parted: bool = True) -> None:
     """Leave the record of a resume that went another way; adapters have their own door, if their files were read."""
-    if mode.current() == "off" or model is None or (not is_parted and has_adapters(model)):
+    if mode.current() == "off" or (not is_parted and has_adapters(model)):
         return
     why = f"{folder} was read by {by}, which tiedquiet does not inspect"
     if not is_parted and not found_in(str(folder)).files:

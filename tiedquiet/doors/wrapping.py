@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
-from weakref import ref
+from weakref import WeakSet
 
 import wrapt
 
@@ -94,7 +94,8 @@ class _Wrapping:
 
 
 _seams: list[Seam] = []
-_overrides: list[tuple["ref[type]", str, Any, Any]] = []  # the class, the name, the original, the wrapper
+# The classes that override what is wrapped. No function is kept of theirs: one that calls `super()` keeps its class.
+_overriding: WeakSet[type] = WeakSet()
 _wrappings: dict[Seam, _Wrapping] = {}
 _parameters: dict[str, list[str]] = {}  # of each wrapped function, asked once: a signature costs more than a verdict
 _said: set[str] = set()
@@ -143,13 +144,8 @@ def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any])
     for own in kind.__mro__[: kind.__mro__.index(owner)]:
         original = vars(own).get(name)
         if original is not None and not isinstance(original, wrapt.FunctionWrapper):
-            wrapper = _Wrapper(original, hook)
-            setattr(own, name, wrapper)
-            _overrides.append((ref(own, _forget), name, original, wrapper))
-
-
-def _forget(dead: "ref[type]") -> None:
-    _overrides[:] = [override for override in _overrides if override[0] is not dead]
+            _overriding.add(own)
+            setattr(own, name, _Wrapper(original, hook))
 
 
 def _subclasses(owner: type) -> set[type]:
@@ -159,11 +155,11 @@ def _subclasses(owner: type) -> set[type]:
 
 def unwrap() -> None:
     """Put back every original that nobody else has wrapped since."""
-    for dead_or_alive, name, original, wrapper in _overrides:
-        owner = dead_or_alive()
-        if owner is not None and vars(owner).get(name) is wrapper:
-            setattr(owner, name, original)
-    _overrides.clear()
+    for owner in list(_overriding):
+        for name, wrapper in list(vars(owner).items()):
+            if type(wrapper) is _Wrapper:
+                setattr(owner, name, wrapper.__wrapped__)
+    _overriding.clear()
     for seam, wrapping in list(_wrappings.items()):
         if not seam.owner:
             _swap_copies(wrapping.name, wrapping.wrapper, wrapping.original)
