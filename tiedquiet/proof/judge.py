@@ -54,6 +54,8 @@ def judge(
     if watch.error is not None:
         raise watch.error
     missing, now = reading.missing, survey(model)
+    if is_over and not reading.is_quantised:
+        missing = missing | _made_since(model, reading, now)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over)
@@ -85,6 +87,19 @@ def judge(
     return known
 
 
+def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[str]:
+    """The names of what was put into a model once its checkpoint had been read, by no load of a model inside."""
+    known = reading.held.keys() | reading.missing
+    # What an adapter brings has a load of its own, which comes next.
+    if not (others := now.state.keys() - known) or getattr(model, "_hf_peft_config_loaded", False):
+        return set()
+    if not now.is_plain:
+        others &= model.state_dict().keys()
+    objects = {id(now.state[name]) for name in known & now.state.keys()}
+    inside = tuple(prefix for prefix, one in now.models if prefix and record.of(one) is not None)
+    return {name for name in others if id(now.state[name]) not in objects and not name.startswith(inside)}
+
+
 def proof(model: Any, inert: str = "") -> Proof:
     """What is known about a model, or those inside it: `torch.compile`, DDP, PEFT, or a composite of several.
 
@@ -93,11 +108,17 @@ def proof(model: Any, inert: str = "") -> Proof:
         inert: why no load can have been seen.
     """
     found: list[tuple[str, Proof]] = []
+    counted: set[str] = set()
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         known = record.of(module)
-        inside = any(name.startswith(outer) for outer, _ in found)
-        if known is not None and not inside:
-            found.append((f"{name}." if name else "", proof_of(module, known)))
+        if known is None:
+            continue
+        prefix = f"{name}." if name else ""
+        own = {prefix + key for key in known.stored | known.missing}
+        if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
+            continue  # of an earlier load; one that was put in later has its own
+        counted |= own
+        found.append((prefix, proof_of(module, known)))
     beside = list(_beside(model, [prefix for prefix, _ in found])) if found else []
     if len(found) == 1 and not beside:
         return found[0][1]
