@@ -232,20 +232,21 @@ def _judge_now(
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
-    """Findings on what is seen to have changed since the load; none for a copy."""
-    if known.model is None or known.model() is not model:
-        return  # a copy has tensors of its own
+    """Findings on what is seen to have changed since the load; of a copy, what is on meta."""
+    is_copy = known.model is None or known.model() is not model  # it has tensors of its own
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
         tensor = now.state.get(name)
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
-        if tensor is None:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
-        elif tensor.is_meta:
+        if tensor is not None and tensor.is_meta:
             yield Finding(
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
+        elif is_copy:
+            continue
+        elif tensor is None:
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
         elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
             # `Module.to` makes other buffers, where it keeps parameters.
             if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):
