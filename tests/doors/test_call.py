@@ -79,6 +79,24 @@ def test_a_load_inside_a_load_is_judged_when_it_returns(tmp_path: Path) -> None:
     model = LoadsAnother.from_pretrained(saved(tmp_path))
     assert verdicts(model) == {"lin.weight": Verdict.OVERWRITTEN}
     assert tiedquiet.check(model.other).ok, "what is done to it afterwards is its owner's business"
+    assert tiedquiet.check(model).total == 2 * tiedquiet.check(model.other).total
+
+
+class MakesMore(Tiny):
+    """Puts layers in once the files have been read; one of them is another's weight."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.more, model.same = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+        model.same.weight = model.lin.weight
+        return model
+
+
+def test_what_a_class_puts_in_after_reading_comes_from_no_file(tmp_path: Path) -> None:
+    with tiedquiet.enable("strict"):
+        model = MakesMore.from_pretrained(saved(tmp_path))
+    assert verdicts(model) == {"more.weight": Verdict.MISSING}
 
 
 class Zeroes:
@@ -129,7 +147,7 @@ class AsksAStaticOne(Tiny):
 
 def test_a_static_one_that_another_class_asks_has_a_call_of_its_own(tmp_path: Path) -> None:
     model = AsksAStaticOne.from_pretrained(saved(tmp_path))
-    assert verdicts(model) == {}
+    assert verdicts(model) == {"other.lin.weight": Verdict.OVERWRITTEN}
     assert verdicts(model.other) == {"lin.weight": Verdict.OVERWRITTEN}
 
 

@@ -1,5 +1,6 @@
 """What `check` says of what a program has done with a model since it was loaded, and that it may do so."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
     }
     for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
         assert after(harmless) == {}
+
+
+def test_a_copy_on_meta_has_no_values(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    twin = copy.deepcopy(model).to("meta")
+    proof = tiedquiet.check(twin)
+    assert (proof.stored, proof.ok) == (0, False)
+    assert tiedquiet.check(model).ok
 
 
 def test_buffers_of_a_model_that_was_converted(tmp_path: Path) -> None:

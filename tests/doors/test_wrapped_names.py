@@ -83,6 +83,24 @@ def test_with_the_head_of_another_class(kind: Any, wrapped: str, tmp_path: Path,
     assert_cured(kind, tmp_path, truth, printed)
 
 
+@pytest.mark.parametrize("build", [qwen2, llava, lambda: bert(BertForSequenceClassification)])
+def test_where_the_vocabulary_is_another_as_well(build: Any, tmp_path: Path) -> None:
+    """What has another shape has its place under the prefix, and is not read."""
+    truth = written(build(), tmp_path, WRAPPED["all of it"])
+    config = build().config
+    config.get_text_config().vocab_size = 72
+    how = {"config": config, "ignore_mismatched_sizes": True}
+    others = {key for key, value in truth.items() if len(value) == 64 and value.dim() == 2}
+    model = type(build()).from_pretrained(tmp_path, **how)
+    assert verdicts(model) == {key: Verdict.MISSING if key in others else Verdict.UNREAD for key in truth}
+    with tiedquiet.enable("strict"), pytest.raises(tiedquiet.LoadError, match="unread"):
+        type(build()).from_pretrained(tmp_path, **how)
+    with tiedquiet.enable("repair"):
+        model = type(build()).from_pretrained(tmp_path, **how)
+    assert verdicts(model) == dict.fromkeys(others, Verdict.MISSING)
+    assert wrong(model, truth) == others
+
+
 def test_where_a_class_has_its_base_model_under_another_name(tmp_path: Path, printed: Printed) -> None:
     """`LlamaForQuestionAnswering` calls it `transformer`, and transformers reads nothing of what the others save."""
     saved = written(LlamaForCausalLM(LlamaConfig(**SMALL)), tmp_path)

@@ -54,6 +54,8 @@ def judge(
     if watch.error is not None:
         raise watch.error
     missing, now = reading.missing, survey(model)
+    if is_over and not reading.is_quantised:
+        missing = missing | _made_since(model, reading, now)
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over)
@@ -85,6 +87,19 @@ def judge(
     return known
 
 
+def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[str]:
+    """The names of what was put into a model once its checkpoint had been read, by no load of a model inside."""
+    known = reading.held.keys() | reading.missing
+    # What an adapter brings has a load of its own, which comes next.
+    if not (others := now.state.keys() - known) or getattr(model, "_hf_peft_config_loaded", False):
+        return set()
+    if not now.is_plain:
+        others &= model.state_dict().keys()
+    objects = {id(now.state[name]) for name in known & now.state.keys()}
+    inside = tuple(prefix for prefix, one in now.models if prefix and record.of(one) is not None)
+    return {name for name in others if id(now.state[name]) not in objects and not name.startswith(inside)}
+
+
 def proof(model: Any, inert: str = "") -> Proof:
     """What is known about a model, or those inside it: `torch.compile`, DDP, PEFT, or a composite of several.
 
@@ -93,11 +108,17 @@ def proof(model: Any, inert: str = "") -> Proof:
         inert: why no load can have been seen.
     """
     found: list[tuple[str, Proof]] = []
+    counted: set[str] = set()
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         known = record.of(module)
-        inside = any(name.startswith(outer) for outer, _ in found)
-        if known is not None and not inside:
-            found.append((f"{name}." if name else "", proof_of(module, known)))
+        if known is None:
+            continue
+        prefix = f"{name}." if name else ""
+        own = {prefix + key for key in known.stored | known.missing}
+        if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
+            continue  # of an earlier load; one that was put in later has its own
+        counted |= own
+        found.append((prefix, proof_of(module, known)))
     beside = list(_beside(model, [prefix for prefix, _ in found])) if found else []
     if len(found) == 1 and not beside:
         return found[0][1]
@@ -211,20 +232,21 @@ def _judge_now(
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
-    """Findings on what is seen to have changed since the load; none for a copy."""
-    if known.model is None or known.model() is not model:
-        return  # a copy has tensors of its own
+    """Findings on what is seen to have changed since the load; of a copy, what is on meta."""
+    is_copy = known.model is None or known.model() is not model  # it has tensors of its own
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
         tensor = now.state.get(name)
         if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
-        if tensor is None:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
-        elif tensor.is_meta:
+        if tensor is not None and tensor.is_meta:
             yield Finding(
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
+        elif is_copy:
+            continue
+        elif tensor is None:
+            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
         elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
             # `Module.to` makes other buffers, where it keeps parameters.
             if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):

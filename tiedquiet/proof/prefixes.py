@@ -78,6 +78,7 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
     It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
     not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
     It replaces no number by another, and nothing under which the model has such tensors itself: layer 2 is not layer 0.
+    If none does, one that is just added or removed may lead to keys of another shape as well, but to fewer of these.
 
     Args:
         unread: tensors of the files that nothing read.
@@ -86,15 +87,18 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
         own: the names of all of the model's tensors.
     """
     found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
+    in_part: dict[tuple[tuple[str, str], ...], Prefixes] = {}
     for old, new in candidates(unread, missing, needed):
-        names = {
-            new + name[len(old) :]: name
-            for name in unread
-            if name.startswith(old) and _fits(unread[name], missing.get(new + name[len(old) :]))
-        }
-        is_whole = len(names) == len(unread)
-        if is_enough(names, is_whole, needed, not (old and new)) and not is_elsewhere(old, new, names.values(), own):
-            found.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
+        led = {new + name[len(old) :]: name for name in unread if name.startswith(old)}
+        names = {key: name for key, name in led.items() if _fits(unread[name], missing.get(key))}
+        # What has its place, in another shape (a larger vocabulary), is led there as well.
+        others = set() if old and new else {key for key in led if key in missing and key not in names}
+        is_whole = len(names) + len(others) == len(unread)
+        is_most = is_enough(names, is_whole, set(needed) - others, not (old and new)) and len(names) > len(others)
+        if is_most and not is_elsewhere(old, new, names.values(), own):
+            some = in_part if others else found
+            some.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
+    found = found or in_part
     # `module.model.` for `model.` is a part of what `module.` for nothing says.
     whole = [
         one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
