@@ -17,7 +17,7 @@ from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import holds, plain, same, types_of
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
-from tiedquiet.proof.record import loaded_name
+from tiedquiet.proof.record import loaded_name, without_wrappers
 from tiedquiet.proof.repair import copy_in_place
 from tiedquiet.proof.survey import stored_name, survey
 from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, note_unread, out_of_date
@@ -26,7 +26,6 @@ from tiedquiet.verdict import Finding
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _BY_HAND = "give Trainer a model that from_pretrained loaded from this checkpoint"
-_COMPILED = "_orig_mod"
 _BY_HAND_OF_BEST = "load this checkpoint with from_pretrained"
 
 
@@ -173,11 +172,6 @@ def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) 
     return there.checkpoint.tensors.keys() >= unexpected | made.key_of.keys() and there.holds(made)
 
 
-def _without_wrappers(name: str) -> str:
-    """The name by the class's rules of what lies in a layer that is compiled by itself, or has a wrapper of torch's."""
-    return stored_name(name).replace(f"{_COMPILED}.", "")
-
-
 def _has_cast(there: "_Folder", reading: Reading) -> bool:
     """Whether anything was read into another type than the file has it in, and by no quantiser."""
     checkpoint = reading.checkpoint
@@ -230,9 +224,9 @@ class _Folder:
                 and (key in missing or self.own[key] not in origin.names)
             }
             claimed |= origins.keys()
-            compiled = {k: o for k, o in origins.items() if o.names == (_without_wrappers(k),) != (stored_name(k),)}
+            compiled = {k: o for k, o in origins.items() if o.names == (without_wrappers(k),) != (stored_name(k),)}
             if compiled:
-                yield names.Made(compiled, Prefixes("", "", {}, inside=(_COMPILED,), has_them="model").why)
+                yield names.Made(compiled, Prefixes("", "", {}, inside=("_orig_mod",), has_them="model").why)
             yield names.Made({k: o for k, o in origins.items() if k not in compiled}, self._why(""), conversions)
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
@@ -322,7 +316,7 @@ class _Folder:
         """For each tensor of the core, by the names that files may have for it, that of the judged model."""
         as_loaded, at = self._of.as_loaded, self._of.at
         found = {as_loaded(key): key for key in self.state if key.startswith(at)}
-        return found | {_without_wrappers(name): key for name, key in found.items()}
+        return found | {without_wrappers(name): key for name, key in found.items()}
 
     @cached_property
     def _core(self) -> dict[str, torch.Tensor]:
