@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -130,3 +131,38 @@ def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> No
     save_file({f"module.{name}": value for name, value in classifier.items()}, path, {"format": "pt"})
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="0 of 2 tensors of the adapter were read"):
         peft.PeftModel.from_pretrained(base(), tmp_path / "mixed")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_of_layers_in_a_wrapper_of_torch_s(tmp_path: Path) -> None:
+    """Of these peft 0.21 reads nothing, and saves nothing; 0.18 does both."""
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    trained = peft.get_peft_model(base(), config)
+    trained.save_pretrained(tmp_path / "adapter")
+    truth = {name: value for name, value in trained.state_dict().items() if "lora_" in name}
+
+    def loaded() -> tuple[Any, int]:
+        model = base()
+        model.model.layers[0], model.model.layers[1] = map(checkpoint_wrapper, model.model.layers)
+        model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+        now = model.state_dict()
+        return model, sum(torch.equal(now[name], value) for name, value in truth.items())
+
+    model, held = loaded()
+    proof = tiedquiet.check(model)
+    assert (proof.unread, proof.ok) == (len(truth) - held, held == len(truth))
+    assert proof.total == len(base().state_dict()) + len(truth)
+    with tiedquiet.enable("repair"):
+        model, held = loaded()
+    assert held == len(truth)
+    assert tiedquiet.check(model).ok
+    file = tmp_path / "adapter" / FILE
+    save_file({n: t for n, t in load_file(file).items() if "layers.0" not in n}, file, {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        model, _ = loaded()
+    assert tiedquiet.check(model).missing == len(truth) // 2

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import TrainingArguments
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import differing, llama, llava, mixtral, right, state, trainer_of
+from tests.doors.test_trainer_overrides import SaysNothing
+from tests.doors.training import LOSSY, differing, llama, llava, mixtral, right, state, trainer_of
 from tiedquiet import LoadError, Verdict
 
 peft = pytest.importorskip("peft")
@@ -179,3 +182,59 @@ def test_a_wrapped_module_that_is_none_of_transformers(tmp_path: Path) -> None:
         trainer_of(torch.compile(model), tmp_path)._load_from_checkpoint(str(tmp_path / "c"))
     assert differing(model, state(build(0))) == set()
     assert tiedquiet.check(model).ok
+
+
+def in_each_layer(wrap: Callable[[Any], Any], model: Any) -> None:
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = wrap(layer)
+
+
+def bare(key: str) -> str:
+    return key.replace("_orig_mod.", "")
+
+
+def compiled(layer: Any) -> Any:
+    return torch.compile(layer, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled])
+@pytest.mark.parametrize("build", [llama, mixtral])
+def test_layers_that_are_wrapped_one_by_one(wrap: Any, build: Any, runs: Any, printed: Printed) -> None:
+    """A compiled layer has its part in all names; that of `checkpoint_wrapper` is in the lists of `load_state_dict`."""
+    folder = runs(build)
+    truth = right(build, folder / "checkpoint-2")
+
+    def resumed() -> Any:
+        model = type(build()).from_pretrained(folder / "base")
+        trainer = trainer_of(model, folder)
+        in_each_layer(wrap, model)
+        printed.records.clear()
+        trainer._load_from_checkpoint(str(folder / "checkpoint-2"))
+        return model
+
+    lost = [key for key in truth if ".layers." in key and (wrap is compiled or (build in LOSSY and LOSSY[build](key)))]
+    proof = tiedquiet.check(resumed())
+    assert (proof.total, proof.unread, proof.ok) == (len(truth), len(lost), not lost)
+    assert ("names in the model have _orig_mod in them" in str(printed.loud)) is (wrap is compiled)
+    if lost:
+        with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
+            resumed()
+    with tiedquiet.enable("repair"):
+        model = resumed()
+    assert not printed.loud
+    assert not any("keys in the checkpoint" in line for line in printed.of("transformers"))
+    assert tiedquiet.check(model).ok
+    assert {bare(key): value.tolist() for key, value in model.state_dict().items()} == {
+        key: value.tolist() for key, value in truth.items()
+    }
+
+
+def test_layers_that_are_wrapped_and_an_override_that_says_nothing(runs: Any) -> None:
+    folder = runs(mixtral)
+    with tiedquiet.enable("repair"):
+        model = type(mixtral()).from_pretrained(folder / "base")
+        in_each_layer(checkpoint_wrapper, model)
+        given = TrainingArguments(str(folder), use_cpu=True, report_to=[])
+        SaysNothing(model, given)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    assert differing(model, right(mixtral, folder / "checkpoint-2")) == set()

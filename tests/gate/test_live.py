@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     BertModel,
@@ -194,3 +195,23 @@ def test_a_folder_without_such_files(content: dict[str, bytes] | None, says: str
         (tmp_path / name).write_bytes(stored)
     with pytest.raises(ValueError, match=says):
         tiedquiet.check(BertModel(bert()), tmp_path if content is not None else tmp_path / "nowhere")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+def test_layers_that_are_wrapped_one_by_one(wrap: Any, tmp_path: Path) -> None:
+    model = mixtral()
+    model.save_pretrained(tmp_path / "before")
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = wrap(layer)
+    (tmp_path / "after").mkdir()
+    save_file(model.state_dict(), tmp_path / "after" / "model.safetensors", {"format": "pt"})
+    for folder in ("before", "after"):
+        proof = tiedquiet.check(model, tmp_path / folder)
+        assert (proof.ok, proof.stored) == (True, len(model.state_dict()))
+    with torch.no_grad():
+        next(layers.parameters()).view(-1)[0] += 1
+    for folder in ("before", "after"):
+        (finding,) = tiedquiet.check(model, tmp_path / folder).findings
+        assert finding.verdict is Verdict.OVERWRITTEN

@@ -18,12 +18,14 @@ from tiedquiet.proof.names import of_models
 from tiedquiet.proof.prefixes import by_prefix
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.repair import copy_in_place, put_in_place
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import stored_name, survey
 from tiedquiet.proof.unread import out_of_date
 from tiedquiet.verdict import Finding, Verdict
 
 FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+_OF_WRAPPERS = "because peft goes by the names of modules, which have a wrapper's part in them"
+_CURE_OF_WRAPPERS = "Set TIEDQUIET=repair to read them, or wrap the layers once the adapter is loaded"
 
 
 class Adapter:
@@ -95,7 +97,8 @@ class Adapter:
             if header is not None and header.shape != self._state[key].shape:
                 known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
         count += len(known.lasting)
-        for finding in list(self._under_a_prefix(single)):
+        wrapped = list(self._in_wrappers())
+        for finding in [*wrapped, *self._under_a_prefix(single - {finding.source for finding in wrapped})]:
             rest.discard(finding.source or "")
             if self._is_held(finding) or self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
@@ -122,6 +125,7 @@ class Adapter:
         headers = self.checkpoint.headers
         # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
         others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
+        others = [name if name in headers else stored_name(name) for name in others]
         found = {_as_given(self._name, name, headers) for name in others}
         count, single = len(others), found
         by_their_names = {self.in_files[key] for key in self.known.stored}
@@ -133,6 +137,12 @@ class Adapter:
         drawn_again = made_again(self._model, [self._name], found, self.checkpoint)
         self._count_as_read({key for key in self.known.missing if self.in_files[key] in drawn_again})
         return found - drawn_again, count - len(drawn_again), single - drawn_again
+
+    def _in_wrappers(self) -> Iterator[Finding]:
+        """Findings on what the files have under its own name, and peft looks for under that of a wrapped module."""
+        for key in sorted(self.known.missing - self.known.lasting.keys()):
+            if stored_name(key) != key and self.in_files[key] in self.checkpoint.headers:
+                yield Finding(key, Verdict.UNREAD, self.in_files[key], _OF_WRAPPERS, True, _CURE_OF_WRAPPERS)
 
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
         """Findings on what nothing read because its names have another prefix."""

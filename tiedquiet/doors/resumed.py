@@ -17,9 +17,9 @@ from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, holds, types_of
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
 from tiedquiet.proof.reading import Reading, read
-from tiedquiet.proof.record import loaded_name
+from tiedquiet.proof.record import loaded_name, without_wrappers
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import stored_name, survey
 from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, note_unread, out_of_date
 from tiedquiet.verdict import Finding
 
@@ -88,25 +88,26 @@ def read_folder(
     """
     model, there = of.model, _Folder(of, folder)
     checkpoint, state = there.checkpoint, there.state
-    in_files = {name for name, _ in checkpoint.names}
+    in_files = there.in_files
     # The Trainer believes the index.
-    missing |= {name.removeprefix(of.path) for name in checkpoint.promised - in_files} & state.keys()
-    unexpected = unexpected & in_files
+    missing |= {there.key_at[name] for name in (checkpoint.promised - in_files) & there.key_at.keys()}
+    unexpected = there.as_in_files(unexpected) & in_files
     unasked = there.unasked - missing if unexpected else set()
     twice = {name: (first, second) for name, first, second in checkpoint.twice()}
     found = list(there.made(missing, unexpected)) if unexpected else []
-    reading = read(model, missing.union(unasked, *(made.origins for made in found)), checkpoint)
+    asked = missing.union(unasked, *(made.origins for made in found))
+    reading = read(model, asked, checkpoint, made_of=lambda: there.renamed)
     reading.free |= unasked
     for name, files in twice.items():
-        if (key := name.removeprefix(of.path)) in reading.held:
+        if (key := there.key_at.get(name)) in reading.held:
             reading.found[key] = in_two_files(key, *files)
     if (older := out_of_date(checkpoint)) is not None:
         reading.found[""] = older
-    if _has_cast(of, reading):
-        names_of = {of.path + key: key for key in reading.held}
+    if _has_cast(there, reading):
+        names_of = {there.own[key]: key for key in reading.held}
         ask_headers(model, reading, also={name: names_of[name] for name in names_of if name in checkpoint.headers})
     # What an index lacks and a shard has is read along with that shard.
-    own = {key: names.Origin((of.path + key,), False) for key in reading.missing if of.path + key in in_files}
+    own = {key: names.Origin((there.own[key],), False) for key in reading.missing if there.own[key] in in_files}
     held = {key: origin for key, origin in own.items() if there.holds(names.Made({key: origin}, ""))}
     done: dict[str, names.Origin] = {}
 
@@ -147,7 +148,7 @@ def read_folder(
     if not came and not unasked:
         return reading, [], set()
     mended = [reading.found[key] for key in sorted(done)]
-    again = read(model, reading.missing - came.keys() - unasked, checkpoint, made_of=lambda: came)
+    again = read(model, reading.missing - came.keys() - unasked, checkpoint, made_of=lambda: {**there.renamed, **came})
     again.found.update({key: finding for key, finding in reading.found.items() if key not in came})
     again.likely = {key: name for key, name in reading.likely.items() if key not in unasked}
     again.narrowed = reading.narrowed
@@ -164,18 +165,19 @@ def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) 
         unexpected: the names of what was read and had no place.
     """
     there = _Folder(of, folder)
-    read_into = {key: names.Origin((of.path + key,), False) for key in there.state.keys() - missing - there.unasked}
+    unexpected = there.as_in_files(unexpected)
+    read_into = {key: names.Origin((there.own[key],), False) for key in there.state.keys() - missing - there.unasked}
     made = names.Made(read_into, "")
     return there.checkpoint.tensors.keys() >= unexpected | made.key_of.keys() and there.holds(made)
 
 
-def _has_cast(of: Inside, reading: Reading) -> bool:
+def _has_cast(there: "_Folder", reading: Reading) -> bool:
     """Whether anything was read into another type than the file has it in, and by no quantiser."""
     checkpoint = reading.checkpoint
-    if getattr(of.core, "hf_quantizer", None) or len({*checkpoint.dtypes, *types_of(reading.held.values())}) < 2:
+    if getattr(there.core, "hf_quantizer", None) or len({*checkpoint.dtypes, *types_of(reading.held.values())}) < 2:
         return False
     headers = checkpoint.headers
-    stored = ((headers.get(of.path + key), tensor) for key, tensor in reading.held.items())
+    stored = ((headers.get(there.own[key]), tensor) for key, tensor in reading.held.items())
     return any(header is not None and header.dtype != tensor.dtype for header, tensor in stored)
 
 
@@ -183,15 +185,18 @@ class _Folder:
     """A folder's files, beside the model that they are for.
 
     Attributes:
+        core: the model whose rules apply.
         checkpoint: the files.
         state: the tensors of the judged model.
+        own: for each of them the name under which a plain `load_state_dict` finds it.
         unfit: what was left over and has another shape than the model's; known once `made` was asked.
     """
 
     def __init__(self, of: Inside, folder: str) -> None:
-        self._of = of
+        self._of, self.core = of, of.core
         self.checkpoint = found_in(folder, of.path.rstrip("."))
         self.state = survey(of.model).state
+        self.own = {key: of.path + stored_name(key) for key in self.state}
         self.unfit: dict[str, names.Origin] = {}
 
     def made(self, missing: set[str], unexpected: set[str]) -> Iterator[names.Made]:
@@ -200,9 +205,9 @@ class _Folder:
         The model's own are those that it was loaded with: a `key_mapping`, under whose names transformers saves it
         again.
         """
-        path, claimed = self._of.path, set[str]()
+        claimed = set[str]()
         for conversions in self._conversions:
-            core, headers = self._of.core, self.checkpoint.headers
+            core, headers = self.core, self.checkpoint.headers
             unfit: dict[str, names.Origin] = {}
             made = names.origins(core, headers, self._core, conversions, unfit)
             self.unfit |= {self._key_of[name]: own for name, own in unfit.items() if unexpected >= set(own.names)}
@@ -215,16 +220,19 @@ class _Folder:
                 for key, origin in ((self._key_of[name], origin) for name, origin in made.items())
                 if key not in claimed
                 and not unexpected.isdisjoint(origin.names)
-                and (key in missing or path + key not in origin.names)
+                and (key in missing or self.own[key] not in origin.names)
             }
             claimed |= origins.keys()
-            yield names.Made(origins, self._why(""), conversions)
+            compiled = {k: o for k, o in origins.items() if o.names == (without_wrappers(k),) != (stored_name(k),)}
+            if compiled:
+                yield names.Made(compiled, Prefixes("", "", {}, inside=("_orig_mod",), has_them="model").why)
+            yield names.Made({k: o for k, o in origins.items() if k not in compiled}, self._why(""), conversions)
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
         """The same of what files have under other names: that of the wrapper that the model has, or once had."""
         own = self._of.path + self._of.at
         ours = {name: self._core[name] for name, key in self._key_of.items() if key in missing}
-        left = Leftovers(self._of.core, unread, ours, (), self._core, ())
+        left = Leftovers(self.core, unread, ours, (), self._core, ())
         theirs = left.not_ignored()
         wrappers = list(filter(None, (own, *common_prefixes(theirs))))
         for conversions in filter(None, self._conversions if theirs and ours else ()):
@@ -244,7 +252,7 @@ class _Folder:
         full = {made.known_as.get(name, name): name for name, key in made.key_of.items() if key not in plainly}
         headers = {short: self.checkpoint.headers[name] for short, name in full.items()}
         rules, key_of = made.conversions, self._key_of
-        found = names.converted(self._of.core, headers, self._core, rules, lambda short: tensors[full[short]]())
+        found = names.converted(self.core, headers, self._core, rules, lambda short: tensors[full[short]]())
         yield from ((key_of[name], value) for name, _, value in found if key_of[name] in made.origins)
 
     def holds(self, made: names.Made) -> bool:
@@ -265,26 +273,47 @@ class _Folder:
         own = self._of.path + self._of.at
         return _WHY if prefix == own else Prefixes(prefix, own, {}).why
 
+    def as_in_files(self, unexpected: set[str]) -> set[str]:
+        """The files' names of these: a wrapper's hook puts its part into what it has no place for, too."""
+        return {name if name in self.in_files else stored_name(name) for name in unexpected}
+
+    @cached_property
+    def in_files(self) -> set[str]:
+        """All of the files' names."""
+        return {name for name, _ in self.checkpoint.names}
+
+    @cached_property
+    def key_at(self) -> dict[str, str]:
+        """The tensor that a plain `load_state_dict` reads each name into."""
+        return {name: key for key, name in self.own.items()}
+
+    @cached_property
+    def renamed(self) -> dict[str, names.Origin]:
+        """What is read by another name than that of the judged model's tensor."""
+        path = self._of.path
+        others = {key: name for key, name in self.own.items() if len(name) != len(path) + len(key)}
+        return {key: names.Origin((name,), False) for key, name in others.items()}
+
     @cached_property
     def unasked(self) -> set[str]:
         """What a module sets by itself where its files do not have it, so that no loader calls it missing.
 
         That is a batch norm's count of batches.
         """
-        in_files = {name for name, _ in self.checkpoint.names}
         counts = {key for key in self.state if key.endswith("num_batches_tracked")}
-        return {key for key in counts if self._of.path + key not in in_files}
+        return {key for key in counts if self.own[key] not in self.in_files}
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
-        core = self._of.core
+        core = self.core
         return names.conversions_of(core), list(getattr(core, "_weight_conversions", None) or ())
 
     @cached_property
     def _key_of(self) -> dict[str, str]:
-        """For each tensor of the core, by the name that files have for it, that of the judged model."""
+        """For each tensor of the core, by the names that files may have for it, that of the judged model."""
         as_loaded, at = self._of.as_loaded, self._of.at
-        return {as_loaded(key): key for key in self.state if key.startswith(at)}
+        found = {as_loaded(key): key for key in self.state if key.startswith(at)}
+        return found | {without_wrappers(name): key for name, key in found.items()}
 
     @cached_property
     def _core(self) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from tiedquiet.proof.adapted import base_of
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.record import Record
+from tiedquiet.proof.survey import stored_name
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -205,7 +206,7 @@ def _judge(whole: Any, resume: _Resume, loaded: Any) -> Outcome:
         # The Trainer would take what is left for that set, and print nothing.
         what = "not in the checkpoint, because the model's _keys_to_ignore_on_save leaves them out"
         outcome.lines.append((logging.WARNING, f"{words.name_of(model, '')}: {what}: {left}"))
-    unexpected = [name for name in loaded.unexpected_keys if name not in names_read]
+    unexpected = [name for name in loaded.unexpected_keys if names_read.isdisjoint((name, stored_name(name)))]
     outcome.arguments = {"load_result": loaded._replace(missing_keys=left, unexpected_keys=unexpected)}
     return outcome
 

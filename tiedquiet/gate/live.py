@@ -19,7 +19,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.adapted import names_in_files
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import read
-from tiedquiet.proof.record import Record, loaded_name
+from tiedquiet.proof.record import Record, loaded_name, without_wrappers
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Proof
 
@@ -57,11 +57,13 @@ def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -
     conversions = names.all_conversions(model, getattr(model, "_weight_conversions", None) or ())
     put_in = {key for adapter in adapters for key in names_in_files(model, adapter)}
     now = survey(model).state
-    before = {key: loaded_name(key) if adapters else key for key in now if key not in put_in}
-    state = {own: now[key] for key, own in before.items()}
     settled = None
     found: Collection[str]
     try:
+        were_wrapped = any(without_wrappers(name) != name for name in checkpoint.headers)
+        as_saved = loaded_name if adapters else str if were_wrapped else without_wrappers
+        before = {key: as_saved(key) for key in now if key not in put_in}
+        state = {own: now[key] for key, own in before.items()}
         if (again := _begin_again(model, path)) is None:
             found = names.origins(model, checkpoint.headers, state, conversions).keys()
         else:

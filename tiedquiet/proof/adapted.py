@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.memory import equals
-from tiedquiet.proof.survey import survey
+from tiedquiet.proof.survey import stored_name, survey
 
 
 def base_of(model: Any) -> tuple[Any, str]:
@@ -28,7 +28,7 @@ def names_in_files(base: torch.nn.Module, adapter: str) -> dict[str, str]:
         for place in (place for place, part in enumerate(parts) if part == adapter and place):
             holder, owner = modules[".".join(parts[:place])], modules[".".join(parts[: place - 1])]
             if _is_peft_s(owner) and adapter in getattr(holder, "keys", tuple)():
-                found[key] = without(parts, place)
+                found[key] = stored_name(without(parts, place))
     return found
 
 
@@ -41,8 +41,13 @@ def saved(model: Any, adapter: str) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     is_prompts, state = model.peft_config[adapter].is_prompt_learning, model.state_dict(keep_vars=True)
+    # peft goes by the names of modules, which a wrapper's part is in, and finds nothing under those of the state dict.
+    wrapped = {name: tensor for name, tensor in survey(model).state.items() if name not in state}
+    wrapped = {name: tensor for name, tensor in wrapped.items() if state.pop(stored_name(name), None) is not None}
+    state |= wrapped
     given = None if is_prompts else state  # prompts are computed
-    theirs = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
+    theirs = {stored_name(name): tensor for name, tensor in found.items()}
     by_tensor = {id(tensor): name for name, tensor in theirs.items()}
     by_name = names_in_files(model, adapter)  # for what peft cuts to size
     if is_prompts:

@@ -15,7 +15,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import narrows
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import Place, aliases, by_object, equals, types_of
-from tiedquiet.proof.survey import declared, only, survey
+from tiedquiet.proof.survey import declared, only, stored_name, survey
 from tiedquiet.verdict import Finding, Verdict
 
 
@@ -146,7 +146,8 @@ def read(
     missing = now.state.keys() & missing
     held = only(now.state, now.state.keys() - missing)
     if held and not now.is_plain:  # what is kept out of its state dict was asked of no checkpoint
-        held = only(held, model.state_dict().keys())
+        names_there = model.state_dict().keys()
+        held = only(held, {name for name in held if name in names_there or stored_name(name) in names_there})
     reading = Reading(
         checkpoint or Checkpoint({}),
         held,

@@ -12,6 +12,7 @@ from tiedquiet.proof.memory import ORDINARY
 from tiedquiet.verdict import IN_FILES, Finding, Verdict
 
 _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
+_OF_TORCH = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 _ATTRIBUTE = "_tiedquiet_record"
 
 
@@ -159,5 +160,10 @@ def of(module: Any) -> Record | None:
 
 
 def loaded_name(name: str) -> str:
-    """The name that a tensor had when it was loaded, before PEFT wrapped the module that it is in."""
-    return _WRAPPED.sub("", name)
+    """The name that a tensor had when it was loaded, before PEFT or torch wrapped the module that it is in."""
+    return _WRAPPED.sub("", without_wrappers(name))
+
+
+def without_wrappers(name: str) -> str:
+    """The same, of what lies in a layer that is compiled by itself, or whose activations are recomputed."""
+    return _OF_TORCH.sub("", name) if "_mod" in name else name
