@@ -207,9 +207,7 @@ def test_an_older_file_beside_a_newer_one(load: Any, saved: Path, adapter: Path,
 
 
 @pytest.mark.parametrize("name", ["0", "weight", "model"])
-def test_an_adapter_that_is_called_like_a_part_of_the_base(
-    name: str, saved: Path, tmp_path: Path, printed: Printed
-) -> None:
+def test_an_adapter_that_is_called_like_a_part_of_the_base(name: str, saved: Path, tmp_path: Path) -> None:
     """What is known of the base stays: here, that its head is random."""
     shutil.copytree(saved / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"tie_word_embeddings": False}
@@ -222,7 +220,6 @@ def test_an_adapter_that_is_called_like_a_part_of_the_base(
     proof = proof_of(name, saved / "adapter")
     assert [(f.key, f.verdict) for f in proof.findings] == [("lm_head.weight", Verdict.UNTIED)]
     assert proof == proof_of("default", saved / "adapter")
-    assert not any("were one tensor" in line for line in printed.loud), "it was no tie before the adapter came, either"
     shutil.copytree(saved / "adapter", tmp_path / "adapter")
     rename(tmp_path / "adapter", lambda key: key.replace("q_proj", f"{key[-13:-7]}_proj") if "layers.0" in key else key)
     (whole,) = [finding for finding in proof_of(name, tmp_path / "adapter").findings if not finding.key]

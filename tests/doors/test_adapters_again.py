@@ -198,7 +198,7 @@ def test_those_of_different_kinds(saved: Path) -> None:
     assert (proof.ok, proof.missing) == (False, 4)
 
 
-@pytest.mark.parametrize("kind", ["another layer's", "of a prefix that fits others", "a number of its layer"])
+@pytest.mark.parametrize("kind", ["another layer's", "of a prefix that fits others", "a number of its layer", "mapped"])
 def test_one_tensor_too_many(kind: str, saved: Path, printed: Printed) -> None:
     """It is counted, and told by the name that the file has, whatever else is wrong."""
     tensors = load_file(saved / "one" / FILE)
@@ -209,12 +209,15 @@ def test_one_tensor_too_many(kind: str, saved: Path, printed: Printed) -> None:
         del tensors[lacking]
     elif kind == "a number of its layer":  # peft's layer has it by that name
         more = name(0, "scaling")
+    elif kind == "mapped":  # no name that was read is the file's
+        more = name(7, "lora_A.weight")
+        tensors = {key.replace("layers", "blocks"): tensor for key, tensor in tensors.items()}
     else:
         more = f"module.{name(7, 'lora_A.weight')}"
         tensors = {f"module.{key}": tensor for key, tensor in tensors.items()}
     save_file({**tensors, more: torch.ones(2, 32)}, saved / "one" / FILE, {"format": "pt"})
-    printed.records.clear()
-    proof = tiedquiet.check(by_peft(saved, saved / "one"))
+    how = {"key_mapping": {"blocks": "layers"}} if kind == "mapped" else {}
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(base_of(saved), saved / "one", **how))
     (whole,) = (finding for finding in proof.findings if not finding.key)
     total, missing = len(tensors) + 1, proof.missing
     unread = [finding for finding in proof.findings if finding.verdict is Verdict.UNREAD]

@@ -13,11 +13,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    GPT2LMHeadModel,
     Qwen2ForCausalLM,
 )
 
 import tiedquiet
-from tests.checkpoints import Printed
+from tests.checkpoints import Printed, gpt2, save
 from tests.doors.renamed import BERT, qwen2, verdicts
 from tests.doors.test_adapters import FILE
 from tiedquiet import LoadError, Verdict
@@ -80,6 +81,38 @@ def test_what_else_peft_writes_to_the_base_is_a_loss(tmp_path: Path) -> None:
     qwen2().save_pretrained(tmp_path)
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"up_proj\.weight.* by .*merge"):
         Merges.from_pretrained(tmp_path)
+
+
+class TwoHeads(GPT2LMHeadModel):
+    """One of its heads is tied, and one is not, although the class says so."""
+
+    _tied_weights_keys = dict.fromkeys(("lm_head.weight", "other.weight"), "transformer.wte.weight")
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.other = torch.nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        if hasattr(self, "other"):
+            self.other.weight = torch.nn.Parameter(torch.ones_like(self.other.weight))
+
+
+def test_what_was_no_tie_before_is_not_parted_by_it(tmp_path: Path, printed: Printed) -> None:
+    save(GPT2LMHeadModel(gpt2()), tmp_path / "base")
+
+    def base() -> Any:
+        return TwoHeads.from_pretrained(tmp_path / "base")
+
+    ties = {"lm_head.weight": Verdict.TIED, "other.weight": Verdict.UNTIED}
+    assert verdicts(base()) == ties
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    peft.get_peft_model(base(), config).save_pretrained(tmp_path / "adapter")
+    model = base()
+    printed.records.clear()
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert not printed.loud
+    assert verdicts(model) == ties
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")

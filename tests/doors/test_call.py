@@ -310,13 +310,23 @@ def test_an_adapter_of_a_broken_base_stops_strict(tmp_path: Path, printed: Print
                 self.transformer.wpe.weight.data.zero_()
 
     save(GPT2LMHeadModel(gpt2()), tmp_path / "base")
-    config = peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+    config = peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True, init_lora_weights=False)
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"transformer\.wpe\.weight by"):
         Broken.from_pretrained(tmp_path / "adapter")
     whole = Broken.from_pretrained(tmp_path / "adapter")
     assert verdicts(whole)["transformer.wpe.weight"] is Verdict.OVERWRITTEN
+
+    class Merges(GPT2LMHeadModel):
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            model = super().from_pretrained(*args, **kwargs)
+            model.transformer.h[0].attn.c_attn.merge()
+            return model
+
+    merged = Merges.from_pretrained(tmp_path / "adapter")
+    assert Verdict.OVERWRITTEN not in verdicts(merged).values(), "the load of the base model is over by then"
 
 
 class LooksAtAll(MixtralForCausalLM):

@@ -142,3 +142,24 @@ class _Counts(GPT2LMHeadModel):
 def test_a_whole_number_that_lost_its_sign(tmp_path: Path) -> None:
     written(_Counts(gpt2()), tmp_path, counts=torch.tensor([1, 2**63], dtype=torch.uint64))
     assert verdicts(_Counts.from_pretrained(tmp_path))["counts"] is Verdict.OVERWRITTEN
+
+
+class Counts(GPT2LMHeadModel):
+    """Has whole numbers in its state dict."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("steps", torch.zeros(4, dtype=torch.int64))
+
+
+def test_what_repair_read_and_the_cast_lost_is_not_said_to_be_read(tmp_path: Path, printed: Printed) -> None:
+    written(Counts(gpt2()), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"steps": torch.full((4,), 0.5)}
+    renamed = {f"module.{name}": value for name, value in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("repair"):
+        model = Counts.from_pretrained(tmp_path)
+    assert verdicts(model)["steps"] is Verdict.OVERWRITTEN
+    (line,) = printed.confirmed
+    assert "read by TIEDQUIET=repair" in line
+    assert "steps" not in line

@@ -163,6 +163,7 @@ def test_repair_ties_what_is_untied_and_confirms(name: str, tmp_path: Path, prin
     assert set(verdicts(model).values()) == {Verdict.TIED}
     assert not printed.report
     assert not printed.loud
+    assert all("not tied by transformers, repaired: " in line for line in printed.confirmed)
     for found in tiedquiet.check(model).findings:
         assert holds(model.get_parameter(found.key), stored[str(found.source)])
     model.save_pretrained(tmp_path / "again")

@@ -240,8 +240,13 @@ def test_what_deepspeed_reads_into_adapters_is_unproven_too(runs: Any, tmp_path:
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     (tmp_path / "global_step2").mkdir()
     module.deepspeed_load_checkpoint(_Engine(model), str(tmp_path))
-    (finding,) = tiedquiet.check(model).findings
-    assert (finding.verdict, "was read by DeepSpeed" in finding.why) == (Verdict.UNPROVEN, True)
+    for one in (model, base):
+        (finding,) = tiedquiet.check(one).findings
+        assert (finding.verdict, "was read by DeepSpeed" in finding.why) == (Verdict.UNPROVEN, True)
+    by_fsdp = _ReadsByItself(base, TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    by_fsdp.is_fsdp_enabled = True
+    by_fsdp._load_from_checkpoint(str(runs(llama) / "checkpoint-2"))
+    assert "was read by FSDP" in tiedquiet.check(base).findings[0].why
 
 
 class _ReadsByADoor(Trainer):

@@ -129,21 +129,6 @@ def test_what_the_file_has_and_the_model_s_own_code_leaves_out(runs: Any, printe
     assert not any("model.norm.weight" in line for line in printed.confirmed)
 
 
-class HasABaseLayer(LlamaForCausalLM):
-    """With a name in it that peft gives what it puts its layers around."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.more = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(3, 3)})
-
-
-def test_a_name_that_is_none_of_peft_s(tmp_path: Path) -> None:
-    written(HasABaseLayer(llama().config), tmp_path, lambda key: f"module.{key}")
-    with tiedquiet.enable("repair"):
-        trainer_of(model := HasABaseLayer(llama().config), tmp_path)._load_from_checkpoint(str(tmp_path))
-    assert tiedquiet.check(model).ok
-
-
 def test_one_name_in_two_shards(runs: Any, tmp_path: Path, printed: Printed) -> None:
     folder = runs(llama)
     checkpoint = split(folder / "checkpoint-2", tmp_path / "checkpoint-2", "shards.safetensors")

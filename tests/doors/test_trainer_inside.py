@@ -44,6 +44,14 @@ class WithValue(Holder):
         self.value = torch.nn.Linear(32, 1)
 
 
+class WithTwin(Holder):
+    """The same with a head that has the name of the model's, in a module whose name is as long."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(torch.nn.ModuleDict({"lm_head": torch.nn.Linear(32, 64, bias=False)}))
+        self.other = inner
+
+
 def lora(model: Any, *targets: str) -> Any:
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets or ("q_proj", "v_proj")), r=2))
@@ -103,6 +111,19 @@ def test_repair_reads_into_the_wrapped_model(wrap: Any, build: Any, runs: Any, p
     assert "embed_tokens" not in listed
     (line,) = printed.confirmed
     assert "read by TIEDQUIET=repair, because the checkpoint has no prefix where the model has " in line
+
+
+def test_what_lies_beside_the_model_is_none_of_it(runs: Any) -> None:
+    folder = runs(llava)
+    model = type(llava()).from_pretrained(folder / "base")
+    whole = WithTwin(model)
+    before = whole.inner.lm_head.weight.clone()
+    with tiedquiet.enable("repair"):
+        trainer_of(whole, folder)._load_from_checkpoint(str(folder / "checkpoint-2"))
+    assert differing(model, right(llava, folder / "checkpoint-2")) == set()
+    assert torch.equal(whole.inner.lm_head.weight, before)
+    assert tiedquiet.check(model).ok
+    assert not tiedquiet.check(whole).ok
 
 
 @pytest.mark.parametrize("build", TIED)

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, MixtralForCausalLM, Trainer, TrainingArguments
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.training import DATA, LOSSY, differing, llava, mixtral, right, state
+from tests.doors.training import DATA, LOSSY, differing, llama, llava, mixtral, right, state
 from tiedquiet import LoadError, Verdict
 
 
@@ -124,7 +124,7 @@ def test_another_model_than_the_trainer_s(runs: Any) -> None:
     assert not differing(other, truth)
 
 
-def test_lists_without_a_folder(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_without_a_folder(runs: Any, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the current one is no checkpoint of theirs."""
     folder = runs(llava)
     model = LlavaForConditionalGeneration.from_pretrained(folder / "base")
@@ -136,6 +136,11 @@ def test_lists_without_a_folder(runs: Any, monkeypatch: pytest.MonkeyPatch) -> N
         trainer._issue_warnings_after_load(model.load_state_dict(tensors, strict=False))
     assert not differing(model, before)
     assert not tiedquiet.check(model).ok
+    tied = llama()
+    trainer = Trainer(tied, TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True))
+    tensors = {key: value for key, value in tied.state_dict().items() if key != "lm_head.weight"}
+    trainer._issue_warnings_after_load(tied.load_state_dict(tensors, strict=False))
+    assert "from the Trainer's checkpoint: reported missing but tied" in printed.confirmed[-1]
 
 
 def test_an_override_is_called_once_and_put_back(runs: Any) -> None:
@@ -174,6 +179,45 @@ def test_what_an_override_that_says_nothing_leaves_unread(build: Any, runs: Any,
     assert not model._load_state_dict_post_hooks
     proof = tiedquiet.check(model)
     assert [f.verdict for f in proof.findings] == [Verdict.UNPROVEN], "what else that code did was not seen"
+    assert not printed.loud
+
+
+class ReadsAHeadLater(SaysNothing):
+    """Reads one more tensor, by itself."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        (model or self.model).load_state_dict({"lm_head.weight": torch.ones(64, 32)}, strict=False)
+
+
+def test_what_is_read_later_takes_nothing_of_it_back(runs: Any) -> None:
+    unread = {f.key for f in tiedquiet.check(resumed(ReadsAHeadLater, runs(mixtral), build=mixtral)).findings[1:]}
+    assert unread == {key for key in right(mixtral, runs(mixtral) / "checkpoint-2") if LOSSY[mixtral](key)}
+
+
+class Decodes(Trainer):
+    """Reads codes by itself, each with its scale."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+        for name in [name for name in tensors if name.endswith("_scale")]:
+            code = name.removesuffix("_scale")
+            tensors[code] = tensors[code].float() * tensors.pop(name)
+        (model or self.model).load_state_dict(tensors, strict=False)
+
+
+def test_codes_that_an_override_decodes(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    up = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(runs(llama) / "checkpoint-2" / "model.safetensors")
+    codes = {up: tensors[up].to(torch.float8_e4m3fn), f"{up}_scale": torch.full((1,), 0.5)}
+    save_file({**tensors, **codes}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = type(llama()).from_pretrained(runs(llama) / "base")
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        Decodes(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))._load_from_checkpoint(
+            str(tmp_path)
+        )
+    assert torch.equal(model.get_parameter(up), codes[up].float() / 2)
     assert not printed.loud
 
 

@@ -88,13 +88,16 @@ def test_numbers_that_fit_are_no_finding(kind: torch.dtype, tmp_path: Path, prin
     assert not printed.loud
 
 
-def test_what_a_module_sets_by_itself_has_no_type_in_the_file(tmp_path: Path, printed: Printed) -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_what_a_module_sets_by_itself_has_no_type_in_the_file(
+    kind: torch.dtype, tmp_path: Path, printed: Printed
+) -> None:
     config = LlamaConfig(**SMALL, tie_word_embeddings=True)
     Normalises(config).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["normalise.num_batches_tracked"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    assert wrong(resumed(Normalises(config).half(), tmp_path)) == {}
+    assert wrong(resumed(Normalises(config).to(kind), tmp_path)) == {}
     assert not printed.loud
 
 

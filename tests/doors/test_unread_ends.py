@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 import tiedquiet
-from tests.checkpoints import Printed, save, t5
+from tests.checkpoints import Printed, gpt2, save, t5
 from tests.doors.renamed import (
     SMALL,
     llava,
@@ -309,3 +310,30 @@ def test_the_end_that_another_class_ties_and_stores(cls: Any, flag: bool, tmp_pa
     for model in models:
         assert torch.equal(model.get_parameter(key), truth["model.embed_tokens.weight"])
         assert key not in verdicts(model)
+
+
+def test_repair_says_of_three_what_it_has_read_of_them(tmp_path: Path, printed: Printed) -> None:
+    """Tensors under a prefix, one that two shards have, and those of a shard that the index does not name."""
+    truth = written(GPT2LMHeadModel(gpt2()), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    twice, unlisted = "transformer.wpe.weight", "transformer.ln_f."
+    some = {f"module.{key}": v for key, v in truth.items() if key != twice and not key.startswith(unlisted)}
+    shards = [some | {twice: truth[twice]}, {twice: truth[twice] + 1}]
+    shards.append({key: value for key, value in truth.items() if key.startswith(unlisted)})
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-0000{number}-of-00003.safetensors"
+        save_file(shard, tmp_path / name, {"format": "pt"})
+        index |= dict.fromkeys(shard, name) if number < 3 else {}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    with tiedquiet.enable("repair"):
+        model = GPT2LMHeadModel.from_pretrained(tmp_path)
+    found = verdicts(model)
+    assert found.pop(twice) is Verdict.AMBIGUOUS
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == {
+        f"{unlisted}{x}" for x in ("weight", "bias")
+    }
+    read = " ".join(printed.confirmed)
+    assert "read by TIEDQUIET=repair" in read
+    assert twice not in read
+    assert unlisted not in read

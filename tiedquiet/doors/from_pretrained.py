@@ -18,7 +18,7 @@ from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place, prepare
 from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers, note_unlisted
-from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.verdict import Finding
 
 
 def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,7 +165,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
         and not reading.is_quantised
         and "disk" not in (config.device_map or {}).values()
     ):
-        before = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+        before = reading.found
         also: dict[str, str] = {}
         for made in others:
             if not _lies_in_stored(model, reading, made.origins):

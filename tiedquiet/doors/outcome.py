@@ -73,11 +73,10 @@ def outcome_of(
     if not findings and not repaired:
         return Outcome(missing)
     mended = {finding.key for finding in repaired}
-    proven = [f for f in findings if f.verdict in WELL and f.key in missing]
     broken = [f for f in findings if f.broken] if mode.current() == "strict" else []
     name = words.name_of(model, where)
     lines = [(logging.DEBUG, line) for line in words.unproven(findings)]
-    if confirmed := words.confirmation([f for f in proven if f.key not in mended], repaired, fold):
+    if confirmed := words.confirmation([f for f in findings if f.key in missing - mended], repaired, fold):
         lines.append((logging.INFO, confirmed))
     loud = [f for f in findings if f not in broken]
     perhaps = words.hints(perhaps_unread(model, loud), fold)
