@@ -89,13 +89,13 @@ def judge(
 
 def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[str]:
     """The names of what was put into a model once its checkpoint had been read, by no load of a model inside."""
-    known = reading.held.keys() | reading.missing
     # What an adapter brings has a load of its own, which comes next.
-    if not (others := now.state.keys() - known) or getattr(model, "_hf_peft_config_loaded", False):
+    others = now.state.keys() - reading.held.keys() - reading.missing
+    if not others or getattr(model, "_hf_peft_config_loaded", False):
         return set()
     if not now.is_plain:
         others &= model.state_dict().keys()
-    objects = {id(now.state[name]) for name in known & now.state.keys()}
+    objects = {id(tensor) for name, tensor in now.state.items() if name in reading.held or name in reading.missing}
     inside = tuple(prefix for prefix, one in now.models if prefix and record.of(one) is not None)
     return {name for name in others if id(now.state[name]) not in objects and not name.startswith(inside)}
 
