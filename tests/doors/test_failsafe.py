@@ -101,7 +101,7 @@ ELSEWHERE |= {
 ELSEWHERE |= {"all_conversions", "_patterns"}  # of `check`, once the load is over
 ELSEWHERE |= {"put_in_place"}  # of adapters on meta
 ELSEWHERE |= {"move"}  # of a model that its class makes anew
-ELSEWHERE |= {"stored_name"}  # of models whose layers are in wrappers
+ELSEWHERE |= {"stored_name", "without_wrappers"}  # of models whose layers are in wrappers
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
 ELSEWHERE |= {
     "common_prefixes",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiedquiet
@@ -149,6 +149,24 @@ def test_what_another_door_has_judged_is_told_once(is_best: bool, runs: Any, tmp
     run._load_best_model() if is_best else run._load_from_checkpoint(str(tmp_path))
     assert ["4 of 8 tensors of the adapter are not in its files" in line for line in printed.loud] == [True]
     assert tiedquiet.check(model).missing == 4
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_what_another_door_found_unread_stays_that(is_best: bool, runs: Any, tmp_path: Path, printed: Printed) -> None:
+    """Nothing was written to the adapter, and its file has none of its names."""
+    with tiedquiet.enable("off"):
+        with_adapters(runs, {"default": "q_proj"}, ["default"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"module.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    model = with_adapters(runs, {"default": "q_proj"}, ["default"])
+    run = trainer_of(model, tmp_path)
+    run.state.best_model_checkpoint = str(tmp_path)
+    printed.records.clear()
+    run._load_best_model() if is_best else run._load_from_checkpoint(str(tmp_path))
+    (line,) = printed.loud
+    assert "unread, 4 of 4 tensors" in line
+    proof = tiedquiet.check(model)
+    assert (proof.unread, proof.missing) == (4, 0)
 
 
 def test_without_files_and_of_a_base_that_was_not_loaded(runs: Any, tmp_path: Path, printed: Printed) -> None:

@@ -6,6 +6,7 @@ adapters need are here, for both.
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 
+# The names of the adapters that were judged, for a call around theirs that asks for them: a Trainer's.
+judged: ContextVar[set[str] | None] = ContextVar("tiedquiet_judged_adapters", default=None)
 _BY_PEFT = "Load the adapter with peft's PeftModel.from_pretrained"
 _COPIED_BY_PEFT = f"{_BY_PEFT} and without low_cpu_mem_usage"
 _PARTED = "although the two were one tensor when the base model was loaded"
@@ -202,6 +205,8 @@ def _judge(before: _Before, result: Any) -> Outcome:
     if adapter.in_files or findings:
         record.leave(base, known if earlier is None else known.after(earlier))
     note_parted(base, adapter.where, earlier, outcome)
+    if (told := judged.get()) is not None:
+        told.add(before.given["adapter_name"])
     return outcome
 
 

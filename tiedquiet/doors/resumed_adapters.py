@@ -52,18 +52,20 @@ def versions(model: Any) -> Versions:
     }
 
 
-def judge_rest(model: Any, folder: str, before: Versions, is_best: bool) -> Outcome | None:
+def judge_rest(model: Any, folder: str, before: Versions, told: Collection[str], is_best: bool) -> Outcome | None:
     """Compare what Trainer did not read into a model's adapters with their files, and leave the record.
 
     Args:
         model: peft's.
         folder: the checkpoint.
         before: the versions of the adapters' tensors before Trainer read it.
+        told: the names of those of which their own door has told what became of them.
         is_best: whether it reads its best model: then it gives what it finds in the folder to the active adapter.
     """
     model = getattr(model, "_orig_mod", model)
     now = versions(model)
-    rest = [name for name in before if now.get(name) == before[name] or (is_best and name != "default")]
+    left = {name for name in before if now.get(name) == before[name]} - set(told)
+    rest = [name for name in before if name in left or (is_best and name != "default")]
     if not rest:
         return None
     judged = _Adapters(model, folder, before.keys() - set(rest))

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from tiedquiet import mode, words
+from tiedquiet.doors.adapters import judged
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, outcome_of
 from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
@@ -98,11 +99,13 @@ def _around(
     known = record.of(resume.known_by(trainer))
     # Under FSDP and DeepSpeed nothing shows whether anything is read into an adapter.
     adapters, failure = guarded(lambda: {} if _is_parted(trainer) else versions(resume.known_by(trainer)))
-    before = _going_on.set(resume)
+    told = set[str]()
+    before, told_before = _going_on.set(resume), judged.set(told)
     try:
         with _listening(trainer, resume):
             result = wrapped(*args, **kwargs)
     finally:
+        judged.reset(told_before)
         _going_on.reset(before)
     model = resume.known_by(trainer)
     if not resume.was_judged and record.of(model) is known:  # nor did another door judge it
@@ -115,7 +118,7 @@ def _around(
         raise failure
     if not adapters:
         return result
-    return carry_out(lambda: judge_rest(model, resume.folder, adapters, resume.is_best), lambda: result)
+    return carry_out(lambda: judge_rest(model, resume.folder, adapters, told, resume.is_best), lambda: result)
 
 
 @contextmanager
