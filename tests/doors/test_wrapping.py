@@ -78,6 +78,10 @@ def test_importing_it_brings_neither_torch_nor_transformers() -> None:
     run("import sys, tiedquiet; assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)")
 
 
+def test_nothing_is_said_of_a_library_that_is_not_imported_yet() -> None:
+    assert "tiedquiet" not in run("import tiedquiet, transformers.utils.loading_report").stderr
+
+
 def test_a_bad_value_raises_on_import() -> None:
     run(
         "try:\n import tiedquiet\nexcept ValueError as e:\n assert 'TIEDQUIET=' in str(e) and 'strict' in str(e)\nelse: raise SystemExit(1)",

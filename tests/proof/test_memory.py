@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.memory import Memory, all_lie_at, differing, holds, lies_at, plain, same
+from tiedquiet.proof.memory import (
+    Memory,
+    aliases,
+    all_lie_at,
+    bytes_of,
+    differing,
+    equals,
+    holds,
+    is_copy,
+    lies_at,
+    plain,
+    same,
+)
 
 ROWS = torch.arange(12.0).view(4, 3)
 
@@ -275,6 +287,44 @@ def test_a_matrix_that_is_turned_and_given_its_own_shape_again_holds_nothing() -
     assert holds(convolution.permute(1, 0, 2, 3).reshape(4, 12), convolution) is False
     assert holds(convolution.permute(0, 2, 3, 1).reshape(4, 12), convolution) is True
     assert holds(convolution.flatten(1).t(), convolution) is True
+
+
+META, MATRIX, SQUARE = torch.empty(2, device="meta"), torch.arange(6.0).view(2, 3), torch.arange(4.0).view(2, 2)
+CONVOLUTION, COMPLEX = torch.arange(48.0).view(4, 3, 2, 2), torch.tensor([1 + 2j, 3 - 4j])
+WITH_ONE, BLOCK = torch.arange(24.0).view(4, 3, 2, 1), torch.arange(24.0).view(2, 3, 4)
+FLAT = torch.arange(6.0)
+
+
+def freed() -> torch.Tensor:
+    tensor = torch.ones(2)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (lambda: equals(META, META), None),
+        (lambda: holds(META, MATRIX), None),
+        (lambda: is_copy(MATRIX.t().clone(), MATRIX), True),
+        (lambda: is_copy(SQUARE.t(), SQUARE), False),
+        (lambda: (same(SQUARE, SQUARE.t()), same(SQUARE.t(), SQUARE)), (False, False)),
+        (lambda: holds(WITH_ONE.permute(2, 0, 1, 3).reshape(8, 3), WITH_ONE), True),
+        (lambda: holds(CONVOLUTION.permute(1, 0, 2, 3).reshape(6, 8), CONVOLUTION), False),
+        (lambda: (same(COMPLEX, COMPLEX.conj()), same(COMPLEX.imag, COMPLEX.conj().imag)), (False, False)),
+        (lambda: lies_at(COMPLEX.imag, COMPLEX.conj().imag), False),
+        (lambda: lies_at(SQUARE, ()), False),
+        (lambda: bytes_of(freed(), torch.ones(2)), None),
+        (lambda: Memory({"block": BLOCK}).holding(BLOCK.permute(2, 1, 0)), []),
+        (lambda: Memory({"row": FLAT.as_strided((1, 6), (0, 1))}).holding(FLAT[2:4]), ["row"]),
+        (lambda: all_lie_at([SQUARE.view(torch.int32)], [SQUARE]), False),
+        (lambda: (all_lie_at([None], [SQUARE]), all_lie_at([SQUARE], [(SQUARE,)])), (False, False)),
+        (lambda: same(torch.tensor([math.inf]).half(), torch.tensor([math.inf])), True),
+        (lambda: [type(place) for place in aliases([SQUARE, Kind()])], [torch.Tensor, tuple]),
+    ],
+)  # fmt: skip
+def test_what_is_the_same_and_what_only_looks_like_it(found: Any, expected: Any) -> None:
+    assert found() == expected
 
 
 class Kind(torch.Tensor):

@@ -92,3 +92,26 @@ def test_which_files_of_a_folder_are_read(kind: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(content) if name.endswith("json") else "")
         found = [os.path.basename(path) for path in of_folder(str(tmp_path), kind=kind).files]
         assert found == (["first", "second"] if name.endswith("json") else [name])
+
+
+def test_shards_beside_those_that_are_read(tmp_path: Path) -> None:
+    """As many, of this name, files, and no link to anywhere else."""
+    (tmp_path / "there").mkdir()
+    names = [f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    for name in (
+        *names[:2],
+        "model-00002-of-00005.safetensors",
+        "other-00002-of-00004.safetensors",
+        "model.safetensors",
+    ):
+        save_file({"a": torch.ones(1)}, tmp_path / name)
+    os.mkfifo(tmp_path / names[2])
+    save_file({"a": torch.ones(1)}, tmp_path / "there" / "model.safetensors")
+    (tmp_path / names[3]).symlink_to(tmp_path / "there" / "model.safetensors")
+    assert Checkpoint(None, [str(tmp_path / names[0])]).unlisted().files == [str(tmp_path / names[1])]
+
+
+def test_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    assert Checkpoint({"a": torch.ones(1), "steps": 3}).dtypes == {torch.float32}
+    torch.save({"state_dict": {"a": torch.ones(1), "steps": 3}, "epoch": 1}, tmp_path / "model.bin")
+    assert Checkpoint(None, [str(tmp_path / "model.bin")]).tensors.keys() == {"state_dict.a"}

@@ -111,10 +111,7 @@ class Checkpoint:
     @cached_property
     def is_mapped(self) -> bool:
         """Whether names and types are known without reading whole files, unlike those of pickles before torch 1.6."""
-        return not self.closed and all(
-            path.endswith(".safetensors") or (not path.endswith(".gguf") and zipfile.is_zipfile(path))
-            for path in self.files
-        )
+        return not self.closed and all(path.endswith(".safetensors") or zipfile.is_zipfile(path) for path in self.files)
 
     @cached_property
     def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
@@ -141,10 +138,9 @@ class Checkpoint:
         own = set(map(Path, self.files))
         kinds = {(path.parent, _SHARD.sub("", path.name)) for path in own if _SHARD.search(path.name)}
         beside = [path for folder in {folder for folder, _ in kinds} for path in sorted(folder.iterdir())]
-        of_these = (path for path in beside if path not in own and _SHARD.search(path.name))
-        found = [path for path in of_these if (path.parent, _SHARD.sub("", path.name)) in kinds]
+        found = [path for path in beside if path not in own and (path.parent, _SHARD.sub("", path.name)) in kinds]
         # A stranger's folder may have a pipe under such a name, or a link to anywhere; the hub's cache is all links.
-        places = {path.resolve().parent for path in own} if found else set()
+        places = {path.resolve().parent for path in own}
         return Checkpoint(None, [str(p) for p in found if p.is_file() and p.resolve().parent in places])
 
     def is_inside(self, name: str) -> bool:

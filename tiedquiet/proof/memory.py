@@ -286,7 +286,7 @@ def _is_flattened(shape: torch.Size, whole: torch.Size) -> bool:
     A matrix that is transposed and given its own shape again has its values in nobody's order.
     """
     left = [size for size in whole if size != 1]
-    for size in (size for size in shape if size != 1):
+    for size in shape:
         product = 1
         while product < size and left:
             product *= left.pop(0)
@@ -341,7 +341,7 @@ def lies_at(tensor: torch.Tensor, read: Place) -> bool:
         return False
     if type(tensor) is torch.nn.Parameter and not tensor.is_meta and not read.is_meta:
         return tensor.is_set_to(read) and tensor.dtype is read.dtype  # the same in one call
-    return tensor is read or (
+    return (
         tensor.data_ptr() == read.data_ptr()
         and tensor.shape == read.shape
         and tensor.stride() == read.stride()
