@@ -157,7 +157,7 @@ def test_what_another_door_found_unread_stays_that(is_best: bool, runs: Any, tmp
     with tiedquiet.enable("off"):
         with_adapters(runs, {"default": "q_proj"}, ["default"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    save_file({f"module.{name}": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    save_file({f"module.{name}": tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     model = with_adapters(runs, {"default": "q_proj"}, ["default"])
     run = trainer_of(model, tmp_path)
     run.state.best_model_checkpoint = str(tmp_path)
