@@ -16,8 +16,9 @@ from typing import Any
 
 from tiedquiet import mode, words
 from tiedquiet.doors.adapters import judged
+from tiedquiet.doors.folder import Inside, inside
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, outcome_of
-from tiedquiet.doors.resumed import Inside, came_from, inside, read_folder
+from tiedquiet.doors.resumed import came_from, read_folder
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
 from tiedquiet.proof import record
