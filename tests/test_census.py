@@ -19,7 +19,7 @@ from benchmarks.census.models import Saved, asks
 from benchmarks.census.report import COUNTED, summarise, table_of_resumes
 from benchmarks.census.ways import WAYS
 from tiedquiet import Finding, Verdict
-from tiedquiet.doors import resumed, trainer
+from tiedquiet.doors import folder, resumed, trainer
 from tiedquiet.proof import judge, missing
 from tiedquiet.proof.files import Checkpoint
 
@@ -241,7 +241,7 @@ def test_what_a_resume_loses_is_told_and_repaired(cls: Any, has_lost: bool, writ
 
 
 def test_the_census_sees_a_trainer_s_door_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumed, "found_in", lambda *_: Checkpoint({}))
+    monkeypatch.setattr(folder, "found_in", lambda *_: Checkpoint({}))
     (line,) = lines_of(transformers.MixtralForCausalLM, monkeypatch, "resume")
     assert len(line["missed"]) == line["lost"] == 6
     assert line["told"] == 0
