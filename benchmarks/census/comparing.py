@@ -1,5 +1,6 @@
 """Whether two tensors are the same, one is made of the other, or nobody ever wrote to one."""
 
+from collections.abc import Iterable
 from typing import Any
 
 LOUD = ("unread", "untied", "overwritten", "unwritten", "ambiguous")
@@ -19,6 +20,13 @@ def is_made_of(tensor: Any, value: Any) -> bool:
     if value is None:
         return False
     return equal(tensor, value) or bool(torch.isin(tensor.flatten(), value.flatten().to(tensor.dtype)).any())
+
+
+def is_one_of(tensor: Any, values: Iterable[Any]) -> bool:
+    """Whether a tensor is one of these, cast to its type."""
+    import torch
+
+    return any(torch.equal(tensor, value.to(tensor.dtype)) for value in values)
 
 
 def never_written(tensor: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import tiny_models
 from benchmarks.census import resume
-from benchmarks.census.comparing import LOUD
+from benchmarks.census.comparing import LOUD, is_one_of
 from benchmarks.census.models import Saved
 from benchmarks.census.truth import Truth
 from benchmarks.census.ways import WAYS, Tensors, Way, base_model_s_file
@@ -174,9 +174,6 @@ def read_by(cls: type[Any], folder: Path, saved: Tensors) -> set[str]:
     """
     from tests.checkpoints import holds, printing
 
-    def is_another_s(tensor: Any) -> bool:
-        return any(tensor.shape == other.shape and holds(tensor, other.to(tensor.dtype)) for other in saved.values())
-
     with printing():
         model, info = cls.from_pretrained(folder, output_loading_info=True)
     state = model.state_dict()
@@ -184,7 +181,7 @@ def read_by(cls: type[Any], folder: Path, saved: Tensors) -> set[str]:
     right = {
         name for name in read & saved.keys() if holds(state[name], saved[name].to(state[name].dtype), any_row=True)
     }
-    return right | {name for name in read & saved.keys() - right if not is_another_s(state[name])}
+    return right | {name for name in read & saved.keys() - right if not is_one_of(state[name], saved.values())}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks import tiny_models
 from benchmarks.census import ways
-from benchmarks.census.comparing import is_made_of, never_written
+from benchmarks.census.comparing import is_made_of, is_one_of, never_written
 from benchmarks.census.models import Saved, asked_for, buffers_beside_the_state, fingerprint
 from benchmarks.census.ways import (
     Tensors,
@@ -84,7 +84,7 @@ class Truth:
                 if way.tensors is in_bfloat16 and value.is_floating_point():
                     value = value.bfloat16()
                 if name in read and not torch.equal(read[name], value.to(read[name].dtype)):
-                    if any(torch.equal(read[name], other.to(read[name].dtype)) for other in file.values()):
+                    if is_one_of(read[name], file.values()):
                         continue  # the values of another one, of which the file has them as they are
                     self.read_otherwise.append(name)
                     value = read[name]

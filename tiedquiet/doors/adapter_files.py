@@ -16,9 +16,9 @@ from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
 from tiedquiet.proof.names import of_models
 from tiedquiet.proof.prefixes import by_prefix
-from tiedquiet.proof.record import Record
+from tiedquiet.proof.record import Record, stored_name
 from tiedquiet.proof.repair import copy_in_place, put_in_place
-from tiedquiet.proof.survey import stored_name, survey
+from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import out_of_date
 from tiedquiet.verdict import Finding, Verdict
 

@@ -11,8 +11,8 @@ from tiedquiet.proof.files import found_in
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, holds
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
-from tiedquiet.proof.record import loaded_name, without_wrappers
-from tiedquiet.proof.survey import stored_name, survey
+from tiedquiet.proof.record import loaded_name, stored_name, without_wrappers
+from tiedquiet.proof.survey import survey
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 

@@ -46,12 +46,7 @@ def read_folder(
 class _Resumed:
     """What becomes of a folder's tensors, in the order in which each of the rules is asked.
 
-    Args:
-        of: the model.
-        folder: where the files are.
-        missing: the names of the judged model that were reported missing.
-        unexpected: the files' names that were reported to have no place.
-        may_write: whether it is certain that these are the files which were read.
+    The arguments are those of `read_folder`.
     """
 
     def __init__(self, of: Inside, folder: str, missing: set[str], unexpected: set[str], may_write: bool) -> None:

@@ -25,8 +25,7 @@ from tiedquiet.proof import record
 from tiedquiet.proof.adapted import base_of
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
-from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import stored_name
+from tiedquiet.proof.record import Record, stored_name
 from tiedquiet.verdict import Finding, Verdict
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.memory import equals
-from tiedquiet.proof.survey import stored_name, survey
+from tiedquiet.proof.record import stored_name
+from tiedquiet.proof.survey import survey
 
 
 def base_of(model: Any) -> tuple[Any, str]:

@@ -60,12 +60,8 @@ def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.dtype, s
         ours: the type that it was read into.
         scales: what nothing read; a scale is of the same module, or has its name (`down_proj_scale`).
     """
-    if (
-        not (stored in CODES or is_whole(stored))
-        or ours in CODES
-        or not ours.is_floating_point
-        or (scale := scales.of(name, stored)) is None
-    ):
+    is_codes = stored in CODES or is_whole(stored)
+    if not is_codes or ours in CODES or not ours.is_floating_point or (scale := scales.of(name, stored)) is None:
         return None
     why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
     return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")

@@ -89,8 +89,8 @@ def judge(
 
 def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[str]:
     """The names of what was put into a model once its checkpoint had been read, by no load of a model inside."""
-    # What an adapter brings has a load of its own, which comes next.
     others = now.state.keys() - reading.held.keys() - reading.missing
+    # What an adapter brings has a load of its own, which comes next.
     if not others or getattr(model, "_hf_peft_config_loaded", False):
         return set()
     if not now.is_plain:

@@ -9,7 +9,7 @@ import torch
 
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.memory import Memory, by_object, equals, holds, is_copy, plain, same
-from tiedquiet.proof.names import in_common, is_in
+from tiedquiet.proof.names import is_in, most_alike
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, embeddings, is_denied, only, survey
 from tiedquiet.proof.ties import Group
@@ -205,14 +205,12 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
 
 def _most_alike(findings: Collection[Finding]) -> Iterator[Finding]:
     """For each tensor of the files the one key that it may be; none if several are as much like it."""
-    keys_of: dict[str, list[tuple[tuple[int, int], Finding]]] = {}
+    found: dict[str, dict[str, Finding]] = {}
     for finding in findings:
-        keys_of.setdefault(str(finding.source), []).append((in_common(finding.key, str(finding.source)), finding))
-    for alike in keys_of.values():
-        most = max(common for common, _ in alike)
-        best = [finding for common, finding in alike if common == most]
-        if len(best) == 1:
-            yield best[0]
+        found.setdefault(str(finding.source), {})[finding.key] = finding
+    for name, keys in found.items():
+        if len(best := most_alike(name, keys)) == 1:
+            yield keys[best[0]]
 
 
 def saved_by(model: Any) -> Collection[str]:

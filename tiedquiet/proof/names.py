@@ -4,7 +4,7 @@ Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -319,6 +319,13 @@ def in_common(key: str, name: str) -> tuple[int, int]:
     ours, theirs = key.split(".")[::-1], name.split(".")[::-1]
     end = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), len(ours))
     return end, len(set(ours) & set(theirs))
+
+
+def most_alike(name: str, others: Iterable[str]) -> list[str]:
+    """Those of several names that have as much in common with one as any."""
+    common = {other: in_common(other, name) for other in others}
+    most = max(common.values())
+    return [other for other, one in common.items() if one == most]
 
 
 def is_in(base: str, name: str) -> bool:

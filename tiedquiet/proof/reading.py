@@ -15,7 +15,8 @@ from tiedquiet.proof import names
 from tiedquiet.proof.casts import narrows
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import Place, aliases, by_object, equals, types_of
-from tiedquiet.proof.survey import declared, only, stored_name, survey
+from tiedquiet.proof.record import stored_name
+from tiedquiet.proof.survey import declared, only, survey
 from tiedquiet.verdict import Finding, Verdict
 
 

@@ -12,7 +12,8 @@ from tiedquiet.proof.memory import ORDINARY
 from tiedquiet.verdict import IN_FILES, Finding, Verdict
 
 _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
-_OF_TORCH = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
+_RECOMPUTED = "_checkpoint_wrapped_module."  # around a layer whose activations are recomputed
+_OF_TORCH = re.compile(rf"\b(_orig_mod\.|{re.escape(_RECOMPUTED)})")
 _ATTRIBUTE = "_tiedquiet_record"
 
 
@@ -167,3 +168,8 @@ def loaded_name(name: str) -> str:
 def without_wrappers(name: str) -> str:
     """The same, of what lies in a layer that is compiled by itself, or whose activations are recomputed."""
     return _OF_TORCH.sub("", name) if "_mod" in name else name
+
+
+def stored_name(name: str) -> str:
+    """The name that a tensor has in the state dict: the hooks of the second of these take its part out of it."""
+    return name.replace(_RECOMPUTED, "")

@@ -7,8 +7,6 @@ import torch
 
 from tiedquiet.proof.ties import Declaration, Group, groups
 
-_WRAPPER = "_checkpoint_wrapped_module."  # around a layer whose activations are recomputed
-
 
 class Survey(NamedTuple):
     """A model in one walk.
@@ -70,11 +68,6 @@ def only(tensors: dict[str, torch.Tensor], names: Set[str]) -> dict[str, torch.T
     for name in tensors.keys() - names:
         del found[name]
     return found
-
-
-def stored_name(name: str) -> str:
-    """The name that a tensor has in the state dict: the hooks of a wrapper of torch's take its own part out of it."""
-    return name.replace(_WRAPPER, "")
 
 
 def tensor_at(model: torch.nn.Module, name: str) -> torch.Tensor | None:

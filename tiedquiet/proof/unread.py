@@ -214,15 +214,8 @@ def _note_likely(
     for shape, keys in by_shape(missing).items():
         alike = rest.get(shape, [])
         if len(alike) <= names.MOST_TRIED and not ends.keys().isdisjoint(keys):
-            alike = [name for name in alike if not all(is_held(key, name) for key in _most_alike(name, keys))]
+            alike = [name for name in alike if not all(is_held(key, name) for key in names.most_alike(name, keys))]
         reading.likely |= {key: likely(key, alike) for key in keys if alike}
-
-
-def _most_alike(name: str, keys: Sequence[str]) -> list[str]:
-    """Those of several keys whose names have as much in common with one of the files' as any."""
-    common = {key: names.in_common(key, name) for key in keys}
-    most = max(common.values())
-    return [key for key, one in common.items() if one == most]
 
 
 def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:
@@ -240,10 +233,10 @@ def likely(key: str, alike: Sequence[str]) -> str | None:
         key: the missing key.
         alike: those of its shape.
     """
-    if len(alike) > names.MOST_TRIED:
+    if not alike or len(alike) > names.MOST_TRIED:
         return None  # one of very many is not likely
-    best = max(alike, key=lambda name: names.in_common(key, name), default=None)
-    return best if best is not None and names.in_common(key, best)[0] else None
+    best = names.most_alike(key, alike)[0]
+    return best if names.in_common(key, best)[0] else None
 
 
 def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> None:
