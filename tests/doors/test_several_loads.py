@@ -35,6 +35,23 @@ def test_a_load_inside_a_load_is_judged_when_it_returns(tmp_path: Path) -> None:
     assert tiedquiet.check(model).total == 2 * tiedquiet.check(model.other).total
 
 
+class AddsToAnother(Tiny):
+    """Puts a layer into a second model that it loads, once that is loaded."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.other = Tiny.from_pretrained(*args, **kwargs)
+        model.other.more = torch.nn.Linear(4, 4, bias=False)
+        return model
+
+
+def test_what_is_put_into_a_model_that_was_loaded_inside_comes_from_no_file(tmp_path: Path) -> None:
+    model = AddsToAnother.from_pretrained(saved(tmp_path))
+    assert verdicts(model) == {"other.more.weight": Verdict.MISSING}
+    assert not tiedquiet.check(model).ok
+
+
 class LoadsTwice(Tiny):
     """Writes to the first model once the second is loaded."""
 

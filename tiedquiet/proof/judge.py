@@ -96,8 +96,12 @@ def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[st
     if not now.is_plain:
         others &= model.state_dict().keys()
     objects = {id(tensor) for name, tensor in now.state.items() if name in reading.held or name in reading.missing}
-    inside = tuple(prefix for prefix, one in now.models if prefix and record.of(one) is not None)
-    return {name for name in others if id(now.state[name]) not in objects and not name.startswith(inside)}
+    inside = [(prefix, known) for prefix, one in now.models if prefix and (known := record.of(one)) is not None]
+    read_there = {prefix + key for prefix, known in inside for key in known.stored | known.missing}
+    # A quantiser and an adapter give tensors other names than those that were read.
+    renamed = tuple(prefix for prefix, known in inside if known.gone or known.adapted)
+    rest = {name for name in others - read_there if id(now.state[name]) not in objects}
+    return {name for name in rest if record.loaded_name(name) not in read_there and not name.startswith(renamed)}
 
 
 def proof(model: Any, inert: str = "") -> Proof:
