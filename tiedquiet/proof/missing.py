@@ -137,7 +137,9 @@ def _judge_parted(
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
-    if key in known.likely:
+    if known.likely.get(key) == key:
+        cure = "Check config.json: the checkpoint has this tensor in another shape"
+    elif key in known.likely:
         cure = f"Check whether it is {_unread(key, known)}"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
