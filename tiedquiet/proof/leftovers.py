@@ -174,7 +174,8 @@ class Leftovers(NamedTuple):
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
             is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
-            if is_enough(made.origins, is_whole, self.needed, not (change.old and change.new)):
+            first = {key: origin.names[0] for key, origin in made.origins.items()}
+            if is_enough(first, is_whole, self.needed, None if change.old and change.new else self.missing):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if len(found) != 1:
             return None
