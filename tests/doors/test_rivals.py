@@ -198,3 +198,21 @@ def test_what_the_model_holds_already_is_not_unread(
         lost["transformer.h.1.ln_1.bias"] = (verdict, None)
     assert {f.key: (f.verdict, f.source) for f in proof.findings if f.verdict is not Verdict.TIED} == lost
     assert proof.ok is is_same
+
+
+class NeedsNoNorm(GPT2LMHeadModel):
+    _keys_to_ignore_on_load_missing: ClassVar[Any] = ["ln_f"]
+
+
+@pytest.mark.parametrize("name", ["transformer.norm.weight", "transformer.scale"])
+def test_what_needs_no_file_is_unproven_where_the_file_may_have_it(name: str, tmp_path: Path) -> None:
+    """A norm that its class computes, it says; and a tensor of its shape that nothing read."""
+    key = "transformer.ln_f.weight"
+    model = NeedsNoNorm(gpt2(tie_word_embeddings=False))
+    written(model, tmp_path, lambda own: own.replace(key, name))
+    proof = tiedquiet.check(NeedsNoNorm.from_pretrained(tmp_path))
+    is_like = name.endswith(".weight")
+    assert proof.ok is not is_like
+    assert [(f.key, f.verdict, f.source) for f in proof.findings] == [(key, Verdict.UNPROVEN, name)] * is_like
+    with tiedquiet.enable("strict"):
+        NeedsNoNorm.from_pretrained(tmp_path)
