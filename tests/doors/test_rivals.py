@@ -257,3 +257,11 @@ def test_what_needs_no_file_is_unproven_where_the_file_may_have_it(name: str, tm
     assert [(f.key, f.verdict, f.source) for f in proof.findings] == [(key, Verdict.UNPROVEN, name)] * is_like
     with tiedquiet.enable("strict"):
         NeedsNoNorm.from_pretrained(tmp_path)
+
+
+def test_what_needs_no_file_is_missing_where_the_file_has_it_in_another_shape(tmp_path: Path) -> None:
+    written(NeedsNoNorm(gpt2()), tmp_path, **{"transformer.ln_f.weight": torch.ones(7)})
+    proof = tiedquiet.check(NeedsNoNorm.from_pretrained(tmp_path, ignore_mismatched_sizes=True))
+    found = {f.key: f.verdict for f in proof.findings}
+    assert found == {"lm_head.weight": Verdict.TIED, "transformer.ln_f.weight": Verdict.MISSING}
+    assert not proof.ok

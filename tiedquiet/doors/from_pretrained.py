@@ -219,9 +219,9 @@ def _read(
         return of(model, checkpoint.headers, survey(model).state, conversions)
 
     reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, config.hf_quantizer is not None)
-    reading.likely.update(
-        (key, key) for key in reading.tied & in_other_shapes
-    )  # it has values, which no tie may replace
+    # The files have values for these, so neither a tie nor what their class computes may pass for them.
+    reading.likely.update((key, key) for key in reading.tied & in_other_shapes)
+    reading.free -= in_other_shapes
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
