@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tiedquiet.proof import names, prefixes
-from tiedquiet.proof.missing import saved_by
+from tiedquiet.proof.missing import is_of_another_class, saved_by
 from tiedquiet.proof.prefixes import Prefixes, candidates, is_elsewhere, is_enough
 from tiedquiet.proof.survey import asks_for_ties
 from tiedquiet.proof.ties import Declaration, groups
@@ -106,6 +106,10 @@ class Leftovers(NamedTuple):
         # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where
         # transformers' own renaming has a place for it, the class does not speak of it.
         theirs, base = self.not_ignored(), getattr(self.model, "base_model_prefix", "")
+        if is_of_another_class(self.model) and any(names.is_in(base, name) for name in self.was_read):
+            theirs = {
+                name: header for name, header in theirs.items() if names.is_in(base, name)
+            }  # the rest is its head
         of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
         sides = [self._replace(unread=theirs)]
         # A head may be in neither: that of another class in the files, and a new one in the model. One module is no
