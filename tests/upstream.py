@@ -21,7 +21,7 @@ import transformers
 
 from tests.pages import ROOT, fenced, sections
 
-RELEASES = {"transformers": "5.24.0", "diffusers": "0.42.1"}  # of the page
+RELEASES = {"transformers": "5.24.0", "diffusers": "0.42.1", "peft": "0.21.2"}  # of the page
 # Of docs/upstream.md, 8.
 WITH_WEIGHT_NORM = (
     "HubertModel", "SpeechT5ForSpeechToText", "VitsModel", "EncodecModel", "MusicgenForConditionalGeneration", "SEWModel",
