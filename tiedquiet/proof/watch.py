@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
         is_empty, lifted = False, []
         try:
             operation = operation_of(func) if self.open else None
-            if operation is not None and (operation.changes or operation.reaches or operation.is_foreign):
+            if operation is not None and (operation.changes or operation.reaches or operation.may_write):
                 changed = changed_by(operation, args, kwargs)
                 written = changed if operation.writes else []
                 protected = self._look_at_stored(operation, written, args, kwargs)
@@ -196,7 +196,7 @@ class Watch(TorchDispatchMode):
     ) -> list[torch.Tensor]:
         """Note which stored tensors the operation reaches for; returns those that must not be written to."""
         reached, values = [(tensor, True) for tensor in written], args[1] if operation.copies else None
-        if operation.is_foreign or (operation.reaches and args[0].is_cpu):
+        if operation.may_write or (operation.reaches and args[0].is_cpu):
             reached += [(tensor, False) for tensor in read_by(operation, args, kwargs)]
         protected = []
         for tensor, is_written in reached:
