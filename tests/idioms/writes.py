@@ -171,6 +171,19 @@ class CountsAPassInTraining(ResetsRunningStatistics):
                 module(torch.arange(32.0).view(4, 8))
 
 
+@idiom()
+class InitialiserNamedInit(Tiny):
+    """An initialiser whose name ends as those of peft's adapters do."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            self.kaiming_init(module)
+
+    def kaiming_init(self, module: Part) -> None:
+        nn.init.kaiming_normal_(module.weight.data)
+
+
 @idiom(missing=("gate",))
 class DerivesFromWhatIsStored(Tiny):
     """Adapters that start from the weight they adapt: a missing parameter computed from a stored one."""

@@ -21,7 +21,7 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import embeddings, is_denied, is_moved
+from tiedquiet.proof.survey import denial, embeddings, is_denied, is_moved, tensor_at
 from tiedquiet.proof.unread import ask_headers, find_unread
 
 
@@ -201,6 +201,29 @@ def test_what_is_asked_of_odd_models() -> None:
     hooked = torch.nn.Sequential(torch.nn.Linear(1, 1))
     hooked._hf_hook = object()  # type: ignore[assignment]
     assert is_moved(hooked, "0.weight") is True
+
+
+def test_which_config_denies_a_tie_is_said() -> None:
+    inside: Any = SimpleNamespace(tie_word_embeddings=True)
+    model: Any = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=False, text_config=inside))
+    why = "because SimpleNamespace.tie_word_embeddings is false"
+    assert denial(model) == f"{why}, although that of its text_config is true"
+    inside.tie_word_embeddings = False
+    assert denial(model) == why
+    model.config.tie_word_embeddings = True
+    assert denial(model) == ""
+
+
+def test_what_is_where_in_a_model() -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model = torch.nn.Sequential(inner)
+    model.register_module("none", None)
+    assert tensor_at(model, "0.0.weight") is inner[0].weight
+    assert tensor_at(model, "0.0.gone") is tensor_at(model, "0.gone.weight") is tensor_at(model, "none.weight") is None
+    assert is_moved(model, "0.0.weight") is False
+    inner[0]._hf_hook = object()  # type: ignore[assignment]
+    assert is_moved(model, "0.0.weight") is True
+    assert is_moved(model, "0.weight") is False
 
 
 def test_an_error_under_the_watch_is_raised_by_the_judge() -> None:

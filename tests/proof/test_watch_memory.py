@@ -42,6 +42,22 @@ def test_what_is_protected_is_returned_as_if_it_had_been_written_to(is_index_sto
     assert (most.item(), index.item()) == (9, 9 if is_index_stored else 1)
 
 
+@pytest.mark.parametrize("protect", [True, False])
+def test_an_operation_that_returns_something_else_than_what_it_writes_to(protect: bool) -> None:
+    mean, x = torch.ones(3), torch.arange(6.0).view(2, 3)
+    normalise = torch.ops.aten._native_batch_norm_legit
+    right, *_ = normalise(x, None, None, mean.clone(), mean.clone(), True, 0.1, 1e-5)
+    watch = Watch({"mean": mean}, protect)
+    with watch:
+        made, *_ = normalise(x, None, None, mean, mean.clone(), True, 0.1, 1e-5)
+        of_nothing, *_ = normalise(torch.empty(2, 3), None, None, mean.clone(), mean.clone(), True, 0.1, 1e-5)
+    assert watch.error is None
+    assert made.equal(right)
+    assert mean.eq(1).all() == protect
+    assert watch.placeholders.has(of_nothing)
+    assert not watch.placeholders.has(made)
+
+
 def test_once_it_has_given_up_it_keeps_no_write_back() -> None:
     stored = torch.ones(2)
     watch = Watch({"stored": stored}, protect=True)

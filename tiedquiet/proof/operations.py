@@ -57,7 +57,7 @@ def operation_of(func: Any) -> Operation | None:
     overwrites = overwrites_some or name.removeprefix("_foreach_") in _OVERWRITES
     return Operation(
         changes,
-        writes=bool(changes) and torch.Tag.inplace_view not in func.tags,
+        writes=torch.Tag.inplace_view not in func.tags,
         returns_only_these=all(map(is_written, schema.returns)),
         reads_these=not overwrites and not any(a.is_out for a in schema.arguments),
         overwrites_some=overwrites_some,
