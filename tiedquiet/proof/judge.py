@@ -241,7 +241,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
         tensor = now.state.get(name)
-        if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
+        if tensor is not None and (is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
         if tensor is not None and tensor.is_meta:
             yield Finding(
@@ -252,9 +252,8 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
         elif tensor is None:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
         elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
-            # `Module.to` makes other buffers, where it keeps parameters.
-            if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):
-                continue
+            if _has_values(tensor, sources(name)):
+                continue  # `Module.to` makes other buffers
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
