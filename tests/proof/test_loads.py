@@ -47,6 +47,10 @@ def test_a_native_class_that_cannot_be_built_renames_nothing() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model: Any = _Subclass(CLIPTextConfig(**sizes, vocab_size=9, max_position_embeddings=4))
     assert names.native_class(model) is CLIPTextModel
+    native = CLIPTextModel(model.config)
+    assert names.native_class(native) is None
+    own = names.conversions_of(native)
+    assert len(names.all_conversions(native, names.conversions_of(native))) == len(own) > 0
     model.config = None
     assert names.conversions_of_native(model) == []
 
