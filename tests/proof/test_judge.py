@@ -175,6 +175,7 @@ def test_a_load_that_was_not_settled_proves_nothing() -> None:
     model = Pair(torch.ones(2), torch.ones(2))
     loading(model, set()).close(model)
     assert not proof(model).ok
+    assert not proof(object()).ok
 
 
 def test_what_stays_on_disk_and_has_nothing_that_reads_it_is_unproven() -> None:

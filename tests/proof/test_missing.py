@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tiedquiet import Finding, Verdict
-from tiedquiet.proof.missing import judge_missing
+from tiedquiet.proof.missing import judge_missing, judge_two_ends, perhaps_unread, rival_of
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey
 from tiedquiet.proof.ties import Group
@@ -115,3 +115,72 @@ def test_a_key_of_a_tie_with_memory_of_its_own(
 ) -> None:
     found = judged(state, state.keys() - {"a", "m"}, group, **known)["a"]
     assert (found.verdict, found.source) == expected
+
+
+def test_a_tie_that_a_model_without_a_head_switches_off_is_broken() -> None:
+    group = Group(["a", "b"], {"a": "b"}, {"a": "because of the config"})
+    found = judged({"a": A.clone(), "b": B}, {"b"}, group)["a"]
+    assert (found.verdict, found.why, found.broken) == (Verdict.UNTIED, "because of the config", True)
+
+
+def test_what_cannot_be_compared_is_no_rival_of_itself() -> None:
+    there = on_meta()
+    assert rival_of("b", tie(a="b", c="b"), {"b": there, "c": there}) is None
+    assert rival_of("b", tie(a="b", c="b"), {"b": there, "c": C}) == "c"
+
+
+TURNED = torch.arange(6.0).view(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "source", "in_files", "altered", "is_found"),
+    [
+        (A, B, {}, set(), True),
+        (A, A.clone(), {"a": B}, set(), False),
+        (A, on_meta(), {"b": B}, set(), True),
+        (A, on_meta(), {"b": A}, set(), False),
+        (A, on_meta(), {}, set(), False),
+        (on_meta(), A, {}, set(), False),
+        (TURNED, TURNED.t(), {}, set(), True),
+        (TURNED, TURNED.t(), {}, {"a"}, False),
+        (TURNED, TURNED.t() + 1, {}, {"b"}, True),
+    ],
+)
+def test_the_two_ends_of_a_tie_that_were_both_stored(
+    key: torch.Tensor, source: torch.Tensor, in_files: dict[str, torch.Tensor], altered: set[str], is_found: bool
+) -> None:
+    known, group = Record({"a", "b"}, set(), 2, altered=altered), tie(a="b")
+    now = Survey({"a": key, "b": source}, {}, [], True)
+    found = list(judge_two_ends(known, now, {"a": group, "b": group}, in_files.get))
+    assert [(f.key, f.verdict, f.source) for f in found] == [("a", Verdict.AMBIGUOUS, "b")] * is_found
+
+
+class Mine(torch.nn.Module):
+    def __init__(self, base: str, saved_by: list[str]) -> None:
+        super().__init__()
+        self.base_model_prefix, self.config = base, SimpleNamespace(architectures=saved_by)
+        self.base = torch.nn.ModuleDict({"one": torch.nn.Linear(1, 1), "two": torch.nn.Linear(1, 1)})
+        self.head = torch.nn.Linear(1, 1)
+
+
+BASE = [f"base.{name}.{kind}" for name in ("one", "two") for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("base", "saved_by", "missing", "expected"),
+    [
+        ("base", ["Other"], {"head.weight": "its.weight"}, set()),  # of the head of that class
+        ("base", ["Other"], {"head.weight": "base.its.weight"}, {"head.weight"}),
+        ("base", ["Mine"], {"head.weight": "its.weight"}, {"head.weight"}),
+        ("base", [], {"head.weight": "its.weight"}, {"head.weight"}),
+        ("", ["Other"], {"head.weight": "its.weight"}, {"head.weight"}),
+        ("base", ["Other"], {key: f"x.{key}" for key in BASE}, set(BASE)),  # nothing of the base was read
+        ("base", ["Other"], {key: f"x.{key[5:]}" for key in BASE}, set(BASE)),
+        ("base", ["Other"], {key: f"x.{key[5:]}" for key in BASE[1:]}, set()),
+    ],
+)
+def test_which_tensors_of_the_files_may_be_a_missing_key(
+    base: str, saved_by: list[str], missing: dict[str, str], expected: set[str]
+) -> None:
+    findings = [Finding(key, Verdict.MISSING, source) for key, source in missing.items()]
+    assert {finding.key for finding in perhaps_unread(Mine(base, saved_by), findings)} == expected

@@ -199,7 +199,7 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
         return some
     state = survey(model).state
     ours = {key for key in state if is_in(base, key)} or state.keys()  # the base model by itself
-    is_lost = ours and ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
+    is_lost = ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
 
 
