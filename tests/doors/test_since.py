@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import Qwen2ForCausalLM, ResNetConfig, ResNetModel
 
 import tiedquiet
 from tests.doors.renamed import qwen2, written
+from tests.idioms import Idiom, Tiny
 from tiedquiet import Verdict
 
 
@@ -34,8 +36,65 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
     assert after(lambda model: model.model.norm.to("meta")) == {
         "model.norm.weight": "it was read, and has since been moved to meta, where nothing has values"
     }
-    for harmless in (lambda model: model.half(), lambda model: model.requires_grad_(False)):
+
+    def replace_by_the_same(model: Any) -> None:
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
+
+    def part(model: Any) -> None:
+        part = torch.ones(16).as_subclass(OfAnotherType)
+        model.model.norm.weight = nn.Parameter(part)
+
+    def put_aside(model: Any) -> None:
+        accelerate.cpu_offload(model)
+        assert model.model.norm.weight.is_meta
+
+    convert = lambda model: model.half()  # noqa: E731
+    for harmless in (convert, lambda model: model.requires_grad_(False), part, put_aside):
         assert after(harmless) == {}
+    assert after(replace_by_the_same) == {
+        "model.norm.weight": "it was read, and has since been replaced by another tensor"
+    }, "an optimizer may hold the other one"
+
+
+class OfAnotherType(torch.Tensor):
+    """As where FSDP parts what was read."""
+
+
+def test_what_was_lost_while_it_was_loaded_stays_lost(tmp_path: Path) -> None:
+    Idiom(Resets).save(tmp_path)
+    model: Any = Resets.from_pretrained(tmp_path)
+    assert [(f.key, f.verdict) for f in tiedquiet.check(model).findings] == [("part.weight", Verdict.OVERWRITTEN)]
+    model.part.weight = nn.Parameter(torch.ones(8, 8))
+    assert [(f.key, f.verdict) for f in tiedquiet.check(model).findings] == [("part.weight", Verdict.OVERWRITTEN)]
+    del model.part
+    assert [(f.key, f.verdict) for f in tiedquiet.check(model).findings] == [("part.weight", Verdict.UNPROVEN)]
+
+
+class Resets(Tiny):
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.part:
+            self.part.weight.data.zero_()
+
+
+def test_a_head_that_was_taken_off_is_not_spoken_of(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+    del model.lm_head
+    assert tiedquiet.check(model).findings == ()
+
+
+def test_what_stays_on_disk_and_nothing_reads_from_there_any_more(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=True), tmp_path / "model")
+    places = {"model.layers": "disk", **dict.fromkeys(("lm_head", "model.embed_tokens", "model.norm"), "cpu")}
+    model: Any = Qwen2ForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**places, "model.rotary_emb": "cpu"}, offload_folder=tmp_path / "disk"
+    )
+    assert tiedquiet.check(model).ok
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    proof = tiedquiet.check(model)
+    on_meta = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    assert {f.key for f in proof.findings if f.verdict is Verdict.UNPROVEN} == on_meta != set()
 
 
 def test_a_copy_on_meta_has_no_values(tmp_path: Path) -> None:
@@ -88,8 +147,9 @@ def test_a_layer_around_one_that_was_read_removes_nothing(tied: bool, tmp_path: 
     written(qwen2(tie_word_embeddings=tied), tmp_path)
     model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
     model.model.embed_tokens, model.model.norm = Around(model.model.embed_tokens), Around(model.model.norm)
-    proof = tiedquiet.check(model)
+    before, proof = tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path)), tiedquiet.check(model)
     assert proof.ok
+    assert (proof.stored, proof.total) == (before.stored, before.total)
     assert [(f.key, f.verdict) for f in proof.findings] == [("lm_head.weight", Verdict.TIED)] * tied
     model.model.norm = Around(nn.LayerNorm(32))
     assert [f.why for f in tiedquiet.check(model).findings if f.key == "model.norm.weight"] == [
@@ -98,7 +158,8 @@ def test_a_layer_around_one_that_was_read_removes_nothing(tied: bool, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")  # what peft thinks of tied layers
-def test_a_head_that_an_adapter_brought_is_no_tie_that_came_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_head_that_an_adapter_brought_is_no_tie_that_came_apart(dtype: torch.dtype, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     written(qwen2(tie_word_embeddings=True), tmp_path / "base")
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], r=2)
@@ -107,7 +168,8 @@ def test_a_head_that_an_adapter_brought_is_no_tie_that_came_apart(tmp_path: Path
         for parameter in adapted.parameters():
             parameter.add_(torch.randn_like(parameter))
     adapted.save_pretrained(tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    base = Qwen2ForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     merged = model.merge_and_unload()
     assert tiedquiet.check(merged).ok
     merged.lm_head = nn.Linear(32, 64, bias=False)

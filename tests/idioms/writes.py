@@ -159,6 +159,31 @@ class ResetsRunningStatistics(Tiny):
         return self.norm(x.transpose(1, 2)).transpose(1, 2)
 
 
+@idiom()
+class CountsAPassInTraining(ResetsRunningStatistics):
+    """A pass to see that all fits, before `eval`: a batch norm writes to its statistics, which no schema declares."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        Tiny._init_weights(self, module)
+        if isinstance(module, nn.BatchNorm1d):
+            init.zeros_(module.seen)
+            if not module.weight.is_meta:
+                module(torch.arange(32.0).view(4, 8))
+
+
+@idiom()
+class InitialiserNamedInit(Tiny):
+    """An initialiser whose name ends as those of peft's adapters do."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            self.kaiming_init(module)
+
+    def kaiming_init(self, module: Part) -> None:
+        nn.init.kaiming_normal_(module.weight.data)
+
+
 @idiom(missing=("gate",))
 class DerivesFromWhatIsStored(Tiny):
     """Adapters that start from the weight they adapt: a missing parameter computed from a stored one."""

@@ -45,6 +45,27 @@ def test_two_names_of_one_tensor_that_the_file_does_not_know_are_unproven() -> N
     assert judged(model, set(), read={**values, "b.weight": torch.ones(2)}.get) == {}
 
 
+def test_of_models_inside_another_names_are_those_in_the_whole() -> None:
+    whole: Any = torch.nn.Module()
+    for name in ("one", "two"):
+        part = Pair(torch.ones(2), torch.zeros(2))
+        part.c = torch.nn.Linear(1, 1, bias=False)
+        whole.add_module(name, part)
+        load = loading(part, {"b.weight", "c.weight"})
+        load.watch.placeholders.add(part.c.weight)
+        with load.watch:
+            load.findings(part)
+        load.close(part)
+    found = proof(whole)
+    assert [(f.key, f.verdict, f.source) for f in found.findings] == [
+        ("one.b.weight", Verdict.UNTIED, "one.a.weight"),
+        ("one.c.weight", Verdict.UNWRITTEN, None),
+        ("two.b.weight", Verdict.UNTIED, "two.a.weight"),
+        ("two.c.weight", Verdict.UNWRITTEN, None),
+    ]
+    assert (found.stored, found.total) == (2, 6)
+
+
 def test_what_misses_nothing_is_not_asked_for_its_head() -> None:
     """Which may have been taken off since: some models then look for it in an empty list."""
     model: Any = Pair(torch.ones(2), torch.ones(2))
@@ -154,6 +175,7 @@ def test_a_load_that_was_not_settled_proves_nothing() -> None:
     model = Pair(torch.ones(2), torch.ones(2))
     loading(model, set()).close(model)
     assert not proof(model).ok
+    assert not proof(object()).ok
 
 
 def test_what_stays_on_disk_and_has_nothing_that_reads_it_is_unproven() -> None:

@@ -21,8 +21,9 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import embeddings, is_denied, is_moved
+from tiedquiet.proof.survey import denial, embeddings, is_denied, is_moved, tensor_at
 from tiedquiet.proof.unread import ask_headers, find_unread
+from tiedquiet.verdict import Finding
 
 
 def test_a_model_may_be_copied_and_pickled_in_the_middle_of_its_load() -> None:
@@ -46,6 +47,10 @@ def test_a_native_class_that_cannot_be_built_renames_nothing() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model: Any = _Subclass(CLIPTextConfig(**sizes, vocab_size=9, max_position_embeddings=4))
     assert names.native_class(model) is CLIPTextModel
+    native = CLIPTextModel(model.config)
+    assert names.native_class(native) is None
+    own = names.conversions_of(native)
+    assert len(names.all_conversions(native, names.conversions_of(native))) == len(own) > 0
     model.config = None
     assert names.conversions_of_native(model) == []
 
@@ -116,6 +121,57 @@ def test_of_a_quantised_model_types_are_not_compared() -> None:
     reading = read(model, set(), checkpoint)
     reading.is_quantised = True
     assert not reading.narrowed
+    assert reading.values("weight") is None
+    assert not reading.is_in_files("weight")
+
+
+def test_which_types_have_a_smaller_range_than_any_in_the_files() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False).half())
+    for dtype, narrowed in ((torch.float32, {"1.weight"}), (torch.float16, set())):
+        stored = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        assert read(model, set(), Checkpoint(stored)).narrowed == narrowed
+
+
+class Shares(torch.nn.Module):
+    """Two names of one tensor, and a third one."""
+
+    _tied_weights_keys = {"b": "a"}  # noqa: RUF012 - as transformers has it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = torch.nn.Parameter(torch.ones(2))
+        self.c = torch.nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (1, 1, {}),
+        (1, 0, {"b": Verdict.AMBIGUOUS}),
+        (1, None, {"b": Verdict.UNPROVEN}),
+        (0, 0, {"a": Verdict.UNPROVEN, "b": Verdict.UNPROVEN}),
+        (None, None, {"a": Verdict.UNPROVEN, "b": Verdict.UNPROVEN}),
+    ],
+)
+def test_two_names_of_one_tensor_that_were_both_read(
+    a: int | None, b: int | None, expected: dict[str, Verdict]
+) -> None:
+    given = {"a": a, "b": b, "c": 0}
+    stored = {name: torch.full((2,), float(value)) for name, value in given.items() if value is not None}
+    found = read(Shares(), set(), Checkpoint(stored)).found
+    assert {key: finding.verdict for key, finding in found.items()} == expected
+
+
+def test_what_a_class_says_needs_no_file() -> None:
+    model: Any = torch.nn.Linear(2, 1)
+    assert read(model, {"weight", "bias"}).free == set()
+    model._keys_to_ignore_on_save, model._keys_to_ignore_on_load_missing = ["weight"], [r"^bi"]
+    assert read(model, {"weight", "bias"}).free == {"weight", "bias"}
+
+
+def test_what_a_declared_tie_explains_is_missing_and_its_other_end_is_not() -> None:
+    for missing, tied in ((set(), set()), ({"b"}, {"b"}), ({"a"}, {"a"}), ({"a", "b"}, set())):
+        assert read(Shares(), missing).tied == tied
 
 
 def test_what_the_loader_merged_is_made_of_several_tensors() -> None:
@@ -123,6 +179,7 @@ def test_what_the_loader_merged_is_made_of_several_tensors() -> None:
     reading.made_of = lambda: {"both": names.Origin(("one", "two"), True)}
     assert [len(read()) for read in reading.sources("both") or ()] == [1, 2]
     assert reading.sources("neither") is None
+    assert Reading(reading.checkpoint, {}, {}, set(), 0, is_converted=True).sources("two") is None
     plainly = Reading(reading.checkpoint, {}, {}, set(), 0)
     assert [len(read()) for read in plainly.sources("two") or ()] == [2]
     assert plainly.sources("three") is None
@@ -133,6 +190,18 @@ def test_of_files_that_cannot_be_opened_nothing_is_known() -> None:
     assert not reading.is_in_files("weight")
     assert reading.values("weight") is reading.sources("weight") is None
     assert judge._stamps(["gone.gguf"]) == {}
+    reading.checkpoint.closed = "because"
+    found = read(torch.nn.Linear(2, 1), {"weight"}, reading.checkpoint).found
+    assert {key: finding.why for key, finding in found.items()} == {"weight": "because"}
+
+
+def test_that_memory_has_no_values_is_said_unless_the_files_have_them() -> None:
+    for found, expected in ((Verdict.UNPROVEN, Verdict.UNWRITTEN), (Verdict.UNREAD, Verdict.UNREAD)):
+        model = torch.nn.Linear(2, 1, bias=False)
+        load = loading(model, {"weight"})
+        load.reading.found["weight"] = Finding("weight", found)
+        load.watch.placeholders.add(model.weight)
+        assert [finding.verdict for finding in load.findings(model)] == [expected]
 
 
 def test_codes_that_nothing_lies_beside_are_values() -> None:
@@ -201,6 +270,29 @@ def test_what_is_asked_of_odd_models() -> None:
     hooked = torch.nn.Sequential(torch.nn.Linear(1, 1))
     hooked._hf_hook = object()  # type: ignore[assignment]
     assert is_moved(hooked, "0.weight") is True
+
+
+def test_which_config_denies_a_tie_is_said() -> None:
+    inside: Any = SimpleNamespace(tie_word_embeddings=True)
+    model: Any = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=False, text_config=inside))
+    why = "because SimpleNamespace.tie_word_embeddings is false"
+    assert denial(model) == f"{why}, although that of its text_config is true"
+    inside.tie_word_embeddings = False
+    assert denial(model) == why
+    model.config.tie_word_embeddings = True
+    assert denial(model) == ""
+
+
+def test_what_is_where_in_a_model() -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model = torch.nn.Sequential(inner)
+    model.register_module("none", None)
+    assert tensor_at(model, "0.0.weight") is inner[0].weight
+    assert tensor_at(model, "0.0.gone") is tensor_at(model, "0.gone.weight") is tensor_at(model, "none.weight") is None
+    assert is_moved(model, "0.0.weight") is False
+    inner[0]._hf_hook = object()  # type: ignore[assignment]
+    assert is_moved(model, "0.0.weight") is True
+    assert is_moved(model, "0.weight") is False
 
 
 def test_an_error_under_the_watch_is_raised_by_the_judge() -> None:

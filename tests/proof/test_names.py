@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedquiet.proof.names import _sorted, conversions_of, may_cross, native_class
+from tiedquiet.proof.names import Origin, _sorted, conversions_of, crossed, may_cross, native_class, sources
 from tiedquiet.proof.prefixes import Prefixes, by_prefix
 from tiedquiet.proof.unread import by_shape, likely
 
@@ -280,3 +280,30 @@ def test_whether_a_model_and_its_base_have_tensors_of_one_name(kind: str) -> Non
         if kind.endswith("module"):
             module.own = torch.nn.Dropout() if "empty" in kind else torch.nn.Linear(1, 1)
     assert may_cross(model) is (kind in ("a parameter", "a buffer", "a module"))
+
+
+def linear() -> torch.nn.Module:
+    return torch.nn.Linear(1, 1, bias=False)
+
+
+NORMS = ("base.norm.weight", "norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("in_files", "made", "expected"),
+    [
+        ((*NORMS, "base.layer.weight"), None, dict(zip(NORMS, NORMS, strict=True))),
+        (("norm.weight", "layer.weight"), None, {}),
+        (("norm.weight", "layer.weight", "base.gone.weight"), None, {}),
+        (("base.norm.weight", "layer.weight"), None, {"base.norm.weight": "base.norm.weight", "norm.weight": None}),
+        (("norm.weight", "base.layer.weight"), {"base.norm.weight": Origin(("norm.weight",), True)}, {}),
+    ],
+    ids=["each is the other's", "of the base", "of the base, and a stranger", "one has the prefix", "it is converted"],
+)
+def test_what_is_read_into_a_tensor_of_the_same_name(
+    in_files: tuple[str, ...], made: dict[str, Origin] | None, expected: dict[str, str | None]
+) -> None:
+    model: Any = torch.nn.ModuleDict({"base": torch.nn.ModuleDict({"norm": linear(), "layer": linear()})})
+    model["norm"], model.base_model_prefix, model.config = linear(), "base", None
+    headers, state = {name: torch.empty(1, 1, device="meta") for name in in_files}, model.state_dict()
+    assert crossed(model, headers, state, made or sources(model, headers, state, []), []) == expected

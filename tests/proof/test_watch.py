@@ -116,6 +116,23 @@ def test_loads_in_the_middle_of_other_things(around: str, tmp_path: Path, printe
     )
 
 
+def test_it_looks_away_only_where_no_other_mode_is_above_it() -> None:
+    watch, mode = Watch({}, protect=False), UserMode()
+    with watch.aside():
+        assert _get_current_dispatch_mode() is None
+    assert _get_current_dispatch_mode() is None
+    with watch:
+        with watch.aside():
+            assert _get_current_dispatch_mode() is None
+        assert _get_current_dispatch_mode() is watch
+        with mode:
+            with watch.aside():
+                assert _get_current_dispatch_mode() is mode
+            assert _get_current_dispatch_mode() is mode
+        assert _get_current_dispatch_mode() is watch
+    assert _get_current_dispatch_mode() is None
+
+
 def test_side_by_side_two_threads_see_their_own_writes_only(tmp_path: Path, printed: Printed) -> None:
     """Each under its own watch; what `from_pretrained` itself swaps for the whole process is left out."""
     start, done = threading.Barrier(2), {}

@@ -241,7 +241,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
         tensor = now.state.get(name)
-        if tensor is not None and (name in known.places or is_moved(model, name) or type(tensor) not in ORDINARY):
+        if tensor is not None and (is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them
         if tensor is not None and tensor.is_meta:
             yield Finding(

@@ -81,13 +81,13 @@ def _judge_follower(
         lost = known.lasting.get(name)
         if lost is not None and lost.verdict is Verdict.OVERWRITTEN:
             return Finding(key, Verdict.OVERWRITTEN, name, lost.why, True, lost.cure)
-        # For bfloat16 only numbers next to float32's largest are too large: no reason to look at them in every load.
-        is_open = name in known.narrowed and stored[name].dtype is not torch.bfloat16
-        if lost is None and is_open and is_at_limit(stored[name]):
-            return Finding(key, Verdict.UNPROVEN, name, f"{name} has values at the limit of its type")
         if lost is not None or name in known.grown:
             return Finding(key, Verdict.UNPROVEN, name, lost.why if lost else f"{name} was made larger")
-    meant = next((name for name in group.chain(key) if name in stored), None)
+        # For bfloat16 only numbers next to float32's largest are too large: no reason to look at them in every load.
+        is_open = name in known.narrowed and stored[name].dtype is not torch.bfloat16
+        if is_open and is_at_limit(stored[name]):
+            return Finding(key, Verdict.UNPROVEN, name, f"{name} has values at the limit of its type")
+    meant = group.source_of(key, stored)
     source = meant if meant in followed else min(set(followed) & set(group.members) or followed)
     # Following its own declared source is what the author asked for, whatever the rest of the group holds
     # (a T5 with an `lm_head` of its own). Otherwise two different stored values leave the choice open.
@@ -118,7 +118,7 @@ def _judge_parted(
     members = [name for name in group.members if name in stored]
     if not members:
         return None
-    meant = next((name for name in group.chain(key) if name in stored), None)
+    meant = group.source_of(key, stored)
     source = meant or next((name for name in members if is_copy(tensor, stored[name])), members[0])
     if tensor.is_meta and (place := known.place(key)) is not None and place == known.place(source):
         return Finding(key, Verdict.TIED, source)
@@ -156,7 +156,7 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
     """
     stored = known.stored & now.state.keys() - known.lasting.keys() if tied else set()
     for key, group in tied.items():
-        source = next((name for name in group.chain(key) if name in stored), None)
+        source = group.source_of(key, stored)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
             continue
         # What stays on disk is read from there under each of the two names.
@@ -205,7 +205,7 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
         return some
     state = survey(model).state
     ours = {key for key in state if is_in(base, key)} or state.keys()  # the base model by itself
-    is_lost = ours and ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
+    is_lost = ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
 
 

@@ -86,8 +86,8 @@ def all_conversions(model: Any, used: Sequence[Any]) -> list[Any]:
 def mapping_besides(used: Sequence[Any], own: Sequence[Any]) -> dict[str, str]:
     """What of the renamings that a model was loaded with is not among others, as a `key_mapping`."""
     known = [_patterns(one) for one in own]
-    besides = [one for one in _machinery(used)[1] if _patterns(one) not in known] if used else []
-    return {one.source_patterns[0]: one.target_patterns[0] for one in besides if len(one.source_patterns) == 1}
+    besides = [one for one in _machinery(used)[1] if _patterns(one) not in known]
+    return {one.source_patterns[0]: one.target_patterns[0] for one in besides}
 
 
 def _patterns(conversion: Any) -> tuple[Any, ...]:
@@ -330,7 +330,7 @@ def most_alike(name: str, others: Iterable[str]) -> list[str]:
 
 def is_in(base: str, name: str) -> bool:
     """Whether a name is one of the base model's, whatever is before it."""
-    return bool(base) and f".{base}." in f".{name}"
+    return f".{base}." in f".{name}"
 
 
 def renamed(model: Any, headers: Headers, conversions: Sequence[Any], and_merged: bool = False) -> dict[str, str]:

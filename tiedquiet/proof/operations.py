@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _REACH = (_aten.detach, _aten.is_pinned)  # `.data`, `.detach()`, `.numpy()`; dlpack
-_TORCH = {"aten", "prim", "prims"}  # torch's own namespaces: what is defined there declares what it writes to
+_TORCH = {"aten", "prim", "prims"}  # torch's own namespaces: what is defined there declares what it writes to...
+_UNDECLARED = "running_mean"  # ... but for this: a batch norm that is training writes to its statistics
 # What writes to a tensor without a look at what it held. All else that writes to one in place makes new of old.
 _OVERWRITES = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_",
@@ -35,7 +36,7 @@ class Operation(NamedTuple):
     copies: bool
     makes_empty: bool
     reaches: bool
-    is_foreign: bool
+    may_write: bool  # to any of its arguments, although it does not say so
     takes_values: bool  # of its other arguments, and not their shape alone
 
 
@@ -56,14 +57,14 @@ def operation_of(func: Any) -> Operation | None:
     overwrites = overwrites_some or name.removeprefix("_foreach_") in _OVERWRITES
     return Operation(
         changes,
-        writes=bool(changes) and torch.Tag.inplace_view not in func.tags,
+        writes=torch.Tag.inplace_view not in func.tags,
         returns_only_these=all(map(is_written, schema.returns)),
         reads_these=not overwrites and not any(a.is_out for a in schema.arguments),
         overwrites_some=overwrites_some,
         copies=packet is _aten.copy_,
         makes_empty=packet in _EMPTY and not changes,
         reaches=packet in _REACH,
-        is_foreign=schema.name.partition("::")[0] not in _TORCH,
+        may_write=schema.name.partition("::")[0] not in _TORCH or any(a.name == _UNDECLARED for a in schema.arguments),
         takes_values=not (name.endswith("_like") or name.startswith("new_") or is_view),
     )
 

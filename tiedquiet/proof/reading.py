@@ -146,7 +146,7 @@ def read(
     now = survey(model)
     missing = now.state.keys() & missing
     held = only(now.state, now.state.keys() - missing)
-    if held and not now.is_plain:  # what is kept out of its state dict was asked of no checkpoint
+    if not now.is_plain:  # what is kept out of its state dict was asked of no checkpoint
         names_there = model.state_dict().keys()
         held = only(held, {name for name in held if name in names_there or stored_name(name) in names_there})
     reading = Reading(

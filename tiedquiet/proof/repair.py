@@ -59,8 +59,8 @@ def prepare(load: Load, model: Any) -> None:
         load: the load.
         model: its model.
     """
-    if any(map(load.watch.placeholders.has, model.buffers())):
-        with load.watch.aside():
+    with load.watch.aside():
+        if any(map(load.watch.placeholders.has, model.buffers())):
             _computed(load)
 
 

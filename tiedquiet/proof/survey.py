@@ -75,8 +75,10 @@ def tensor_at(model: torch.nn.Module, name: str) -> torch.Tensor | None:
     *path, last = name.split(".")
     module: Any = model
     for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return None if module is None else module._parameters.get(last, module._buffers.get(last))
+        if (module := module._modules.get(part)) is None:
+            return None
+    tensor: torch.Tensor | None = module._parameters.get(last, module._buffers.get(last))
+    return tensor
 
 
 def is_moved(model: torch.nn.Module, name: str) -> bool:
@@ -160,4 +162,4 @@ def embeddings(model: Any, which: str) -> Any:
 
 def name_of(tensor: torch.Tensor | None, state: dict[str, torch.Tensor]) -> str:
     """The first of a tensor's names; empty where it has none."""
-    return "" if tensor is None else next((name for name, other in state.items() if other is tensor), "")
+    return next((name for name, other in state.items() if other is tensor), "")

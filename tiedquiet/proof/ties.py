@@ -47,6 +47,10 @@ class Group:
             seen.add(source)
             key = source
 
+    def source_of(self, key: str, stored: Collection[str]) -> str | None:
+        """The nearest of these that was stored."""
+        return next((name for name in self.chain(key) if name in stored), None)
+
 
 def groups(declarations: Iterable[Declaration], names: Collection[str]) -> dict[str, Group]:
     """Expand declarations over the model's tensor `names` into disjoint tie groups, each under all of its members.

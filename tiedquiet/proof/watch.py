@@ -116,11 +116,10 @@ class Watch(TorchDispatchMode):
         call = args, kwargs
         operation: Operation | None = None
         written: list[torch.Tensor] = []
-        stand_ins: dict[int, torch.Tensor] = {}
         is_empty, lifted = False, []
         try:
             operation = operation_of(func) if self.open else None
-            if operation is not None and (operation.changes or operation.reaches or operation.is_foreign):
+            if operation is not None:
                 changed = changed_by(operation, args, kwargs)
                 written = changed if operation.writes else []
                 protected = self._look_at_stored(operation, written, args, kwargs)
@@ -130,7 +129,6 @@ class Watch(TorchDispatchMode):
                 if protected:  # it must run for its other arguments, or for what else it returns
                     stand_ins = {id(tensor): tensor.clone() for tensor in protected}
                     call = tree_map(lambda value: stand_ins.get(id(value), value), call)
-            if operation is not None and self.placeholders:
                 is_empty = self._takes_from_placeholders(operation, args, kwargs)
                 if is_empty:
                     for tensor in written:
@@ -150,9 +148,6 @@ class Watch(TorchDispatchMode):
             try:
                 likewise = partial(do_likewise, func, args) if operation.overwrites_some else None
                 self._look_at_placeholders(operation, written, result, is_empty, likewise)
-                if stand_ins:
-                    back = {id(stand_ins[id(tensor)]): tensor for tensor in written if id(tensor) in stand_ins}
-                    result = tree_map(lambda value: back.get(id(value), value), result)
             except Exception as error:
                 self.give_up(error)
         return result
@@ -171,7 +166,7 @@ class Watch(TorchDispatchMode):
 
     def written_elsewhere(self) -> list[str]:
         """The stored tensors of which torch counted writes that were not made under the watch."""
-        if not self._elsewhere and versions_of(self._stored.values()) == list(self._versions.values()):
+        if versions_of(self._stored.values()) == list(self._versions.values()):
             return []
         return [name for name in self._versions if name in self._elsewhere or self._is_changed_elsewhere(name)]
 
@@ -196,7 +191,7 @@ class Watch(TorchDispatchMode):
     ) -> list[torch.Tensor]:
         """Note which stored tensors the operation reaches for; returns those that must not be written to."""
         reached, values = [(tensor, True) for tensor in written], args[1] if operation.copies else None
-        if operation.is_foreign or (operation.reaches and args[0].is_cpu):
+        if operation.may_write or (operation.reaches and args[0].is_cpu):
             reached += [(tensor, False) for tensor in read_by(operation, args, kwargs)]
         protected = []
         for tensor, is_written in reached:
@@ -204,10 +199,12 @@ class Watch(TorchDispatchMode):
             if self._memory is None or any(map(self._memory.has_moved, pieces)):
                 self._memory = Memory(self._stored)
             names = [name for piece in pieces for name, _ in self._memory.meeting(piece)]
-            is_kept = self._protect and bool(names) and self._keeps_all(names, tensor, values)
+            if not names:
+                continue
+            is_kept = self._protect and self._keeps_all(names, tensor, values)
             for name in names:
                 self._note(name, tensor.numel() if is_written and not is_kept else 0)
-            if names and is_written and self._protect and not is_kept and not _prepares_adapter(*_culprit()):
+            if self._protect and is_written and not is_kept and not _prepares_adapter(*_culprit()):
                 protected.append(tensor)
         return protected
 
@@ -215,7 +212,6 @@ class Watch(TorchDispatchMode):
         """Whether what is copied into stored tensors is what they hold, its dimensions perhaps in another order."""
         return (
             values is not None
-            and values.shape == tensor.shape
             and all(lies_at(tensor, self._stored[name]) for name in names)
             and set(addresses_of(values)).isdisjoint(addresses_of(tensor))
             and bool(holds(values.to(tensor), tensor))
@@ -241,8 +237,7 @@ class Watch(TorchDispatchMode):
 
     def _takes_from_placeholders(self, operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the operation computes from memory without values, so that what it gives has none either."""
-        takes = operation.takes_values
-        return takes and any(map(self.placeholders.has, read_by(operation, args, kwargs)))
+        return operation.takes_values and any(map(self.placeholders.has, read_by(operation, args, kwargs)))
 
     def _look_at_placeholders(
         self,
@@ -257,9 +252,9 @@ class Watch(TorchDispatchMode):
         elif is_empty:
             for tensor in written:
                 self.placeholders.note_unwritten(tensor)
-            for tensor in () if written else tensors_in((result,)):
+            for tensor in tensors_in((result,)):
                 self.placeholders.add_computed(tensor)
-        elif self.placeholders:
+        else:
             for tensor in written:
                 self.placeholders.note_written(tensor, likewise)
 
