@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tiedquiet.proof import names, prefixes
-from tiedquiet.proof.missing import saved_by
+from tiedquiet.proof.missing import is_of_another_class, saved_by
 from tiedquiet.proof.prefixes import Prefixes, candidates, is_elsewhere, is_enough
 from tiedquiet.proof.survey import asks_for_ties, declared, survey
 from tiedquiet.proof.ties import Declaration, groups
@@ -147,13 +147,23 @@ class Leftovers(NamedTuple):
 
     def _prefix_in_files(self) -> Prefixes | None:
         """The prefix that fits, of the names that the files have."""
-        return prefixes.by_prefix(self.unread, self.missing, self.needed, self.state)
+        return prefixes.by_prefix(self.unread, self.missing, self.needed, self.state, self._may_move_one)
+
+    def _may_move_one(self, old: str, new: str) -> bool:
+        """Whether one prefix in place of another may move one module alone.
+
+        In a file of another class, of which the rest was read, that is another module, whatever it is called.
+        """
+        if old and new:
+            return False
+        is_another_s = bool(self.was_read) and is_of_another_class(self.model)
+        return not is_another_s or old + new == f"{getattr(self.model, 'base_model_prefix', '')}."
 
     def _prefix_of_renamed(self) -> Prefixes | None:
         """The prefix that fits, of what transformers has made of these names."""
         in_files = {new: old for old, new in names.renamed(self.model, self.unread, self.conversions).items()}
         in_theirs = {new: self.unread[old] for new, old in in_files.items()}
-        found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state)
+        found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state, self._may_move_one)
         return found and replace(found, names={key: in_files[name] for key, name in found.names.items()})
 
     def under_other_names(self, wrappers: Collection[str] = ()) -> tuple[names.Made, Prefixes] | None:
@@ -178,7 +188,7 @@ class Leftovers(NamedTuple):
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
             is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
-            if is_enough(made.origins, is_whole, self.needed, not (change.old and change.new)):
+            if is_enough(made.origins, is_whole, self.needed, self._may_move_one(change.old, change.new)):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if len(found) != 1:
             return None
