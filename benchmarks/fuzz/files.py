@@ -22,6 +22,7 @@ class Files:
         held: what the files hold for each key of the model: one value, or two where two shards have the name.
         extra: what they hold besides.
         elsewhere: for keys that lie there under another name, that name and the value.
+        are_listed: whether the index names every shard.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
@@ -127,6 +128,7 @@ class Files:
                 torch.save(_views_of_one(part) if self.plan.stored.overlap else part, self.folder / name)
             else:
                 save_file(part, self.folder / name, {"format": "pt"})
+        self.are_listed = len(parts) == 1 or len(set(index.values())) == len(parts)
         if len(parts) > 1:
             content = {"metadata": {"total_size": 1}, "weight_map": index}
             (self.folder / f"{stem}.{end}.index.json").write_text(json.dumps(content))

@@ -121,7 +121,7 @@ class Truth:
         values, write = self.files.held[key], self.written.get(key)
         blind = self._is_blind(key)
         if len(values) > 1 and not same(values[0], values[1]):
-            return Fact("two values", True)
+            return Fact("two values", True, blind or not self.files.are_listed)  # nothing opens what no index names
         now = self.value(key)
         held = self._keeps(key, values[0])
         odd = self.plan.stored.odd.get(key)
@@ -168,17 +168,18 @@ class Truth:
         read = {end for end in ends if end in self.files.elsewhere and self.facts.get(end) == Fact("held")}
         return (ends & self.files.held.keys()) | read
 
+    def _may_differ(self, others: set[str]) -> bool:
+        """Whether these members of a tie may have other values than the rest of it."""
+        stored = self.plan.stored
+        return any(not stored.equal or end in stored.odd or self.facts[end].state == "lost" for end in others)
+
     def _of_missing(self, key: str) -> Fact:
         known = [name for name in self.facts if name in self.files.held or name in self.files.elsewhere]
         one = [other for other in known if other != key and self._one(key, other)]
         states = {self.facts[other].state for other in one}
         source = min(self._ends_read(key), default=None)
         if "held" in states:
-            others = self._ends_read(key) - set(one)
-            apart = any(self.facts[other].state == "lost" for other in others) or (
-                others and not self.plan.stored.equal
-            )
-            return Fact("open", None) if apart else Fact("tied")
+            return Fact("open", None) if self._may_differ(self._ends_read(key) - set(one)) else Fact("tied")
         if states & {"open", "codes", "two values"} or self._is_another_view(key):
             return Fact("open", None)
         if one:
@@ -202,7 +203,9 @@ class Truth:
             and now.shape == other.shape
             and torch.equal(now.double(), other.double())
         ):
-            if self.facts[source].state == "held":
+            others = self._ends_read(key)
+            is_meant = self.targets.get(key) in others
+            if self.facts[source].state == "held" and (is_meant or not self._may_differ(others - {source})):
                 return Fact("copied")
             return Fact("open", None)
         return Fact("untied", True if self.asked and self.facts[source].state == "held" else None, self._is_blind(key))

@@ -13,6 +13,7 @@ import tiedquiet
 from tests.checkpoints import Printed, gpt2
 from tests.doors.renamed import BERT, verdicts, written
 from tests.doors.test_unread_ends import in_two_shards
+from tests.doors.training import differing, llama, state, trainer_of
 from tests.gate.test_check import check
 from tests.gate.test_compare import mixtral
 from tiedquiet import LoadError, Verdict
@@ -73,6 +74,46 @@ def test_two_names_of_one_tensor(case: str, form: str, tmp_path: Path, printed: 
         load(case, tmp_path, "strict")
     if case != "by a key_mapping":
         assert check(tmp_path) == 1
+
+
+def of_llama() -> tuple[Any, dict[str, torch.Tensor], str]:
+    model = llama()
+    return model, {"model.model.norm.weight": model.model.norm.weight}, "model.norm.weight"
+
+
+def of_experts(folder: Path) -> tuple[Any, dict[str, torch.Tensor], str]:
+    model = mixtral()
+    model.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    return (
+        model,
+        {key: value for key, value in saved.items() if (".0." in key and ".w1" in key) or ".w3" in key},
+        EXPERTS,
+    )
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+@pytest.mark.parametrize("case", ["a prefix twice", "single experts"])
+def test_a_resume_from_two_names_of_one_tensor(case: str, is_same: bool, tmp_path: Path, printed: Printed) -> None:
+    """The Trainer reads the one that is the model's own; `from_pretrained` would read the other one over it."""
+    model, others, key = of_llama() if case == "a prefix twice" else of_experts(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    truth = state(model)
+    others = {name: value.detach().clone() + (0 if is_same else 1) for name, value in others.items()}
+    stored = {name: value for name, value in truth.items() if name != "lm_head.weight" or "single" in case}
+    save_file({**stored, **others}, tmp_path / "model.safetensors", {"format": "pt"})
+    for mode in ("on", "repair", "strict"):
+        again = type(model)(model.config)
+        with tiedquiet.enable(mode):
+            if mode == "strict" and not is_same:
+                with pytest.raises(LoadError, match="the file has both"):
+                    trainer_of(again, tmp_path)._load_from_checkpoint(str(tmp_path))
+            else:
+                trainer_of(again, tmp_path)._load_from_checkpoint(str(tmp_path))
+        assert not differing(again, truth)
+        if mode != "strict":
+            found = {f.key: f.verdict for f in tiedquiet.check(again).findings if f.verdict is not Verdict.TIED}
+            assert found == ({} if is_same else {key: Verdict.AMBIGUOUS})
 
 
 def test_two_names_in_a_state_dict() -> None:
@@ -198,3 +239,29 @@ def test_what_the_model_holds_already_is_not_unread(
         lost["transformer.h.1.ln_1.bias"] = (verdict, None)
     assert {f.key: (f.verdict, f.source) for f in proof.findings if f.verdict is not Verdict.TIED} == lost
     assert proof.ok is is_same
+
+
+class NeedsNoNorm(GPT2LMHeadModel):
+    _keys_to_ignore_on_load_missing: ClassVar[Any] = ["ln_f"]
+
+
+@pytest.mark.parametrize("name", ["transformer.norm.weight", "transformer.scale"])
+def test_what_needs_no_file_is_unproven_where_the_file_may_have_it(name: str, tmp_path: Path) -> None:
+    """A norm that its class computes, it says; and a tensor of its shape that nothing read."""
+    key = "transformer.ln_f.weight"
+    model = NeedsNoNorm(gpt2(tie_word_embeddings=False))
+    written(model, tmp_path, lambda own: own.replace(key, name))
+    proof = tiedquiet.check(NeedsNoNorm.from_pretrained(tmp_path))
+    is_like = name.endswith(".weight")
+    assert proof.ok is not is_like
+    assert [(f.key, f.verdict, f.source) for f in proof.findings] == [(key, Verdict.UNPROVEN, name)] * is_like
+    with tiedquiet.enable("strict"):
+        NeedsNoNorm.from_pretrained(tmp_path)
+
+
+def test_what_needs_no_file_is_missing_where_the_file_has_it_in_another_shape(tmp_path: Path) -> None:
+    written(NeedsNoNorm(gpt2()), tmp_path, **{"transformer.ln_f.weight": torch.ones(7)})
+    proof = tiedquiet.check(NeedsNoNorm.from_pretrained(tmp_path, ignore_mismatched_sizes=True))
+    found = {f.key: f.verdict for f in proof.findings}
+    assert found == {"lm_head.weight": Verdict.TIED, "transformer.ln_f.weight": Verdict.MISSING}
+    assert not proof.ok

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertForPreTraining,
     AlbertForSequenceClassification,
     BeitForMaskedImageModeling,
     BeitModel,
     BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
     BertModel,
     CLIPVisionConfig,
     LlamaConfig,
@@ -107,3 +111,23 @@ def test_one_module_of_another_class_is_no_other_name(saved: Any, kind: Any, lac
     for mode in ("on", "repair"):
         with tiedquiet.enable(mode):
             assert verdicts(kind.from_pretrained(tmp_path))[lacks] is Verdict.MISSING
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForTokenClassification])
+def test_the_head_of_another_class_is_not_read_into_the_base_model(kind: Any, tmp_path: Path) -> None:
+    """It has a layer and a norm of the very shapes that the base model lacks, and nothing else."""
+    lacking = "encoder.layer.0.attention.output."
+    truth = written(BertForMaskedLM(BertConfig(**BERT)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if lacking not in key}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    how = {"add_pooling_layer": False} if kind is BertModel else {}  # the file has none
+    with tiedquiet.enable("repair"):
+        model = kind.from_pretrained(tmp_path, **how)
+    found = {key: verdict for key, verdict in verdicts(model).items() if lacking in key}
+    assert len(found) == 4
+    assert set(found.values()) == {Verdict.MISSING}
+    head = truth["cls.predictions.transform.dense.weight"]
+    (ours,) = (value for key, value in model.state_dict().items() if key.endswith(f"{lacking}dense.weight"))
+    assert ours.shape == head.shape
+    assert not torch.equal(ours, head)

@@ -118,6 +118,40 @@ def test_mismatched_shapes_still_raise_and_are_not_stored(tmp_path: Path, printe
     assert set(verdicts(loaded).values()) == {Verdict.MISSING}
 
 
+def test_an_embedding_of_another_shape_is_not_tied_to_a_head_that_fits(tmp_path: Path, printed: Printed) -> None:
+    """To tie them would give the embedding the head's values, where the checkpoint has other ones for it."""
+    model = GPT2LMHeadModel(gpt2())
+    other, head = torch.ones(60, 16), torch.rand(64, 16)
+    save(model, tmp_path, model.state_dict(), transformer__wte__weight=other, lm_head__weight=head)
+    with tiedquiet.enable("repair"):
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert verdicts(loaded) == {"transformer.wte.weight": Verdict.UNTIED}
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert not torch.equal(loaded.transformer.wte.weight, head)
+    (line,) = printed.loud
+    assert "Check config.json: the checkpoint has this tensor in another shape" in line
+    assert "TIEDQUIET=repair" not in line
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="in another shape"):
+        GPT2LMHeadModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_a_copy_of_one_of_two_that_differ_is_ambiguous_as_a_tie_is(tmp_path: Path, printed: Printed) -> None:
+    cls, truth = cases.t5_two_different_members_without_the_source(tmp_path)
+    assert not torch.equal(truth["decoder.embed_tokens.weight"], truth["lm_head.weight"])
+
+    class Copies(cls):  # type: ignore[misc, valid-type]
+        def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+            super().tie_weights(*args, **kwargs)
+            self.shared.weight = torch.nn.Parameter(truth["decoder.embed_tokens.weight"].clone())
+
+    with tiedquiet.enable("repair"):
+        loaded = Copies.from_pretrained(tmp_path)
+    assert verdicts(loaded)["shared.weight"] is Verdict.AMBIGUOUS
+    assert not any("TIEDQUIET=repair" in line for line in printed.loud), "it cannot be repaired"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"not of lm_head\.weight"):
+        Copies.from_pretrained(tmp_path)
+
+
 def head_of(folder: Path, saved_by: str) -> type[GPT2LMHeadModel]:
     """A file without a head, of a config that says that the head is not tied; who wrote it is what is said."""
     save(GPT2LMHeadModel(gpt2()), folder, flag=False)

@@ -141,6 +141,7 @@ def test_a_part_of_each_layer_s_name() -> None:
         ({"a.w": (2,)}, {}),
         ({"x.w": (2,)}, {"a.x.w": (2,), "b.x.w": (2,)}),
         ({"x.w": (2,), "a.v": (3,)}, {"b.x.w": (2,)}),
+        ({"layers.deep.lin.bias": (4,)}, {"lin.bias": (4,), "block.deep.lin.bias": (4,)}),
     ],
     ids=[
         "one module renamed",
@@ -152,6 +153,7 @@ def test_a_part_of_each_layer_s_name() -> None:
         "nothing",
         "two places",
         "one module of two",
+        "one module that may rather be another",
     ],
 )
 def test_what_is_not_certain_is_not_claimed(unread: Shapes, missing: Shapes) -> None:

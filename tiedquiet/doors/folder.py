@@ -1,6 +1,7 @@
 """A folder that a Trainer reads by plain `load_state_dict`: its files, beside the model that they are for."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,8 +12,11 @@ from tiedquiet.proof.files import found_in
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, holds
 from tiedquiet.proof.prefixes import Prefixes, common_prefixes
+from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import loaded_name, stored_name, without_wrappers
+from tiedquiet.proof.rivals import judge_ways
 from tiedquiet.proof.survey import survey
+from tiedquiet.verdict import Finding
 
 _WHY = "because Trainer reads a checkpoint without the renaming and conversion that from_pretrained applies"
 
@@ -67,6 +71,8 @@ class Folder:
         state: the tensors of the judged model.
         own: for each of them the name under which a plain `load_state_dict` finds it.
         unfit: what was left over and has another shape than the model's; known once `made` was asked.
+        rivals: tensors that were read under their own name, and for which the files have something else as well: their
+            names in the core, all names in the files, and the conversions; known once `made` was asked.
     """
 
     def __init__(self, of: Inside, folder: str) -> None:
@@ -75,6 +81,7 @@ class Folder:
         self.state = survey(of.model).state
         self.own = {key: of.path + stored_name(key) for key in self.state}
         self.unfit: dict[str, names.Origin] = {}
+        self.rivals: dict[str, tuple[str, names.Origin, list[Any]]] = {}
 
     def made(self, missing: set[str], unexpected: set[str]) -> Iterator[names.Made]:
         """What `from_pretrained` would make of what was left over: by the class's conversions, and by the model's own.
@@ -100,10 +107,24 @@ class Folder:
                 and (key in missing or self.own[key] not in origin.names)
             }
             claimed |= origins.keys()
+            used = {name for key, origin in origins.items() if key in missing for name in origin.names}
+            self._note_rivals(missing, unexpected - used, conversions)
+            origins = {key: origin for key, origin in origins.items() if key not in self.rivals}
             compiled = {k: o for k, o in origins.items() if o.names == (without_wrappers(k),) != (stored_name(k),)}
             if compiled:
                 yield names.Made(compiled, Prefixes("", "", {}, inside=("_orig_mod",), has_them="model").why)
             yield names.Made({k: o for k, o in origins.items() if k not in compiled}, self._why(""), conversions)
+
+    def _note_rivals(self, missing: set[str], others: set[str], conversions: list[Any]) -> None:
+        """Note what was read under its own name, if `from_pretrained` would read something else into it as well."""
+        headers = self.checkpoint.headers
+        found = {name: header for name, header in headers.items() if name in others}
+        to = {self._key_of[name] for name in names.targets(self.core, found, self._core, conversions).values()}
+        own = {self.own[key]: headers[self.own[key]] for key in to - missing if self.own[key] in headers}
+        for name, every in names.sources(self.core, found | own, self._core, conversions).items() if own else ():
+            key = self._key_of[name]
+            if len(every.names) > 1 and self.own[key] in own and self.own[key] in every.names:
+                self.rivals[key] = name, every, conversions
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:
         """The same of what files have under other names: that of the wrapper that the model has, or once had."""
@@ -144,6 +165,17 @@ class Folder:
     def has_in_larger(self, key: str, origin: names.Origin) -> bool:
         """Whether a tensor that has another shape than the files' has all of their values."""
         return not origin.is_converted and bool(holds(self.state[key], self.checkpoint.tensors[origin.names[0]]()))
+
+    def judge_rivals(self, reading: Reading) -> Iterator[Finding]:
+        """Findings on tensors that were read, and for which the files have something else that differs."""
+        tensors = self.checkpoint.tensors
+        for key in self.rivals.keys() & reading.read_to.keys():
+            name, every, conversions = self.rivals[key]
+            headers = {own: self.checkpoint.headers[own] for own in every.names}
+            place = reading.read_to[key]
+            found = judge_ways(self.core, name, place, headers, conversions, lambda own: tensors[own]())
+            if found is not None:
+                yield replace(found, key=key)
 
     def _why(self, prefix: str) -> str:
         """Why nothing read what the files have under a prefix."""

@@ -209,7 +209,8 @@ def _read(
     also: dict[str, str] | None = None,
 ) -> tuple[Reading, names.Headers]:
     """What was read, and what nothing read, if the loader left anything open."""
-    missing = {*info.missing_keys, *(entry[0] for entry in info.mismatched_keys)}
+    in_other_shapes = {entry[0] for entry in info.mismatched_keys}
+    missing = in_other_shapes | info.missing_keys
     conversions = list(config.weight_mapping or ())
     is_converted = names.has_converter(conversions)
 
@@ -218,6 +219,9 @@ def _read(
         return of(model, checkpoint.headers, survey(model).state, conversions)
 
     reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, config.hf_quantizer is not None)
+    # The files have values for these, so neither a tie nor what their class computes may pass for them.
+    reading.likely.update((key, key) for key in reading.tied & in_other_shapes)
+    reading.free -= in_other_shapes
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}

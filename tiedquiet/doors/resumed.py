@@ -68,11 +68,13 @@ class _Resumed:
         self._done: dict[str, names.Origin] = {}
 
     def note_files(self) -> None:
-        """Note what the files by themselves tell: two values of one name, an older file beside, casts."""
+        """Note what the files by themselves tell: two values for one tensor, an older file beside, casts."""
         there, reading = self._folder, self._reading
         for name, files in self._twice.items():
             if (key := there.key_at.get(name)) in reading.held:
                 reading.found[key] = in_two_files(key, *files)
+        reading.found.update((finding.key, finding) for finding in there.judge_rivals(reading))
+        self._unexpected -= {name for _, every, _ in there.rivals.values() for name in every.names}
         if (older := out_of_date(self._checkpoint)) is not None:
             reading.found[""] = older
         if _has_cast(there, reading):

@@ -110,6 +110,10 @@ class Leftovers(NamedTuple):
         # What the class says that it has no place for is no part of a whole that one prefix has to fit. Where
         # transformers' own renaming has a place for it, the class does not speak of it.
         theirs, base = self.not_ignored(), getattr(self.model, "base_model_prefix", "")
+        if is_of_another_class(self.model) and any(names.is_in(base, name) for name in self.was_read):
+            theirs = {
+                name: header for name, header in theirs.items() if names.is_in(base, name)
+            }  # the rest is its head
         of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
         sides = [self._replace(unread=theirs)]
         # A head may be in neither: that of another class in the files, and a new one in the model. One module is no
@@ -188,7 +192,9 @@ class Leftovers(NamedTuple):
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
             is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
-            if is_enough(made.origins, is_whole, self.needed, self._may_move_one(change.old, change.new)):
+            first = {key: origin.names[0] for key, origin in made.origins.items()}
+            among = self.missing if self._may_move_one(change.old, change.new) else None
+            if is_enough(first, is_whole, self.needed, among):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if len(found) != 1:
             return None

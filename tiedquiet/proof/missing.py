@@ -58,6 +58,9 @@ def judge_missing(
             elif known.likely.get(key):
                 why = f"it may be {_unread(key, known)}"
             finding = Finding(key, Verdict.MISSING, known.likely.get(key), why)
+        if finding is None and known.likely.get(key):
+            why = f"its class says that it needs no file, but it may be {_unread(key, known)}"
+            finding = Finding(key, Verdict.UNPROVEN, known.likely.get(key), why)
         if finding is not None:
             yield finding
 
@@ -116,7 +119,7 @@ def _judge_parted(
     if not members:
         return None
     meant = next((name for name in group.chain(key) if name in stored), None)
-    source = meant or members[0]
+    source = meant or next((name for name in members if is_copy(tensor, stored[name])), members[0])
     if tensor.is_meta and (place := known.place(key)) is not None and place == known.place(source):
         return Finding(key, Verdict.TIED, source)
     if not tensor.is_meta:  # what is on meta and not in the index of what is on disk has no values at all
@@ -129,15 +132,18 @@ def _judge_parted(
             kinds = " and ".join(f"{type(t).__name__} on {t.device}" for t in (tensor, other))
             return Finding(key, Verdict.UNPROVEN, source, f"the two cannot be compared ({kinds})")
         # Two tensors of one constant are equal by accident: biases that start at zero.
-        equal = is_copy(tensor, other) and not _is_constant(tensor) and source not in known.lasting
-        if equal and (meant or rival_of(source, group, stored) is None):
+        if is_copy(tensor, other) and not _is_constant(tensor) and source not in known.lasting:
+            if meant is None and (rival := rival_of(source, group, stored)):
+                return Finding(key, Verdict.AMBIGUOUS, source, f"not of {rival}", True)
             # Unless the files may have values of its own for it, which nothing read.
             return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
     flag = group.flags.get(key, "")
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
-    if key in known.likely:
+    if known.likely.get(key) == key:
+        cure = "Check config.json: the checkpoint has this tensor in another shape"
+    elif key in known.likely:
         cure = f"Check whether it is {_unread(key, known)}"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 

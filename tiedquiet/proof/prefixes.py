@@ -6,12 +6,12 @@ reads a value: tensors are headers on meta.
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from tiedquiet.proof.names import MOST_TRIED, Headers, in_common
+from tiedquiet.proof.names import MOST_TRIED, Headers, in_common, most_alike
 
 _MOST_PARTNERS = 1_000  # of one tensor: who has more is junk
 MOST_PARTS = 16  # of a name that may be a prefix
@@ -101,7 +101,8 @@ def by_prefix(
         # What has its place, in another shape (a larger vocabulary), is led there as well.
         others = set() if old and new else {key for key in led if key in missing and key not in names}
         is_whole = len(names) + len(others) == len(unread)
-        is_most = is_enough(names, is_whole, set(needed) - others, may_move_one(old, new)) and len(names) > len(others)
+        among = missing if may_move_one(old, new) else None
+        is_most = is_enough(names, is_whole, set(needed) - others, among) and len(names) > len(others)
         if is_most and not is_elsewhere(old, new, names.values(), own):
             some = in_part if others else found
             some.setdefault(tuple(sorted(names.items())), Prefixes(old, new, names))  # the shortest comes first
@@ -115,18 +116,23 @@ def by_prefix(
     return _by_parts(unread, missing, needed, own) or _by_subtrees(unread, missing, needed, own)
 
 
-def is_enough(keys: Collection[str], is_whole: bool, needed: Collection[str], may_be_one: bool = False) -> bool:
+def is_enough(names: Mapping[str, str], is_whole: bool, needed: Collection[str], among: Headers | None = None) -> bool:
     """Whether so much is found under other names that it is no chance.
 
     Args:
-        keys: what was found, by the model's names.
+        names: what was found: for each of the model's names the one in the files.
         is_whole: whether that takes all that the files have.
         needed: what the model needs.
-        may_be_one: whether all may be one module.
+        among: where all may be one module, what else its tensors may be by their shapes.
     """
-    if len({key.rpartition(".")[0] for key in keys}) < 2:
-        return is_whole and may_be_one
-    return is_whole or (bool(needed) and set(needed).issubset(keys))
+    if len({key.rpartition(".")[0] for key in names}) < 2:
+        return is_whole and among is not None and all(_is_likeliest(key, name, among) for key, name in names.items())
+    return is_whole or (bool(needed) and set(needed).issubset(names))
+
+
+def _is_likeliest(key: str, name: str, among: Headers) -> bool:
+    """Whether no other key of its shape is more like a name of the files."""
+    return key in most_alike(name, [other for other, tensor in among.items() if _fits(among[key], tensor)])
 
 
 def _by_parts(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str]) -> Prefixes | None:
