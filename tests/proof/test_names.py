@@ -173,6 +173,17 @@ def test_one_module_of_another_class_s_file_has_the_base_model_s_prefix_or_is_an
     assert Leftovers(model, theirs, own, own.keys(), own, (), beside).made()
 
 
+def test_several_prefixes_are_told_in_the_same_order_each_time() -> None:
+    """What a model needs is a set, whose order changes from one run to the next."""
+    theirs, ours = (
+        {f"{letter}.{side}.{name}.weight": (size,) for size, letter in enumerate("abcdef", 2) for name in ("q", "k")}
+        for side in ("old", "new")
+    )
+    found = fitting(theirs, ours, needed=set(ours))
+    assert found is not None
+    assert [part.old for part in found.parts] == [f"{letter}.old." for letter in "abcdef"]
+
+
 def test_all_that_the_model_needs_is_enough() -> None:
     """A text model from the file of a larger one: the vision tower stays unread, and rightly so."""
     unread = {**under("language_model."), "vision.patch.weight": (7, 7)}

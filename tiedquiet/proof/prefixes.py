@@ -168,7 +168,7 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
             alike.setdefault(like, []).append(old)
     names: dict[str, str] = {}
     found: list[Prefixes] = []
-    for new, content in sorted(_subtrees(wanted).items(), key=lambda one: len(one[0])):
+    for new, content in sorted(_subtrees(wanted).items(), key=lambda one: (len(one[0]), one[0])):
         olds = alike.get(content, [])
         if len(olds) > 1:  # layers, most often
             olds = alike.get((content, _numbers(new.split("."))), [])
