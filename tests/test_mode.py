@@ -1,7 +1,8 @@
 """Whose mode it is: a context's, the process's, and where a new thread stands."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextvars import copy_context
 from threading import Thread
 
@@ -86,6 +87,58 @@ def test_off_in_one_context_takes_no_guard_from_another() -> None:
     with tiedquiet.enable("off"):
         assert vars(module.PreTrainedModel)[NAME] is wrapped
     assert vars(module.PreTrainedModel)[NAME] is wrapped
+
+
+def test_what_is_switched_off_inside_a_with_is_guarded_again_around_it() -> None:
+    import transformers.modeling_utils as module
+
+    tiedquiet.disable()
+    original = vars(module.PreTrainedModel)[NAME]
+
+    def in_passing() -> None:
+        with tiedquiet.enable("on"):
+            pass
+
+    with tiedquiet.enable("on"):
+        with tiedquiet.enable("strict"):
+            tiedquiet.disable()
+            assert vars(module.PreTrainedModel)[NAME] is original
+        assert vars(module.PreTrainedModel)[NAME] is not original
+        with tiedquiet.enable("off"):
+            thread = Thread(target=in_passing)
+            thread.start()
+            thread.join()
+        assert vars(module.PreTrainedModel)[NAME] is not original
+    assert vars(module.PreTrainedModel)[NAME] is original
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_at_once_leave_nothing_behind_and_lose_no_guard(hurried: None) -> None:
+    import transformers.modeling_utils as module
+
+    tiedquiet.disable()
+    original, guarded = vars(module.PreTrainedModel)[NAME], set[bool]()
+
+    def work() -> None:
+        for _ in range(1000):
+            with tiedquiet.enable("strict"):
+                guarded.add(vars(module.PreTrainedModel)[NAME] is not original and mode.is_on_somewhere())
+
+    threads = [Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert guarded == {True}
+    assert not mode.is_on_somewhere()
+    assert vars(module.PreTrainedModel)[NAME] is original
 
 
 def test_a_task_has_the_context_that_it_was_started_in() -> None:

@@ -33,6 +33,7 @@ class _Restore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _modes.leave(self._setting, self._before)
+        _wrap()  # inside, all may have been switched off
         _unwrap()
 
 

@@ -3,10 +3,13 @@
 A `with enable(...)` sets the mode of its context (`contextvars`), a plain call that of the process. A new thread begins
 with an empty context; so that a guard set around it holds there as well, the strictest mode in force anywhere counts
 if a context sets none.
+
+Any thread may ask at any moment: what takes another's place is put in before that is taken out, each in a single step.
 """
 
 import os
 import sys
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from itertools import pairwise
@@ -91,8 +94,8 @@ def put(chosen: Setting) -> Setting | None:
 def enter(chosen: Setting) -> None:
     """Begin a `with`: what was set for the process, or for the `with` around it, is this one's."""
     if chosen in _of_process:
-        _of_process.remove(chosen)
         _replace(None, chosen, chosen)
+        _take(_of_process, chosen)
     elif _of_context.get() is chosen:
         chosen.around = chosen
 
@@ -104,24 +107,31 @@ def leave(chosen: Setting, before: Setting | None) -> None:
     none of its own stays: a generator may be closed in another than the one that it was begun in.
     """
     chosen.is_left = True
-    if chosen in _of_process:
-        _of_process.remove(chosen)
-    _in_force[:] = [one for one in _in_force if one is not chosen and one.around is not chosen]
     own = _of_context.get()
     if own is not None and chosen in (own, own.around):
-        _of_context.set(before)
         if before is not None and before.around is not None and not before.around.is_left and before not in _in_force:
             _in_force.append(before)
+        _of_context.set(before)
+    _take(_of_process, chosen)
+    for one in list(_in_force):
+        if one is chosen or one.around is chosen:
+            _take(_in_force, one)
 
 
 def _replace(old: Setting | None, new: Setting, around: Setting | None) -> None:
     """Set the context's; the old one stays in force in the context that this one is a copy of."""
-    if old in _in_force and old.is_of_this_context():
-        _in_force.remove(old)
     new.around = around
     new.is_of_this_context()
     _in_force.append(new)
     _of_context.set(new)
+    if old in _in_force and old.is_of_this_context():
+        _take(_in_force, old)
+
+
+def _take(settings: list[Setting], one: Setting) -> None:
+    """Take one out and nothing else, whatever other threads put in or take out meanwhile."""
+    with suppress(ValueError):
+        settings.remove(one)
 
 
 def parse(value: str, name: str = VARIABLE) -> Mode:

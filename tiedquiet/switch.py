@@ -1,6 +1,7 @@
 """On and off. Everything that `import tiedquiet` runs; the rest of the shim is imported along with what it wraps."""
 
 import sys
+from threading import RLock
 from types import ModuleType
 
 import wrapt
@@ -18,6 +19,9 @@ DOORS = {
 }
 
 _hooked = False
+# What one thread finds not wrapped, no other wraps meanwhile, or takes off. Nothing is imported under it: a thread that
+# is importing one of these modules may be waiting for it.
+_lock = RLock()
 
 
 def wrap() -> None:
@@ -39,17 +43,20 @@ def wrap() -> None:
 
 def unwrap() -> None:
     """Put the originals back, unless another thread has a mode in force: it may be in the middle of a load."""
-    if not mode.is_on_somewhere() and "tiedquiet.doors.wrapping" in sys.modules:
+    if "tiedquiet.doors.wrapping" in sys.modules:
         from tiedquiet.doors import wrapping
 
-        wrapping.unwrap()
+        with _lock:
+            if not mode.is_on_somewhere():
+                wrapping.unwrap()
 
 
 def _wrap(module: ModuleType) -> None:
     __import__(DOORS[module.__name__])
     from tiedquiet.doors import wrapping
 
-    wrapping.wrap(module)
+    with _lock:
+        wrapping.wrap(module)
 
 
 def _on_import(module: ModuleType) -> None:

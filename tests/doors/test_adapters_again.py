@@ -77,6 +77,16 @@ def test_an_adapter_that_is_deleted_leaves_a_sound_model(saved: Path) -> None:
     ]
 
 
+def test_what_an_adapter_brought_is_not_counted_once_it_is_deleted(saved: Path) -> None:
+    model = base_of(saved)
+    whole, base = tiedquiet.check(model), model
+    for name in ("one", "two"):  # each time another, as a server may have them come and go
+        adapted = peft.PeftModel.from_pretrained(base, saved / name)
+        assert tiedquiet.check(adapted).total > whole.total
+        base = adapted.unload()
+        assert str(tiedquiet.check(base)) == str(whole)
+
+
 def test_of_two_that_transformers_loads_one_is_broken(saved: Path, printed: Printed) -> None:
     rename(saved / "one", lambda key: None if "lora_A" in key else key)
     rename(saved / "two", lambda key: None if "lora_B" in key else key)

@@ -378,6 +378,7 @@ AFTERWARDS = {
     "_buffers_of_twins",
     "_buffers_of_a_twin",
     "_drawing_from",
+    "_parameters_on_meta",
     "update_key_name",
     "values",
     "_name_of",

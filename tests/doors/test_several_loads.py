@@ -2,6 +2,9 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +145,19 @@ def test_a_second_try_is_judged_and_the_first_is_let_go(tmp_path: Path, printed:
     assert tiedquiet.check(model).ok
     assert not Retries.is_kept_meanwhile
     assert printed.loud == []
+
+
+class LoadsElsewhere(Tiny):
+    """Has another thread load it, which has this one's context and goes on with other work: `asyncio.to_thread`."""
+
+    worker = ThreadPoolExecutor(1)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        load = partial(super().from_pretrained, *args, **kwargs)
+        return cls.worker.submit(copy_context().run, load).result()
+
+
+def test_a_load_for_a_call_of_another_thread_leaves_nothing_in_its_own(tmp_path: Path) -> None:
+    assert tiedquiet.check(LoadsElsewhere.from_pretrained(saved(tmp_path))).ok
+    assert LoadsElsewhere.worker.submit(_get_current_dispatch_mode_stack).result() == []

@@ -1,4 +1,4 @@
-"""Files whose names differ in more than one way, and advice that leaves alone what was read without it."""
+"""Files whose names differ in more than one way, or in one that means nothing; and advice that breaks nothing else."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertForPreTraining,
+    AlbertForSequenceClassification,
+    BeitForMaskedImageModeling,
+    BeitModel,
     BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
@@ -91,6 +95,22 @@ def test_a_file_that_fits_two_halves_of_a_model_is_read_into_neither(tmp_path: P
         model = VideoLlavaModel.from_pretrained(tmp_path)
     assert verdicts(model) == dict.fromkeys(model.state_dict(), Verdict.MISSING)
     assert not printed.confirmed
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind", "lacks"),
+    [
+        (AlbertForSequenceClassification, AlbertForPreTraining, "sop_classifier.classifier.weight"),
+        (BeitModel, BeitForMaskedImageModeling, "layernorm.weight"),
+    ],
+)
+def test_one_module_of_another_class_is_no_other_name(saved: Any, kind: Any, lacks: str, tmp_path: Path) -> None:
+    """`classifier` has two rows as well, and the pooler has a norm of the same size; all else was read by its name."""
+    size = {**BERT, "embedding_size": 16, "image_size": 8, "patch_size": 4}
+    written(saved(saved.config_class(**size)), tmp_path)
+    for mode in ("on", "repair"):
+        with tiedquiet.enable(mode):
+            assert verdicts(kind.from_pretrained(tmp_path))[lacks] is Verdict.MISSING
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForTokenClassification])

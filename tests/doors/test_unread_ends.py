@@ -17,8 +17,6 @@ from transformers import (
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    Qwen2Model,
     T5ForConditionalGeneration,
     Wav2Vec2ForCTC,
 )
@@ -28,9 +26,7 @@ from tests.checkpoints import Printed, gpt2, save, t5
 from tests.doors.renamed import (
     SMALL,
     llava,
-    mapping_of,
     qwen2,
-    stopped_and_repaired,
     verdicts,
     wav2vec2,
     with_old_weight_norm,
@@ -285,31 +281,6 @@ def test_a_shard_that_the_index_does_not_name(lost: str, tmp_path: Path, printed
     save_file(tensors, tmp_path / shard, {"format": "pt"})
     with tiedquiet.enable("strict"):
         assert not wrong(LlamaForCausalLM.from_pretrained(tmp_path), truth)
-
-
-@pytest.mark.parametrize("cls", [Qwen2Model, Qwen2ForSequenceClassification])
-@pytest.mark.parametrize("flag", [True, False])
-def test_the_end_that_another_class_ties_and_stores(cls: Any, flag: bool, tmp_path: Path, printed: Printed) -> None:
-    """`save_model` of safetensors keeps the first of two names: `lm_head.weight`, which a model with no head ignores."""
-    truth = written(qwen2(tie_word_embeddings=flag), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path)).ok == flag
-    printed.records.clear()
-    (key,) = (name for name, tensor in cls.from_pretrained(tmp_path).named_parameters() if tensor.shape == (64, 32))
-    found = verdicts(cls.from_pretrained(tmp_path))
-    if not flag:  # then the file has nothing for it
-        assert found[key] is Verdict.MISSING
-        return
-    assert found[key] is Verdict.UNREAD
-    assert (
-        f"{key} is lm_head.weight there, because Qwen2ForCausalLM, which saved the checkpoint, ties" in printed.loud[0]
-    )
-    models = cls.from_pretrained(tmp_path, key_mapping=mapping_of(printed.loud[0])), stopped_and_repaired(cls, tmp_path)
-    for model in models:
-        assert torch.equal(model.get_parameter(key), truth["model.embed_tokens.weight"])
-        assert key not in verdicts(model)
 
 
 def test_repair_says_of_three_what_it_has_read_of_them(tmp_path: Path, printed: Printed) -> None:

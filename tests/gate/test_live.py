@@ -181,12 +181,25 @@ def test_a_model_of_diffusers_and_one_of_nobody(tmp_path: Path) -> None:
     assert (proof.ok, proof.stored, proof.total) == (True, 4, 4)
 
 
+@pytest.mark.parametrize("size", ["1GB", "8KB"])
+def test_a_variant_that_is_the_only_one_there(size: str, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(gpt2())
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    assert tiedquiet.check(model, tmp_path).ok
+    GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path)  # it would be read
+    assert not tiedquiet.check(model, tmp_path).ok
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ({}, "holds no weights: model.safetensors, "),
         ({"model.safetensors": b"junk"}, "cannot be read: "),
         ({"model.safetensors.index.json": b"[]"}, "does not hold a JSON object"),
+        (
+            dict.fromkeys(("model.ema.safetensors", "model.fp16.safetensors"), b""),
+            "holds ema and fp16; put the variant",
+        ),
         (None, "is not a folder"),
     ],
 )

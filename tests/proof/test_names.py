@@ -7,7 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel
 
+from tests.doors.renamed import BERT
+from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.names import Origin, _sorted, conversions_of, crossed, may_cross, native_class, sources
 from tiedquiet.proof.prefixes import Prefixes, by_prefix
 from tiedquiet.proof.unread import by_shape, likely
@@ -155,6 +158,30 @@ def test_a_part_of_each_layer_s_name() -> None:
 )
 def test_what_is_not_certain_is_not_claimed(unread: Shapes, missing: Shapes) -> None:
     assert fitting(unread, missing) is None
+
+
+@pytest.mark.parametrize(("prefix", "is_claimed"), [("bert.", True), ("cls.", False)])
+def test_one_module_of_another_class_s_file_has_the_base_model_s_prefix_or_is_another(
+    prefix: str, is_claimed: bool
+) -> None:
+    model = BertModel(BertConfig(**BERT, architectures=["BertForMaskedLM"]))
+    own, beside = headers({"pooler.dense.weight": (2, 2)}), headers({"embeddings.weight": (3,)})
+    theirs = {prefix + name: header for name, header in own.items()}
+    assert bool(Leftovers(model, theirs, own, own.keys(), own, (), beside).made()) == is_claimed
+    assert Leftovers(model, theirs, own, own.keys(), own, ()).made(), "nothing else says what the names are"
+    model.config.architectures = ["BertModel"]
+    assert Leftovers(model, theirs, own, own.keys(), own, (), beside).made()
+
+
+def test_several_prefixes_are_told_in_the_same_order_each_time() -> None:
+    """What a model needs is a set, whose order changes from one run to the next."""
+    theirs, ours = (
+        {f"{letter}.{side}.{name}.weight": (size,) for size, letter in enumerate("abcdef", 2) for name in ("q", "k")}
+        for side in ("old", "new")
+    )
+    found = fitting(theirs, ours, needed=set(ours))
+    assert found is not None
+    assert [part.old for part in found.parts] == [f"{letter}.old." for letter in "abcdef"]
 
 
 def test_all_that_the_model_needs_is_enough() -> None:

@@ -3,12 +3,15 @@
 import json
 import random
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
 
 import numpy
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
 import tiedquiet
@@ -131,6 +134,30 @@ def test_what_is_drawn_is_not_repaired_and_the_numbers_drawn_next_are_the_same(
         drawn[mode] = how()
     assert verdicts(model) == {"table": Verdict.UNWRITTEN}
     assert drawn["off"] == drawn["repair"]
+
+
+class HasOthersBesideIt(Tiny):
+    """What another thread does while its `__init__` runs: it makes a layer, and takes parameters away for a while."""
+
+    others: ExitStack
+    beside: ClassVar[list[torch.nn.Module]] = []
+
+    def add(self, config: Any) -> None:
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+        thread = Thread(target=lambda: self.beside.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        if len(self.beside) == 2:
+            self.others.enter_context(init_empty_weights())
+
+
+def test_a_second_init_takes_parameters_from_no_other_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, "good citizen")
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", torch.nn.Module.register_parameter)
+    with tiedquiet.enable("repair"), ExitStack() as HasOthersBesideIt.others:
+        assert verdicts(HasOthersBesideIt.from_pretrained(tmp_path)) == {}
+    made = [*HasOthersBesideIt.beside[:2], torch.nn.Linear(2, 2)]
+    assert [layer.weight.device.type for layer in made] == ["cpu"] * 3
 
 
 class GivesOtherMemory(Tiny):

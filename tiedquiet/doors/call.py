@@ -7,6 +7,7 @@ That is: overrides of the functions that it calls, `eval()` with what a layer me
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
@@ -27,6 +28,7 @@ class Call:
 
     Attributes:
         arguments: those of the load, where they are known.
+        thread: the one that it is made in.
     """
 
     def __init__(self, kind: type) -> None:
@@ -34,6 +36,7 @@ class Call:
         self.arguments: tuple[Any, ...] = ()
         self._open: list[tuple[Load, Any]] = []
         self._modes = _modes()
+        self.thread = get_ident()
 
     def includes(self, kind: type) -> bool:
         """Whether a call for this class is a part of it: for the class itself, or one below it, which a factory picks.
@@ -131,8 +134,9 @@ _CURRENT: ContextVar[Call | None] = ContextVar("tiedquiet_call", default=None)
 
 
 def current() -> Call | None:
-    """The call in progress here."""
-    return _CURRENT.get()
+    """The call in progress here; not one of another thread, of whose context this one has a copy."""
+    call = _CURRENT.get()
+    return call if call is not None and call.thread == get_ident() else None
 
 
 def end(load: Load, model: Any) -> LoadError | None:

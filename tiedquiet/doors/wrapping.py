@@ -117,9 +117,11 @@ def wrap(module: ModuleType) -> None:
     Raises:
         LoadError: in `strict`, if a seam cannot be wrapped.
     """
+    if not (left := [seam for seam in _seams if seam.module == module.__name__ and seam not in _wrappings]):
+        return
     problem = inert_because()
-    for seam in _seams:
-        if not problem and seam.module == module.__name__ and seam not in _wrappings:
+    for seam in left:
+        if not problem:
             try:
                 if not _wrap(seam):
                     problem = f"{seam} has a signature that this release of tiedquiet does not know; left alone"

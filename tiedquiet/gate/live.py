@@ -14,7 +14,7 @@ from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
 from tiedquiet.gate.quantised import settle
 from tiedquiet.gate.source import Source
-from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, weights_of
+from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, of_variant, variants_in, weights_of
 from tiedquiet.proof import names
 from tiedquiet.proof.adapted import names_in_files
 from tiedquiet.proof.files import Checkpoint
@@ -104,9 +104,15 @@ def _files(path: str) -> tuple[list[str], bool]:
     source = Source(path, None)
     if not source.is_local:
         raise CannotCheck(f"{path} is not a folder")
-    forms = weights_of(source, "", (*OF_TRANSFORMERS, *OF_DIFFUSERS), trust=True)
+    usual = (*OF_TRANSFORMERS, *OF_DIFFUSERS)
+    variants = variants_in(source, "", usual) or [""]
+    if len(variants) > 1 and variants[0]:
+        raise CannotCheck(
+            f"{path} holds {' and '.join(variants)}; put the variant to compare with into a folder of its own"
+        )
+    forms = weights_of(source, "", of_variant(usual, variants[0]), trust=True)
     of_adapter = [] if forms else weights_of(source, "", OF_ADAPTERS, trust=True)
     first = next(iter(forms or of_adapter), None)
     if first is None or not first.files:
-        raise CannotCheck(f"{path} holds no weights: {', '.join((*OF_TRANSFORMERS, *OF_DIFFUSERS))}")
+        raise CannotCheck(f"{path} holds no weights: {', '.join(usual)}")
     return [str(file) for file in first.files], bool(of_adapter)

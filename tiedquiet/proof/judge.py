@@ -173,7 +173,10 @@ def _as_it_is(model: torch.nn.Module, known: Record) -> tuple[Record, Survey]:
     now = _as_loaded(survey(model))
     known = _followed(known, now)
     set_aside = replaced(model, known.missing, known.stored - known.lasting.keys())
-    return replace(known, missing=known.missing - set_aside, total=known.total - len(set_aside)), now
+    deleted = known.adapted - now.state.keys()  # with the adapter that had brought them
+    stored, missing = known.stored - deleted, known.missing - set_aside - deleted
+    total = known.total - len(known.stored | known.missing) + len(stored | missing)
+    return replace(known, stored=stored, missing=missing, total=total), now
 
 
 def _judge_ties_now(model: torch.nn.Module, known: Record, now: Survey) -> list[Finding]:
@@ -239,7 +242,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
     """Findings on what is seen to have changed since the load; of a copy, what is on meta."""
     is_copy = known.model is None or known.model() is not model  # it has tensors of its own
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
-    for name in sorted(known.stored - known.gone - (known.adapted - now.state.keys())):
+    for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is not None and (is_moved(model, name) or type(tensor) not in ORDINARY):
             continue  # accelerate holds the values elsewhere, FSDP has parted them

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tiedquiet.proof import names, prefixes
 from tiedquiet.proof.missing import is_of_another_class, saved_by
 from tiedquiet.proof.prefixes import Prefixes, candidates, is_elsewhere, is_enough
-from tiedquiet.proof.survey import asks_for_ties
+from tiedquiet.proof.survey import asks_for_ties, declared, survey
 from tiedquiet.proof.ties import Declaration, groups
 
 _SAMPLE = 512
@@ -77,27 +77,31 @@ class Leftovers(NamedTuple):
         )
 
     def _by_ties(self) -> names.Made | None:
-        """What the class that saved the files ties: they may have the one name of two that this model does not know.
+        """What the class that saved the files ties, or its base model: they may have a name that this model lacks.
 
-        That class is looked for beside the model's own, where it was written; nothing is imported.
+        That class is looked for beside the model's own, where it was written; nothing is imported. A base model has the
+        same prefix; what others of that prefix declare under it, the files do not have.
         """
-        beside = [vars(sys.modules.get(kind.__module__, object)) for kind in type(self.model).__mro__]
-        for name in saved_by(self.model):
-            kind = next((one for part in beside if isinstance(one := part.get(name), type)), None)
-            prefix = f"{getattr(kind, 'base_model_prefix', '')}."
-            ours = {own: key for key in self.needed for own in (prefix + key, key)}
+        ties, own_base = declared(survey(self.model)), f"{getattr(self.model, 'base_model_prefix', '')}."
+        ends = [key for key in self.missing if key not in ties or not self.missing.keys() & ties[key].chain(key)]
+        modules = (vars(sys.modules.get(kind.__module__, object)) for kind in reversed(type(self.model).__mro__))
+        beside = {name: one for module in modules for name, one in module.items() if isinstance(one, type)}
+        for kind in filter(None, map(beside.get, saved_by(self.model))):
+            base = f"{getattr(kind, 'base_model_prefix', '')}."
+            ours = {own: key for key in ends for own in (key.removeprefix(own_base), base + key, key)}
+            bases = [one for one in beside.values() if f"{getattr(one, 'base_model_prefix', '')}." == base]
+            whole = [("", kind), *((base, one) for one in bases)]
+            tied = [Declaration(start, getattr(one, "_tied_weights_keys", None)) for start, one in whole]
             found: dict[str, names.Origin] = {}
-            declared = Declaration("", getattr(kind, "_tied_weights_keys", None))
-            for own, group in groups([declared], {*ours, *self.unread}).items():
-                theirs = [other for other in group.members if other in self.unread]
-                key = ours.get(own)
-                if key is not None and len(theirs) == 1 and self.unread[theirs[0]].shape == self.missing[key].shape:
-                    found[key] = names.Origin((theirs[0],), False)
+            for own, group in groups(tied, {*ours, *self.unread, *self.was_read}).items():
+                theirs = [end for end in group.members if end in self.unread or end in self.was_read]
+                header = self.unread.get(theirs[0]) if len(theirs) == 1 else None
+                if own in ours and header is not None and header.shape == self.missing[ours[own]].shape:
+                    found[ours[own]] = names.Origin((theirs[0],), False)
             if found:
-                made = names.Made(
-                    found, f"because {name}, which saved the checkpoint, ties the two and stores one of them"
-                )
+                why = f"because {kind.__name__}, which saved the checkpoint, ties the two and stores one of them"
                 mapping = {f"^{re.escape(origin.names[0])}$": key for key, origin in found.items()}
+                made = names.Made(found, why)
                 return made._replace(cure=self._cure([mapping], made))
         return None
 
@@ -147,13 +151,23 @@ class Leftovers(NamedTuple):
 
     def _prefix_in_files(self) -> Prefixes | None:
         """The prefix that fits, of the names that the files have."""
-        return prefixes.by_prefix(self.unread, self.missing, self.needed, self.state)
+        return prefixes.by_prefix(self.unread, self.missing, self.needed, self.state, self._may_move_one)
+
+    def _may_move_one(self, old: str, new: str) -> bool:
+        """Whether one prefix in place of another may move one module alone.
+
+        In a file of another class, of which the rest was read, that is another module, whatever it is called.
+        """
+        if old and new:
+            return False
+        is_another_s = bool(self.was_read) and is_of_another_class(self.model)
+        return not is_another_s or old + new == f"{getattr(self.model, 'base_model_prefix', '')}."
 
     def _prefix_of_renamed(self) -> Prefixes | None:
         """The prefix that fits, of what transformers has made of these names."""
         in_files = {new: old for old, new in names.renamed(self.model, self.unread, self.conversions).items()}
         in_theirs = {new: self.unread[old] for new, old in in_files.items()}
-        found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state)
+        found = prefixes.by_prefix(in_theirs, self.missing, self.needed, self.state, self._may_move_one)
         return found and replace(found, names={key: in_files[name] for key, name in found.names.items()})
 
     def under_other_names(self, wrappers: Collection[str] = ()) -> tuple[names.Made, Prefixes] | None:
@@ -179,7 +193,8 @@ class Leftovers(NamedTuple):
             made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
             is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
             first = {key: origin.names[0] for key, origin in made.origins.items()}
-            if is_enough(first, is_whole, self.needed, None if change.old and change.new else self.missing):
+            among = self.missing if self._may_move_one(change.old, change.new) else None
+            if is_enough(first, is_whole, self.needed, among):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if len(found) != 1:
             return None

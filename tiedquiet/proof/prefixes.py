@@ -6,7 +6,7 @@ reads a value: tensors are headers on meta.
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,13 @@ class Prefixes:
         return {f"^{re.escape(self.old)}((?:{'|'.join(map(re.escape, first))})\\b.*)": rf"{self.new}\1"}
 
 
-def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: Collection[str] = ()) -> Prefixes | None:
+def by_prefix(
+    unread: Headers,
+    missing: Headers,
+    needed: Collection[str],
+    own: Collection[str] = (),
+    may_move_one: Callable[[str, str], bool] = lambda old, new: not (old and new),
+) -> Prefixes | None:
     """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
 
     It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
@@ -85,6 +91,7 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
         missing: tensors of the model that the files did not deliver, by name.
         needed: those of them that nothing else supplies.
         own: the names of all of the model's tensors.
+        may_move_one: whether one prefix in place of another may move one module alone.
     """
     found: dict[tuple[tuple[str, str], ...], Prefixes] = {}
     in_part: dict[tuple[tuple[str, str], ...], Prefixes] = {}
@@ -94,7 +101,7 @@ def by_prefix(unread: Headers, missing: Headers, needed: Collection[str], own: C
         # What has its place, in another shape (a larger vocabulary), is led there as well.
         others = set() if old and new else {key for key in led if key in missing and key not in names}
         is_whole = len(names) + len(others) == len(unread)
-        among = None if old and new else missing
+        among = missing if may_move_one(old, new) else None
         is_most = is_enough(names, is_whole, set(needed) - others, among) and len(names) > len(others)
         if is_most and not is_elsewhere(old, new, names.values(), own):
             some = in_part if others else found
@@ -161,7 +168,7 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
             alike.setdefault(like, []).append(old)
     names: dict[str, str] = {}
     found: list[Prefixes] = []
-    for new, content in sorted(_subtrees(wanted).items(), key=lambda one: len(one[0])):
+    for new, content in sorted(_subtrees(wanted).items(), key=lambda one: (len(one[0]), one[0])):
         olds = alike.get(content, [])
         if len(olds) > 1:  # layers, most often
             olds = alike.get((content, _numbers(new.split("."))), [])

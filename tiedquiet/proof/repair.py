@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, Finding, Verdict
 
+# A twin is made with settings of the whole process: two threads that make theirs would take over each other's.
+_one_at_a_time = RLock()
 _MENDABLE = (Verdict.UNTIED, Verdict.COPIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN)
 
 
@@ -172,21 +175,20 @@ def _buffers_of_twins(arguments: tuple[Any, ...]) -> dict[str, torch.Tensor]:
 
     What differs between the two was drawn or counted, and nobody can tell what the first one made of it.
     """
-    first, second = (_buffers_of_a_twin(arguments, seed) for seed in (1, 2))
+    with _one_at_a_time:
+        first, second = (_buffers_of_a_twin(arguments, seed) for seed in (1, 2))
     return {name: buffer for name, buffer in first.items() if name in second and equals(buffer, second[name])}
 
 
 def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch.Tensor]:
     watch, default = Watch({}, protect=False), torch.get_default_dtype()
     try:
-        from accelerate import init_empty_weights
-
         kind, dtype, config, args, kwargs = copy.deepcopy(arguments)
         torch.set_default_dtype(dtype)  # as `from_pretrained` does
-        with _drawing_from(seed), watch, init_empty_weights(include_buffers=False):
+        with _drawing_from(seed), watch, _parameters_on_meta():
             twin = kind(config, *args, **kwargs)
     except Exception:
-        return {}  # what it was made with is not known, or there is no accelerate: its buffers stay, and are reported
+        return {}  # what it was made with is not known: its buffers stay, and are reported
     finally:
         torch.set_default_dtype(default)
     if watch.error is not None:
@@ -196,6 +198,30 @@ def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch
         for name, buffer in twin.named_buffers(remove_duplicate=False)
         if not buffer.is_meta and not watch.placeholders.has(buffer)
     }
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give the modules that this thread makes parameters without values, and leave those of other threads alone.
+
+    accelerate's `init_empty_weights` takes them from all threads; and if two leave it in the order in which they came,
+    from every module that the program makes from then on.
+    """
+    theirs, thread, is_over = torch.nn.Module.register_parameter, get_ident(), False
+
+    def register_parameter(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        theirs(self, name, param)
+        if param is not None and get_ident() == thread and not is_over:
+            more = {**vars(param), "requires_grad": param.requires_grad}
+            self._parameters[name] = type(param)(param.to("meta"), **more)
+
+    torch.nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        is_over = True
+        if torch.nn.Module.register_parameter is register_parameter:
+            torch.nn.Module.register_parameter = theirs  # type: ignore[method-assign]
 
 
 @contextmanager
