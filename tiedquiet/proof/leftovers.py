@@ -111,9 +111,8 @@ class Leftovers(NamedTuple):
         # transformers' own renaming has a place for it, the class does not speak of it.
         theirs, base = self.not_ignored(), getattr(self.model, "base_model_prefix", "")
         if is_of_another_class(self.model) and any(names.is_in(base, name) for name in self.was_read):
-            theirs = {
-                name: header for name, header in theirs.items() if names.is_in(base, name)
-            }  # the rest is its head
+            # The rest is that class's head.
+            theirs = {name: header for name, header in theirs.items() if names.is_in(base, name)}
         of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
         sides = [self._replace(unread=theirs)]
         # A head may be in neither: that of another class in the files, and a new one in the model. One module is no
