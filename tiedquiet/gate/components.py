@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
 from tiedquiet.gate.bounds import check_gguf, check_size
+from tiedquiet.gate.config import as_read
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
-from tiedquiet.gate.source import Source, kernels, under
+from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import has_weights
 
 _LIBRARIES = (["diffusers"], ["transformers"])
@@ -244,10 +245,8 @@ def _with_base(part: Part, adapter: dict[str, Any], trust: bool) -> Part:
 
 
 def _with_config(part: Part, config: dict[str, Any], trust: bool) -> Part:
-    check_size(part.label, "config.json", config)
-    if not trust:
-        _check_names(part, config)
-    return part._replace(config=config)
+    source, place = (part.source, part.name) if part.base is None else (part.base, "")
+    return part._replace(config=as_read(part.label, config, lambda file: source.read(file, place), trust))
 
 
 def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
@@ -328,13 +327,3 @@ def _by_user(part: Part, name: str) -> Any:
         return classes.by_user(name)
     except CannotCheck as error:
         raise CannotCheck(f"{part.label}: {error}") from error
-
-
-def _check_names(part: Part, config: dict[str, Any]) -> None:
-    if (kernel := next(kernels(config), None)) is not None:
-        raise CannotCheck(
-            f"{part.label}: config.json names {kernel}, compiled code that transformers fetches from the hub and runs; "
-            "--trust-remote-code allows it"
-        )
-    if pattern := endless(under(config, "quantization_config")):
-        raise CannotCheck(f"{part.label}: the quantization_config in config.json {ENDLESS.format(pattern)}")

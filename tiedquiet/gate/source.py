@@ -13,7 +13,8 @@ from typing import Any
 
 from tiedquiet.gate.diagnosis import MOST, CannotCheck
 
-# Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`.
+# Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`,
+# and in the first releases `_attn_implementation_internal`.
 _KERNELS = ("attn_implementation", "experts_implementation")
 
 
@@ -166,7 +167,7 @@ def _can_be_a_path(name: str) -> bool:
 def kernels(config: object) -> Iterator[str]:
     """The kernels of the hub that a config names, at any depth: transformers fetches such code, and runs it."""
     for key, value in entries(config):
-        if key.lstrip("_") in _KERNELS:
+        if any(name in str(key) for name in _KERNELS):
             named = value.values() if isinstance(value, dict) else [value]
             yield from (name for name in named if isinstance(name, str) and "/" in name)
 
@@ -177,12 +178,16 @@ def under(config: object, wanted: str) -> list[Any]:
 
 
 def entries(config: object) -> Iterator[tuple[str, Any]]:
-    """Each key of a config and its value, at any depth."""
+    """Each key of a config and its value, at any depth; also under the name to which its own `attribute_map` leads."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             yield from value.items()
+            renamed = value.get("attribute_map")
+            for key, name in renamed.items() if isinstance(renamed, dict) else ():
+                if key in value and isinstance(name, str):
+                    yield name, value[key]
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
