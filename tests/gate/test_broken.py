@@ -174,7 +174,7 @@ def test_a_config_that_is_no_error_of_ours(change: str, good: Path, capsys: pyte
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(1_000)  # Python's own, which packages raise for the rest of the process: then it can be read
     try:
-        assert check(good) == 2
+        assert check(good, "--trust-remote-code") == 2
     finally:
         sys.setrecursionlimit(limit)
     assert "internal error" not in capsys.readouterr().err

@@ -47,6 +47,11 @@ def _check(label: str, file: str, config: dict[str, Any], trust: bool) -> None:
     check_size(label, file, config)
     if trust:
         return
+    if any(under(config, "attribute_map")):
+        raise CannotCheck(
+            f"{label}: {file} has an attribute_map, by which transformers takes one name in it for another; "
+            "--trust-remote-code allows it"
+        )
     if (kernel := next(kernels(config), None)) is not None:
         raise CannotCheck(
             f"{label}: {file} names {kernel}, compiled code that transformers fetches from the hub and runs; "

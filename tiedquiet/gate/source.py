@@ -170,16 +170,12 @@ def under(config: object, wanted: str) -> list[Any]:
 
 
 def entries(config: object) -> Iterator[tuple[str, Any]]:
-    """Each key of a config and its value, at any depth; also under the name to which its own `attribute_map` leads."""
+    """Each key of a config and its value, at any depth."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             yield from value.items()
-            renamed = value.get("attribute_map")
-            for key, name in renamed.items() if isinstance(renamed, dict) else ():
-                if key in value and isinstance(name, str):
-                    yield name, value[key]
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
