@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, GPT2Model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Model
 from transformers.utils import cached_file
 
 from tests.checkpoints import gpt2
@@ -19,6 +19,8 @@ from tiedquiet.gate.confined import confined
 from tiedquiet.gate.source import Source
 
 __all__ = ["_offline", "refused"]
+
+SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
 def with_code(folder: Path, mark: Path) -> Path:
@@ -61,6 +63,39 @@ def test_a_config_does_not_let_code_run(
     (tmp_path / "model" / "config.json").write_text(json.dumps(config(str(other))))
     assert "cannot be loaded as" in refused(tmp_path / "model")
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.fixture
+def of_text(tmp_path: Path) -> Callable[[str], Path]:
+    """A folder whose class takes the config inside for its own, and that config names weights."""
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZE, num_key_value_heads=1, head_dim=8))
+    model.save_pretrained(tmp_path / "text")
+    path = tmp_path / "text" / "config.json"
+    inner = json.loads(path.read_text())
+
+    def make(weights: str) -> Path:
+        config = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3"}
+        path.write_text(json.dumps({**config, "text_config": {**inner, "transformers_weights": weights}}))
+        return path.parent
+
+    return make
+
+
+def test_weights_that_a_config_inside_names(
+    of_text: Callable[[str], Path], tmp_path: Path, refused: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = of_text("inner/x.safetensors")
+    (folder / "inner").mkdir()
+    (folder / "model.safetensors").rename(folder / "inner" / "x.safetensors")
+    assert check(folder) == 1  # an Auto class makes another model of it
+    (folder / "inner" / "x.safetensors").rename(tmp_path / "x.safetensors")
+    assert "x.safetensors" in refused(of_text("../x.safetensors"))
+    (folder / "link.safetensors").symlink_to(tmp_path / "x.safetensors")
+    assert "its config has" in refused(of_text("link.safetensors"))
+    torch.save(load_file(tmp_path / "x.safetensors"), folder / "adapter_model.bin")
+    (folder / "link.safetensors").unlink()
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert "adapter_model.bin is a pickle, and torch 2.9.1 does not read" in refused(of_text("adapter_model.bin"))
 
 
 def test_what_transformers_finds(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
