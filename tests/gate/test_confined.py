@@ -91,7 +91,7 @@ def test_weights_that_a_config_inside_names(
     (folder / "inner" / "x.safetensors").rename(tmp_path / "x.safetensors")
     assert "x.safetensors" in refused(of_text("../x.safetensors"))
     (folder / "link.safetensors").symlink_to(tmp_path / "x.safetensors")
-    assert "its config has" in refused(of_text("link.safetensors"))
+    assert "it has" in refused(of_text("link.safetensors"))
     torch.save(load_file(tmp_path / "x.safetensors"), folder / "adapter_model.bin")
     (folder / "link.safetensors").unlink()
     monkeypatch.setattr(torch, "__version__", "2.9.1")

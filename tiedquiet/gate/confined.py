@@ -10,7 +10,7 @@ from typing import Any
 from tiedquiet.gate.source import looked_at, outside
 from tiedquiet.proof.files import closed_because
 
-_OTHER = "its config has {} read, which is no part of it; --trust-remote-code allows it"
+_OTHER = "it has {} read, which is no part of it; --trust-remote-code allows it"
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def confined(trust: bool) -> Iterator[None]:
         paths = find(path_or_repo_id, *given, **more)
         for path in map(Path, paths or ()):
             if path.suffix == ".py":
-                raise OSError(f"its config has code run, {path}; --trust-remote-code allows it")
+                raise OSError(f"it has code run, {path}; --trust-remote-code allows it")
             if os.path.isdir(path_or_repo_id) and not _is_in(path.parent, path):
                 raise OSError(_OTHER.format(path))
         return paths
