@@ -17,6 +17,7 @@ from tiedquiet.gate.source import entries
 
 _LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
+_MOST_OF_A_KEY = 100  # letters
 _MOST_LAYERS = 10_000
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
@@ -39,7 +40,8 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
         CannotCheck: it does.
     """
     asks = f"{label}: {file} asks for more than"
-    for key, value in ((str(key), value) for key, value in entries(config)):  # those of labels are numbers
+    # Those of labels are numbers; and a search in a long one would take the square of its length.
+    for key, value in ((str(key)[-_MOST_OF_A_KEY:], value) for key, value in entries(config)):
         add_up = sum if _NUMBERS.search(key) else max
         if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
             raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
