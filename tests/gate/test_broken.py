@@ -233,6 +233,24 @@ def test_shards_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == f"tiedquiet: {index} names more than 10,000 files\n"
 
 
+@pytest.mark.parametrize("many", [100, 101])
+def test_parts_without_end(many: int, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each was loaded, from one folder that has many names, or without any name."""
+    (good / "0_Normalize").mkdir()
+    kinds = [{"path": "0_Normalize", "type": "sentence_transformers.models.Normalize"}] * (many - 1)
+    own = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    (good / "modules.json").write_text(json.dumps([*kinds, own]))
+    assert check(good) == (0 if many == 100 else 2)
+    assert capsys.readouterr().err == (
+        "" if many == 100 else f"tiedquiet: {good}/modules.json names more than 100 parts\n"
+    )
+    index = {"./" * number + good.name: ["transformers", "GPT2LMHeadModel"] for number in range(many)}
+    (good.parent / "model_index.json").write_text(json.dumps(index))
+    if many > 100:
+        assert check(good.parent) == 2
+        assert "model_index.json names more than 100 parts\n" in capsys.readouterr().err
+
+
 def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(changed(good, num_labels=10**12)) == 2
     assert (

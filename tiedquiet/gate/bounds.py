@@ -2,11 +2,11 @@
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch.nn.modules import module as hooks
@@ -15,9 +15,11 @@ from torch.nn.parameter import is_lazy
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.source import entries
 
+_Part = TypeVar("_Part")
 _LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_OF_A_KEY = 100  # letters
+_MOST_PARTS = 100  # each is loaded, also where several are in one folder
 _MOST_LAYERS = 10_000
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
@@ -47,6 +49,18 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
             raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
         if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
             raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+
+
+def parts_of(file: str, parts: Iterable[_Part]) -> list[_Part]:
+    """All parts that an index names.
+
+    Raises:
+        CannotCheck: they are without end.
+    """
+    found = list(islice(parts, _MOST_PARTS + 1))
+    if len(found) > _MOST_PARTS:
+        raise CannotCheck(f"{file} names more than {_MOST_PARTS:,} parts")
+    return found
 
 
 def check_gguf(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
-from tiedquiet.gate.bounds import check_gguf, check_size
+from tiedquiet.gate.bounds import check_gguf, check_size, parts_of
 from tiedquiet.gate.config import as_read
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
@@ -72,7 +72,7 @@ def entries_of(source: Source) -> list[Entry]:
     named = [Entry(name, *value) for name, value in sorted(pairs.items()) if value != [None, None]]
     if not (found := [entry for entry in named if not entry.name.startswith("_")]):
         raise CannotCheck(f"{source.name} is a pipeline, and its model_index.json names no component")
-    return [single for entry in found for single in _singly(source, entry)]
+    return parts_of(f"{source.name}/model_index.json", (one for entry in found for one in _singly(source, entry)))
 
 
 def _singly(source: Source, entry: Entry) -> Iterator[Entry]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tiedquiet.gate import components, load
 from tiedquiet.gate.beside import rivals
+from tiedquiet.gate.bounds import parts_of
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
@@ -62,7 +63,8 @@ def check(source: Source, how: How) -> list[Result]:
     entries = source.read("modules.json", kind=list)
     if not entries:
         raise CannotCheck(f"{source.name}: modules.json names no module")
-    return [_check(source, place, entry, how) for place, entry in enumerate(entries)]
+    parts = parts_of(f"{source.name}/modules.json", entries)
+    return [_check(source, place, entry, how) for place, entry in enumerate(parts)]
 
 
 def _check(source: Source, place: int, entry: Any, how: How) -> Result:
