@@ -63,6 +63,18 @@ def test_a_file_that_asks_for_such_a_search_is_refused(tmp_path: Path) -> None:
     assert read(str(path), trust=True).metadata == json.loads(about)
 
 
+def test_a_file_that_asks_for_work_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for asked, is_right in (("pissa_niter_16", True), ([[0, 9], ["x"], 5], True), ("pissa_niter_10000", False)):
+        about = json.dumps({"transformer.init_lora_weights": asked, "transformer.layer_replication": asked})
+        save_file({"x": torch.ones(1)}, path, {"lora_adapter_metadata": about})
+        if is_right:
+            assert read(str(path), trust=False).metadata == json.loads(about)
+        else:
+            with pytest.raises(CannotCheck, match="its lora_adapter_metadata asks for too many iterations"):
+                read(str(path), trust=True)
+
+
 @pytest.mark.parametrize("place", ["adapter_config.json", "config.json"])
 def test_a_folder_that_asks_for_one_is_refused(
     place: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -21,6 +21,8 @@ _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has 
 _MOST_OF_A_KEY = 100  # letters
 _MOST_PARTS = 100  # each is loaded, also where several are in one folder
 _MOST_LAYERS = 10_000
+_MOST_REPLICATED = 1_000  # layers, by an adapter: that takes the square of their number
+_MOST_DIGITS = 3  # of the iterations of a singular value decomposition (`pissa_niter_16`)
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
 _MOST_OF_A_BYTE = 64
@@ -49,6 +51,22 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
             raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
         if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
             raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+
+
+def check_adapter(label: str, adapter: dict[str, Any]) -> None:
+    """Raise CannotCheck where an adapter asks for work without end.
+
+    Args:
+        label: how a line about it begins.
+        adapter: its config; of one in a LoRA file, each key has the component before it.
+    """
+    for key, value in ((str(key).rpartition(".")[2], value) for key, value in adapter.items()):
+        if key == "layer_replication" and isinstance(value, list):
+            spans = [pair for pair in value if isinstance(pair, list) and [type(end) for end in pair] == [int, int]]
+            if sum(max(end - start, 0) for start, end in spans) > _MOST_REPLICATED:
+                raise CannotCheck(f"{label} asks for more than {_MOST_REPLICATED:,} layers ({key})")
+        if key == "init_lora_weights" and len(str(value).partition("_niter_")[2]) > _MOST_DIGITS:
+            raise CannotCheck(f"{label} asks for too many iterations ({key})")
 
 
 def parts_of(file: str, parts: Iterable[_Part]) -> list[_Part]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
-from tiedquiet.gate.bounds import check_gguf, check_size, parts_of
+from tiedquiet.gate.bounds import check_adapter, check_gguf, check_size, parts_of
 from tiedquiet.gate.config import as_read
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
@@ -203,6 +203,8 @@ def adapted(part: Part, trust: bool) -> Part:
 def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
     """What the config of a part's adapter holds; None where there is none."""
     adapter: dict[str, Any] | None = part.source.read("adapter_config.json", part.name)
+    if adapter is not None:
+        check_adapter(f"{part.label}: adapter_config.json", adapter)
     if adapter is None or trust:
         return adapter
     if adapter.get("megatron_config"):

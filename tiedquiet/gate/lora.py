@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 import tiedquiet
 from tiedquiet.gate import classes, components, report
-from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.bounds import bounded, check_adapter
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import CannotCheck, explain
@@ -79,6 +79,7 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(
             f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
         )
+    check_adapter(f"{name}: its lora_adapter_metadata", given)
     if not trust and (pattern := endless(given)):
         raise CannotCheck(f"{name}: its lora_adapter_metadata {ENDLESS.format(pattern)}")
     return File(path, tensors, metadata)
