@@ -102,6 +102,7 @@ def as_sentences(folder: Path) -> Path:
             {"init_lora_weights": "pissa_niter_1_000"},
             "adapter_config.json asks for too many iterations (init_lora_weights)",
         ),
+        ({"peft_type": "PEANUT", "depth": 10_001}, "adapter_config.json asks for more than 10,000 layers (depth)"),
         (
             {"layer_replication": [[0, 1]] * 1_001},
             "adapter_config.json asks for more than 1,000 layers (layer_replication)",
@@ -110,7 +111,7 @@ def as_sentences(folder: Path) -> Path:
         (lambda f: link(f / WEIGHTS), f"{WEIGHTS} points outside the folder"),
         (lambda f: pipe(f / "adapter_config.json"), "adapter_config.json is not a regular file"),
     ],
-    ids=["module", "others", "pattern", "iterations", "layers", "config", "weights", "pipe"],
+    ids=["module", "others", "pattern", "iterations", "depth", "layers", "config", "weights", "pipe"],
 )
 def test_an_adapter_beside_a_model_is_held_to_the_rules(
     change: Any, says: str, place: Callable[[Path], Path], good: Path, refused: Callable[[Path], str]

@@ -53,20 +53,22 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
             raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
 
 
-def check_adapter(label: str, adapter: dict[str, Any]) -> None:
+def check_adapter(label: str, file: str, adapter: dict[str, Any]) -> None:
     """Raise CannotCheck where an adapter asks for work without end.
 
     Args:
         label: how a line about it begins.
-        adapter: its config; of one in a LoRA file, each key has the component before it.
+        file: where its config is.
+        adapter: it; of one in a LoRA file, each key has the component before it.
     """
+    check_size(label, file, adapter)
     for key, value in ((str(key).rpartition(".")[2], value) for key, value in adapter.items()):
         if key == "layer_replication" and isinstance(value, list):
             spans = [pair for pair in value if isinstance(pair, list) and [type(end) for end in pair] == [int, int]]
             if sum(max(end - start, 0) for start, end in spans) > _MOST_REPLICATED:
-                raise CannotCheck(f"{label} asks for more than {_MOST_REPLICATED:,} layers ({key})")
+                raise CannotCheck(f"{label}: {file} asks for more than {_MOST_REPLICATED:,} layers ({key})")
         if key == "init_lora_weights" and len(str(value).partition("_niter_")[2]) > _MOST_DIGITS:
-            raise CannotCheck(f"{label} asks for too many iterations ({key})")
+            raise CannotCheck(f"{label}: {file} asks for too many iterations ({key})")
 
 
 def parts_of(file: str, parts: Iterable[_Part]) -> list[_Part]:

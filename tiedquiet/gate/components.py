@@ -204,7 +204,7 @@ def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
     """What the config of a part's adapter holds; None where there is none."""
     adapter: dict[str, Any] | None = part.source.read("adapter_config.json", part.name)
     if adapter is not None:
-        check_adapter(f"{part.label}: adapter_config.json", adapter)
+        check_adapter(part.label, "adapter_config.json", adapter)
     if adapter is None or trust:
         return adapter
     if adapter.get("megatron_config"):

@@ -79,7 +79,7 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(
             f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
         )
-    check_adapter(f"{name}: its lora_adapter_metadata", given)
+    check_adapter(name, "its lora_adapter_metadata", given)
     if not trust and (pattern := endless(given)):
         raise CannotCheck(f"{name}: its lora_adapter_metadata {ENDLESS.format(pattern)}")
     return File(path, tensors, metadata)
