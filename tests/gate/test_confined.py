@@ -122,6 +122,12 @@ def test_what_transformers_finds(good: Path, tmp_path: Path, monkeypatch: pytest
         assert cached_file(other, "own.py") == str(other / "own.py")
 
 
+def test_a_model_of_the_hub_s_cache_is_read(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached(good, tmp_path / "hub")
+    assert check(Path("some/model")) == 0
+
+
 def test_nothing_is_asked_of_the_hub_for_the_class_that_auto_classes_make(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
