@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -60,7 +61,23 @@ def test_the_action(models: Path) -> None:
     assert install["run"] == 'python -m pip install --quiet "$ACTION" $PACKAGES'
     assert set(action["inputs"]) == {"path", "arguments", "packages"}
     for name, arguments, status in (("good", "--dtype bfloat16", 0), ("bad", "", 1)):
-        where = environment(CHECKED=str(models / name), ARGUMENTS=arguments)
-        done = subprocess.run(["bash", "-e", "-c", check["run"]], env=where, capture_output=True, text=True)
+        done = act(check, models, str(models / name), arguments)
         assert done.returncode == status, done.stderr
         assert "16 of 16 tensors hold the file's bytes" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not know PYTHONSAFEPATH")
+def test_the_action_in_the_workspace_of_strangers(models: Path) -> None:
+    """Neither the name of a folder nor a file there makes it pass."""
+    install, check = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"]
+    assert install["env"]["PYTHONSAFEPATH"] == check["env"]["PYTHONSAFEPATH"] == "1"
+    (models / "tiedquiet.py").write_text("raise SystemExit(0)")
+    for name in ("--help", "bad"):
+        assert act(check, models, name).returncode == (1 if name == "bad" else 2)
+
+
+def act(step: dict[str, Any], workspace: Path, name: str, arguments: str = "") -> "subprocess.CompletedProcess[str]":
+    safe = step["env"]["PYTHONSAFEPATH"]
+    where = environment(CHECKED=name, ARGUMENTS=arguments, PYTHONSAFEPATH=safe)
+    return subprocess.run(["bash", "-e", "-c", step["run"]], cwd=workspace, env=where, capture_output=True, text=True)

@@ -87,7 +87,7 @@ ELSEWHERE |= {
 }
 ELSEWHERE |= {"differing", "identical"}  # of `check`, and of two shards with one name
 ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
-ELSEWHERE |= {"unpickled"}  # of a `.bin`, too, and of single files
+ELSEWHERE |= {"unpickled", "is_compressed"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
 ELSEWHERE |= {"_as_loaded", "cast_finding", "cure_of_cast"}  # of adapters, and of casts that lose something

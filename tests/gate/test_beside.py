@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from tests.checkpoints import gpt2
 from tests.gate.test_check import check
+from tests.proof.test_reading import compress
 
 
 def a_pickle(folder: Path, changed: bool, age: int) -> None:
@@ -35,6 +36,18 @@ def test_both_forms_of_the_same_values(age: int, good: Path, capsys: pytest.Capt
     a_pickle(good, changed=False, age=age)
     assert check(good) == 0
     assert "beside" not in capsys.readouterr().out
+
+
+def test_a_pickle_that_is_compressed(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody reads it as long as there is another form. Alone, transformers takes the compressed bytes for numbers."""
+    a_pickle(good, changed=True, age=100)
+    compress(good / "pytorch_model.bin")
+    assert check(good) == 0
+    (good / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert check(good) == 2
+    said = "pytorch_model.bin is compressed, and torch maps it and takes the compressed bytes for numbers: save it anew"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("age", "says"), [(-100, "newer"), (100, "older")])

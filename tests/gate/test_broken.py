@@ -174,7 +174,7 @@ def test_a_config_that_is_no_error_of_ours(change: str, good: Path, capsys: pyte
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(1_000)  # Python's own, which packages raise for the rest of the process: then it can be read
     try:
-        assert check(good) == 2
+        assert check(good, "--trust-remote-code") == 2
     finally:
         sys.setrecursionlimit(limit)
     assert "internal error" not in capsys.readouterr().err
@@ -231,6 +231,24 @@ def test_shards_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> N
     index.write_text(json.dumps({"metadata": {}, "weight_map": {f"x{i}": f"{i}.safetensors" for i in range(10_001)}}))
     assert check(good) == 2
     assert capsys.readouterr().err == f"tiedquiet: {index} names more than 10,000 files\n"
+
+
+@pytest.mark.parametrize("many", [100, 101])
+def test_parts_without_end(many: int, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each was loaded, from one folder that has many names, or without any name."""
+    (good / "0_Normalize").mkdir()
+    kinds = [{"path": "0_Normalize", "type": "sentence_transformers.models.Normalize"}] * (many - 1)
+    own = {"path": "", "type": "sentence_transformers.models.Transformer"}
+    (good / "modules.json").write_text(json.dumps([*kinds, own]))
+    assert check(good) == (0 if many == 100 else 2)
+    assert capsys.readouterr().err == (
+        "" if many == 100 else f"tiedquiet: {good}/modules.json names more than 100 parts\n"
+    )
+    index = {"./" * number + good.name: ["transformers", "GPT2LMHeadModel"] for number in range(many)}
+    (good.parent / "model_index.json").write_text(json.dumps(index))
+    if many > 100:
+        assert check(good.parent) == 2
+        assert "model_index.json names more than 100 parts\n" in capsys.readouterr().err
 
 
 def test_labels_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:

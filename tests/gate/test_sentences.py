@@ -157,6 +157,15 @@ def test_tensors_that_are_not_those_of_the_config(
     assert outcome(whole, 1)["2_Dense"]["error"].startswith("model.safetensors cannot be read: ")
 
 
+def test_codes_without_a_scale(whole: Path, outcome: Callable[..., dict[str, dict[str, Any]]]) -> None:
+    """The package reads them as numbers; a bias of whole numbers may be one."""
+    path = whole / "2_Dense" / "model.safetensors"
+    save_file({name: tensor.mul(100).to(torch.int8) for name, tensor in load_file(path).items()}, path)
+    found = outcome(whole, 1)["2_Dense"]
+    assert (found["held"], found["missing"]) == (1, ["linear.weight"])
+    assert [one["why"] for one in found["findings"]] == ["the file has int8 codes for it, and no scale"]
+
+
 @pytest.mark.parametrize(
     ("config", "names"),
     [

@@ -98,11 +98,20 @@ def as_sentences(folder: Path) -> Path:
         ({"megatron_config": {"x": 1}, "megatron_core": "evil"}, "asks for megatron_core, a module that peft imports"),
         ({"peft_type": "XLORA", "adapters": {"0": "elsewhere"}}, "adapter_config.json has other adapters read"),
         ({"target_modules": EVIL}, f"adapter_config.json has {EVIL}, a pattern whose search may never end"),
+        (
+            {"init_lora_weights": "pissa_niter_1_000"},
+            "adapter_config.json asks for too many iterations (init_lora_weights)",
+        ),
+        ({"peft_type": "PEANUT", "depth": 10_001}, "adapter_config.json asks for more than 10,000 layers (depth)"),
+        (
+            {"layer_replication": [[0, 1]] * 1_001},
+            "adapter_config.json asks for more than 1,000 layers (layer_replication)",
+        ),
         (lambda f: link(f / "adapter_config.json"), "adapter_config.json points outside the folder"),
         (lambda f: link(f / WEIGHTS), f"{WEIGHTS} points outside the folder"),
         (lambda f: pipe(f / "adapter_config.json"), "adapter_config.json is not a regular file"),
     ],
-    ids=["module", "others", "pattern", "config", "weights", "pipe"],
+    ids=["module", "others", "pattern", "iterations", "depth", "layers", "config", "weights", "pipe"],
 )
 def test_an_adapter_beside_a_model_is_held_to_the_rules(
     change: Any, says: str, place: Callable[[Path], Path], good: Path, refused: Callable[[Path], str]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,31 @@ def test_of_many_names_in_two_pickles_each_is_opened_once(tmp_path: Path, monkey
     monkeypatch.setattr(files, "unpickled", lambda path, really=files.unpickled: (opened.append(path), really(path))[1])
     assert list(checkpoint.twice()) == []
     assert sorted(opened) == paths
+
+
+def compress(path: Path, only: str = "") -> Path:
+    """Write an archive anew, with the records compressed whose names have something in them."""
+    with zipfile.ZipFile(path) as archive:
+        held = {one.filename: archive.read(one) for one in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in held.items():
+            kind = zipfile.ZIP_DEFLATED if only in name else zipfile.ZIP_STORED
+            archive.writestr(name, content, compress_type=kind)
+    return path
+
+
+def test_a_pickle_whose_tensors_are_compressed_is_not_read(tmp_path: Path) -> None:
+    """Mapped, as transformers and diffusers read it, it holds other numbers than torch.load gives."""
+    path, tensors = tmp_path / "x.bin", {"a": torch.zeros(50)}
+    torch.save(tensors, path)
+    compress(path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], tensors["a"])
+    assert not torch.equal(torch.load(path, weights_only=True, mmap=True)["a"], tensors["a"])
+    with pytest.raises(ValueError, match=r"x\.bin is compressed, and torch maps it"):
+        _ = Checkpoint(None, [str(path)]).tensors
+    torch.save(tensors, path)
+    compress(path, only="data.pkl")
+    assert torch.equal(Checkpoint(None, [str(path)]).tensors["a"](), tensors["a"])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin", "bin before torch 1.6", "state dict"])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.unplaced import left_over
 from tiedquiet.proof import names
 from tiedquiet.proof.files import Checkpoint
@@ -25,6 +26,7 @@ def other_class(model: Any, config: dict[str, Any], checkpoint: Checkpoint) -> t
         return "", False
     if not isinstance(named, str):
         return "config.json has no model_type, without which transformers' Auto classes do not load it", False
+    said = ""
     with suppress(Exception):  # of an unknown type they make nothing, and say so
         from transformers import CONFIG_MAPPING
 
@@ -34,12 +36,12 @@ def other_class(model: Any, config: dict[str, Any], checkpoint: Checkpoint) -> t
             return "", False
         auto, other = next((auto, made[0]) for auto, ours, made in makers if kind in ours and made)
         said = f"config.json has the model_type {named}, of which {auto.__name__} makes {other.__name__}"
-        with torch.device("meta"), bounded():
+        with without_hub(True), torch.device("meta"), bounded():
             built = other(theirs.from_dict(dict(config)))
         placed = names.targets(built, checkpoint.headers, survey(built).state, names.conversions_of(built))
         told = left_over(other.__name__, checkpoint.headers, checkpoint.headers.keys() - set(placed))
         return f"{said}: {told}" if told else said, bool(told)
-    return "", False
+    return said, False
 
 
 def _all() -> list[Any]:

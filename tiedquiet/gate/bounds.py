@@ -2,11 +2,11 @@
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch.nn.modules import module as hooks
@@ -15,9 +15,14 @@ from torch.nn.parameter import is_lazy
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.source import entries
 
+_Part = TypeVar("_Part")
 _LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
+_MOST_OF_A_KEY = 100  # letters
+_MOST_PARTS = 100  # each is loaded, also where several are in one folder
 _MOST_LAYERS = 10_000
+_MOST_REPLICATED = 1_000  # layers, by an adapter: that takes the square of their number
+_MOST_DIGITS = 3  # of the iterations of a singular value decomposition (`pissa_niter_16`)
 _MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
 _MOST_OF_A_BYTE = 64
@@ -39,12 +44,43 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
         CannotCheck: it does.
     """
     asks = f"{label}: {file} asks for more than"
-    for key, value in ((str(key), value) for key, value in entries(config)):  # those of labels are numbers
+    # Those of labels are numbers; and a search in a long one would take the square of its length.
+    for key, value in ((str(key)[-_MOST_OF_A_KEY:], value) for key, value in entries(config)):
         add_up = sum if _NUMBERS.search(key) else max
         if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
             raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
         if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
             raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+
+
+def check_adapter(label: str, file: str, adapter: dict[str, Any]) -> None:
+    """Raise CannotCheck where an adapter asks for work without end.
+
+    Args:
+        label: how a line about it begins.
+        file: where its config is.
+        adapter: it; of one in a LoRA file, each key has the component before it.
+    """
+    check_size(label, file, adapter)
+    for key, value in ((str(key).rpartition(".")[2], value) for key, value in adapter.items()):
+        if key == "layer_replication" and isinstance(value, list):
+            spans = [pair for pair in value if isinstance(pair, list) and [type(end) for end in pair] == [int, int]]
+            if sum(max(end - start, 0) for start, end in spans) > _MOST_REPLICATED:
+                raise CannotCheck(f"{label}: {file} asks for more than {_MOST_REPLICATED:,} layers ({key})")
+        if key == "init_lora_weights" and len(str(value).partition("_niter_")[2]) > _MOST_DIGITS:
+            raise CannotCheck(f"{label}: {file} asks for too many iterations ({key})")
+
+
+def parts_of(file: str, parts: Iterable[_Part]) -> list[_Part]:
+    """All parts that an index names.
+
+    Raises:
+        CannotCheck: they are without end.
+    """
+    found = list(islice(parts, _MOST_PARTS + 1))
+    if len(found) > _MOST_PARTS:
+        raise CannotCheck(f"{file} names more than {_MOST_PARTS:,} parts")
+    return found
 
 
 def check_gguf(path: Path) -> None:

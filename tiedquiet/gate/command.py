@@ -82,6 +82,7 @@ def check(options: argparse.Namespace) -> int:
     if reason := wrapping.inert_because():
         raise CannotCheck(reason)
     from tiedquiet.gate import check as checking
+    from tiedquiet.gate.confined import confined
     from tiedquiet.gate.load import How
     from tiedquiet.proof import pickles
 
@@ -95,7 +96,8 @@ def check(options: argparse.Namespace) -> int:
         options.lora or "",
     )
     shown = progress.shown(not options.json and not options.quiet)
-    with shown, _silence(how.trust), pickles.trusted(how.trust_pickle), tiedquiet.enable("on"):
+    trusted = pickles.trusted(how.trust_pickle)
+    with shown, _silence(how.trust), confined(how.trust), trusted, tiedquiet.enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how, options.config)
     status = int(any(result.is_loud for result in results))
     if options.json:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedquiet.gate import progress
+from tiedquiet.gate.lacking import without_scale
 from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.codes import is_whole
 from tiedquiet.proof.files import Checkpoint
@@ -189,8 +190,7 @@ class _Comparing:
             stored = self._checkpoint.headers.get(next(self._checkpoint.names_of(name), ""))
             if stored is not None and stored.dtype in kinds:
                 self.held.discard(name)
-                what = str(stored.dtype).removeprefix("torch.")
-                yield Finding(name, Verdict.MISSING, None, f"the file has {what} codes for it, and no scale", True)
+                yield without_scale(name, stored.dtype)
 
     def _open(self) -> list[str]:
         return [name for name in self._state if name not in self.held]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes
-from tiedquiet.gate.bounds import check_gguf, check_size
+from tiedquiet.gate.bounds import check_adapter, check_gguf, check_size, parts_of
+from tiedquiet.gate.config import as_read
 from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
-from tiedquiet.gate.source import Source, kernels, under
+from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import has_weights
 
 _LIBRARIES = (["diffusers"], ["transformers"])
@@ -71,7 +72,7 @@ def entries_of(source: Source) -> list[Entry]:
     named = [Entry(name, *value) for name, value in sorted(pairs.items()) if value != [None, None]]
     if not (found := [entry for entry in named if not entry.name.startswith("_")]):
         raise CannotCheck(f"{source.name} is a pipeline, and its model_index.json names no component")
-    return [single for entry in found for single in _singly(source, entry)]
+    return parts_of(f"{source.name}/model_index.json", (one for entry in found for one in _singly(source, entry)))
 
 
 def _singly(source: Source, entry: Entry) -> Iterator[Entry]:
@@ -202,6 +203,8 @@ def adapted(part: Part, trust: bool) -> Part:
 def _adapter_of(part: Part, trust: bool) -> dict[str, Any] | None:
     """What the config of a part's adapter holds; None where there is none."""
     adapter: dict[str, Any] | None = part.source.read("adapter_config.json", part.name)
+    if adapter is not None:
+        check_adapter(part.label, "adapter_config.json", adapter)
     if adapter is None or trust:
         return adapter
     if adapter.get("megatron_config"):
@@ -244,10 +247,8 @@ def _with_base(part: Part, adapter: dict[str, Any], trust: bool) -> Part:
 
 
 def _with_config(part: Part, config: dict[str, Any], trust: bool) -> Part:
-    check_size(part.label, "config.json", config)
-    if not trust:
-        _check_names(part, config)
-    return part._replace(config=config)
+    source, place = (part.source, part.name) if part.base is None else (part.base, "")
+    return part._replace(config=as_read(part.label, config, lambda file: source.read(file, place), trust))
 
 
 def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
@@ -328,13 +329,3 @@ def _by_user(part: Part, name: str) -> Any:
         return classes.by_user(name)
     except CannotCheck as error:
         raise CannotCheck(f"{part.label}: {error}") from error
-
-
-def _check_names(part: Part, config: dict[str, Any]) -> None:
-    if (kernel := next(kernels(config), None)) is not None:
-        raise CannotCheck(
-            f"{part.label}: config.json names {kernel}, compiled code that transformers fetches from the hub and runs; "
-            "--trust-remote-code allows it"
-        )
-    if pattern := endless(under(config, "quantization_config")):
-        raise CannotCheck(f"{part.label}: the quantization_config in config.json {ENDLESS.format(pattern)}")

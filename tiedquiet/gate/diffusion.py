@@ -13,6 +13,7 @@ from tiedquiet.gate.beside import rivals
 from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
+from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
@@ -98,14 +99,18 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Diffusers draws no bars and logs nothing; it may have been imported just now, and set its level as it was."""
+    """Diffusers draws no bars, logs nothing and asks nothing of the hub: what is wanted from there has been fetched.
+
+    It may have been imported just now, and set its level as it was.
+    """
     from diffusers.utils import logging as theirs
 
     bars, level = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
     theirs.disable_progress_bar()
     theirs.set_verbosity(theirs.CRITICAL)
     try:
-        yield
+        with without_hub(True):
+            yield
     finally:
         theirs.set_verbosity(level)
         if bars:

@@ -14,6 +14,7 @@ import torch
 from tiedquiet.gate.source import own_files
 from tiedquiet.proof.codes import CODES
 from tiedquiet.proof.files import Checkpoint
+from tiedquiet.verdict import Finding, Verdict
 
 _MOST = 64  # tensors of one module, and rules; where a module has more, they belong to no one tensor of codes
 Rule = tuple[str, str, str]  # the last part of a name, or its end; how that ends, and what takes the place of the end
@@ -58,6 +59,12 @@ def lacking(headers: Mapping[str, torch.Tensor]) -> str:
     kind = str(headers[name].dtype).removeprefix("torch.")
     more = f" (and {len(absent) - 1:,} more)" * (len(absent) > 1)
     return f"the files have no {wanted}, which belongs to {name} (codes of {kind}){more}"
+
+
+def without_scale(name: str, kind: torch.dtype) -> Finding:
+    """The finding on a matrix of numbers that the files have as codes alone, which say nothing without their scale."""
+    what = str(kind).removeprefix("torch.")
+    return Finding(name, Verdict.MISSING, None, f"the file has {what} codes for it, and no scale", True)
 
 
 def is_codes(header: torch.Tensor) -> bool:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 import tiedquiet
 from tiedquiet.gate import classes, components, report
-from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.bounds import bounded, check_adapter
 from tiedquiet.gate.components import Part
+from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import CannotCheck, explain
 from tiedquiet.gate.diffusion import silent
 from tiedquiet.gate.load import How
@@ -78,6 +79,7 @@ def read(name: str, trust: bool) -> File:
         raise CannotCheck(
             f"{name} asks for megatron_core, a module that peft imports by its name; --trust-remote-code allows it"
         )
+    check_adapter(name, "its lora_adapter_metadata", given)
     if not trust and (pattern := endless(given)):
         raise CannotCheck(f"{name}: its lora_adapter_metadata {ENDLESS.format(pattern)}")
     return File(path, tensors, metadata)
@@ -95,7 +97,7 @@ def check_pipeline(source: Source, file: File, how: How) -> Result:
         pipeline = kind.__new__(kind)
         expected, _ = kind._get_signature_keys(kind)
         entries = [e for e in components.entries_of(source) if e.name in kind._lora_loadable_modules]
-        empty = {entry.name: _empty(components.part_of(source, entry, how.trust), entry) for entry in entries}
+        empty = {entry.name: _empty(components.part_of(source, entry, how.trust), entry, how) for entry in entries}
         pipeline.register_modules(**{**dict.fromkeys(expected), **empty})
         pipeline.lora_state_dict = _with_metadata(kind, file)
     except Exception as error:
@@ -110,7 +112,7 @@ def check_pipeline(source: Source, file: File, how: How) -> Result:
 def check_model(part: Part, kind: Any, file: File, how: How) -> Result:
     """What reaches one model of diffusers, by the names of its own tensors: it knows no others."""
     try:
-        model = _empty(part, components.Entry(part.name, "diffusers", kind.__name__))
+        model = _empty(part, components.Entry(part.name, "diffusers", kind.__name__), how)
     except Exception as error:
         return _failed(file, kind.__name__, f"cannot be loaded: {explain(error, None, how.trust)}")
     if not hasattr(model, "load_lora_adapter"):
@@ -144,14 +146,14 @@ def _with_metadata(kind: Any, file: File) -> Any:
     return lora_state_dict
 
 
-def _empty(part: Part, entry: components.Entry) -> Any:
+def _empty(part: Part, entry: components.Entry, how: How) -> Any:
     """A component with the shapes that its config gives it; each parameter is one zero, repeated by its strides."""
     from accelerate import init_empty_weights
 
     kind = components.class_of(entry)
     config = part.source.file("config.json", part.name)
     folder = config.parent if config else None
-    with init_empty_weights(), bounded():
+    with without_hub(not how.trust), init_empty_weights(), bounded():
         if classes.is_of_diffusers(kind):
             model = kind.from_config(kind.load_config(folder))
         else:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 ENDLESS = "has {}, a pattern whose search may never end; --trust-remote-code allows it"
 _MOST = 4  # repetitions, one behind the other: each multiplies the ways by the length of a name
 _SKIPPED = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)  # what stands for one letter
-_REPEATED = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[?+]?")
+_COMMENT = re.compile(r"\(\?#(?:\\.|[^)\\])*\)?", re.DOTALL)
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")  # from here on, what follows a # is a comment
+_REPEATED = re.compile(r"(?:[*+?]|\{(?:\d+(?:,\d*)?|,?\d*)\})[?+]?")  # each in time that grows with its length
 
 
 @dataclass
@@ -40,7 +42,11 @@ def _is_endless(text: str) -> bool:
     groups, inner, place = [_Group()], _Group(), 0  # `inner` is what a repetition here would repeat
     while place < len(text):
         group, letter = groups[-1], text[place]
-        if letter == "(":
+        if _VERBOSE.match(text, place):
+            return True
+        if comment := _COMMENT.match(text, place):
+            place = comment.end()
+        elif letter == "(":
             groups.append(_Group())
             place += 2 if text[place + 1 : place + 2] == "?" else 1
             inner = _Group()
@@ -60,6 +66,8 @@ def _is_endless(text: str) -> bool:
             inner, place = _Group(), found.end()
         else:
             skipped = _SKIPPED.match(text, place)
+            if skipped is None and letter == "[":
+                return False  # what has no end is no pattern, and to look for its end each time would take as long
             inner, place = _Group(), skipped.end() if skipped else place + 1
         if groups[-1].count > _MOST:
             return True

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedquiet.gate.again import Again, Made
-from tiedquiet.gate.lacking import is_codes
+from tiedquiet.gate.lacking import is_codes, without_scale
 from tiedquiet.proof.codes import CODES
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import differing, identical
@@ -135,7 +135,7 @@ class _Settling:
         rows = _rows(key, ours)
         finding = None
         if names and self._is_made(key) and (codes := self._codes_alone(names)) is not None:
-            finding = Finding(key, Verdict.MISSING, None, f"the file has {codes} codes for it, and no scale", True)
+            finding = without_scale(key, codes)
         elif len(rows) > 1 and (left := self._left_over(rows, names)) is not None:
             finding = Finding(key, Verdict.UNREAD, left, "it belongs to this tensor, but is not in the model", True)
         elif theirs is not None:
@@ -168,14 +168,12 @@ class _Settling:
         is_given = self._again.given is not None
         return is_given or key in self._quantised or any(self._is_codes(key, name) for name in names)
 
-    def _codes_alone(self, names: tuple[str, ...]) -> str | None:
+    def _codes_alone(self, names: tuple[str, ...]) -> torch.dtype | None:
         """The type of the codes, where the file has nothing beside them that could be their scale."""
         if self._again.given is not None or not self._is_stored:
             return None
         scales = [name for name in names if "activation" not in name]
-        if len(scales) != 1 or (dtype := self._headers[scales[0]].dtype) not in CODES:
-            return None
-        return str(dtype).removeprefix("torch.")
+        return kind if len(scales) == 1 and (kind := self._headers[scales[0]].dtype) in CODES else None
 
     def _is_in_file(self, rows: Pieces, names: tuple[str, ...]) -> bool:
         """Whether all of the pieces, and nothing else, are in the files as the model would save them."""

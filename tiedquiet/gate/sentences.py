@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 from tiedquiet.gate import components, load
 from tiedquiet.gate.beside import rivals
+from tiedquiet.gate.bounds import parts_of
 from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.lacking import without_scale
 from tiedquiet.gate.load import How
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source, is_inside
 from tiedquiet.gate.weights import pickles_are_unsafe, weights_of
+from tiedquiet.proof.codes import is_whole
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.verdict import Finding, Verdict
 
@@ -62,7 +65,8 @@ def check(source: Source, how: How) -> list[Result]:
     entries = source.read("modules.json", kind=list)
     if not entries:
         raise CannotCheck(f"{source.name}: modules.json names no module")
-    return [_check(source, place, entry, how) for place, entry in enumerate(entries)]
+    parts = parts_of(f"{source.name}/modules.json", entries)
+    return [_check(source, place, entry, how) for place, entry in enumerate(parts)]
 
 
 def _check(source: Source, place: int, entry: Any, how: How) -> Result:
@@ -124,24 +128,27 @@ def _layer(source: Source, module: Module, how: How) -> Result:
     checkpoint = Checkpoint(None, files)
     try:
         stored: Shapes = {name: tuple(read().shape) for name, read in checkpoint.tensors.items()}
+        kinds = {name: read().dtype for name, read in checkpoint.tensors.items()}
     except Exception as error:
         raise CannotCheck(f"{Path(files[0]).name} cannot be read: {' '.join(str(error).split())}") from error
     fits = [name for name, shape in wanted.items() if stored.get(name) == shape]
+    codes = [name for name in fits if len(wanted[name]) > 1 and is_whole(kinds[name])]
     findings = [
         Finding(name, Verdict.UNREAD, name, f"it is {stored[name]} in the file, but {shape} by its config", True)
         for name, shape in wanted.items()
         if name in stored and name not in fits
     ]
+    findings += [without_scale(name, kinds[name]) for name in codes]
     told, notes = rivals(forms, how.trust_pickle) if forms else ([], [])
     extra = sorted(stored.keys() - wanted.keys())
     return Result(
         module.path,
         module.name,
         files,
-        len(fits),
+        len(fits) - len(codes),
         len(wanted),
         findings=findings + told,
-        missing=sorted(wanted.keys() - stored.keys()),
+        missing=sorted({*(wanted.keys() - stored.keys()), *codes}),
         unexpected=extra,
         problem="sentence-transformers refuses a file with more tensors than these" if extra else "",
         notes=notes,

@@ -6,15 +6,18 @@ Whoever made it may have put anything there: a link to another place, a pipe tha
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tiedquiet.gate.diagnosis import MOST, CannotCheck
 
-# Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`.
+# Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`,
+# and in the first releases `_attn_implementation_internal`.
 _KERNELS = ("attn_implementation", "experts_implementation")
+
+
+looked_at: set[Path] = set()  # the folders from which a loader may read, without links
 
 
 class Source:
@@ -53,6 +56,7 @@ class Source:
             raise CannotCheck(f"model_index.json names {part}, which points outside the folder")
         if self.is_local:
             self._keep_inside(path)
+            looked_at.add(Path(os.path.realpath(path)))
         return path
 
     def file(self, name: str, part: str = "") -> Path | None:
@@ -74,7 +78,9 @@ class Source:
 
         get = partial(hf_hub_download, subfolder=part or None, revision=self.revision)
         try:
-            return Path(get(self.name, name, local_files_only=self._unreachable))
+            path = Path(get(self.name, name, local_files_only=self._unreachable))
+            looked_at.add(Path(os.path.realpath(path.parent)))
+            return path
         except errors.EntryNotFoundError as error:
             self._unreachable |= isinstance(error, errors.LocalEntryNotFoundError)
             return None
@@ -103,7 +109,7 @@ class Source:
         return None if path is None else read_json(path, kind)
 
     def _keep_inside(self, path: Path) -> None:
-        if (target := _outside(Path(self.name), path)) is not None:
+        if (target := outside(Path(self.name), path)) is not None:
             raise CannotCheck(f"{path} points outside the folder, to {target}; copy its target into the folder")
 
 
@@ -134,20 +140,7 @@ def check_length(path: Path) -> None:
 def own_files(folder: Path, *ends: str) -> list[Path]:
     """The files of a folder whose names end so; no pipe and no device, and nothing to which a link leads outside."""
     named = (path for path in folder.iterdir() if path.name.endswith(ends))
-    return sorted(path for path in named if path.is_file() and _outside(folder, path) is None)
-
-
-@contextmanager
-def without_hub(is_wanted: bool) -> Iterator[None]:
-    """Nothing is asked of the hub meanwhile, where that is wanted: a config may have any model fetched (`backbone`)."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or is_wanted
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    return sorted(path for path in named if path.is_file() and outside(folder, path) is None)
 
 
 def is_inside(name: str) -> bool:
@@ -166,7 +159,7 @@ def _can_be_a_path(name: str) -> bool:
 def kernels(config: object) -> Iterator[str]:
     """The kernels of the hub that a config names, at any depth: transformers fetches such code, and runs it."""
     for key, value in entries(config):
-        if key.lstrip("_") in _KERNELS:
+        if any(name in str(key) for name in _KERNELS):
             named = value.values() if isinstance(value, dict) else [value]
             yield from (name for name in named if isinstance(name, str) and "/" in name)
 
@@ -188,7 +181,7 @@ def entries(config: object) -> Iterator[tuple[str, Any]]:
             waiting += value
 
 
-def _outside(folder: Path, path: Path) -> Path | None:
+def outside(folder: Path, path: Path) -> Path | None:
     """Where a path leads, if that is not in a folder."""
     root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     return None if any(target.is_relative_to(place) for place in (root, *_blobs(root))) else target

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tiedquiet.gate.diagnosis import MOST, CannotCheck, damaged_index
 from tiedquiet.gate.source import Source, is_inside, read_json
 from tiedquiet.proof import pickles
+from tiedquiet.proof.files import COMPRESSED, is_compressed
 
 # In the order in which a loader looks for them.
 OF_TRANSFORMERS = (
@@ -134,9 +135,11 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
 
 
 def check_header(path: Path) -> None:
-    """Raise CannotCheck if a safetensors file has a header over the format's limit."""
+    """Raise CannotCheck if a safetensors file has a header over the format's limit, or a pickle is compressed."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if MOST < length <= path.stat().st_size:
             raise CannotCheck(f"{path} has a header of {length:,} bytes, and the format allows {MOST:,}")
+    elif is_compressed(str(path)):
+        raise CannotCheck(f"{path} {COMPRESSED}")

@@ -23,6 +23,7 @@ _TYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+COMPRESSED = "is compressed, and torch maps it and takes the compressed bytes for numbers: save it anew with torch.save"
 _SHARD = re.compile(r"\d+(?=-of-\d+\.safetensors$)")
 
 
@@ -264,12 +265,23 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
             )
 
 
+def is_compressed(path: str) -> bool:
+    """Whether a pickle has tensors that torch maps as they lie there, compressed, and takes for numbers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/data/" in one.filename and one.compress_type for one in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):  # torch says what is wrong, or it is of the form before 1.6
+        return False
+
+
 def unpickled(path: str) -> Any:
     """What a pickle holds, mapped where its form allows that.
 
     Raises:
         Exception: it cannot be read, or wants to run code.
     """
+    if is_compressed(path):
+        raise ValueError(f"{Path(path).name} {COMPRESSED}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the form before torch 1.6 cannot be mapped
