@@ -63,8 +63,8 @@ class Truth:
         # Keys that the loader reported missing, and the names under which the file has their values all the same;
         # empty where it has them in another form.
         self.unread: dict[str, str] = {}
-        mismatched = {entry[0] for entry in info["mismatched_keys"]}
-        not_delivered = self.reported | mismatched
+        self.mismatched = {entry[0] for entry in info["mismatched_keys"]}
+        not_delivered = self.reported | self.mismatched
         base = f"{saved.model.base_model_prefix}." if way.tensors is base_model_s_file else ""
         for key, value in file.items():
             name = (
@@ -72,7 +72,7 @@ class Truth:
             )
             if name in self.now and name not in not_delivered:
                 self.stored[name] = value
-            elif name in self.reported - mismatched and self.now[name].shape == value.shape:
+            elif name in self.reported - self.mismatched and self.now[name].shape == value.shape:
                 self.unread[name] = key
         # Of a merged or split tensor no file has the bytes: what the loader does not miss is then delivered, and
         # what it should be, the model that was saved tells; or what was read, where that was something else.
@@ -91,7 +91,9 @@ class Truth:
                 self.stored[name] = value
 
     def needs_no_file(self, name: str) -> bool:
-        """Whether the class itself says so."""
+        """Whether the class itself says so, and the file does not have it in another shape."""
+        if name in self.mismatched:
+            return False
         patterns = [*(self.model._keys_to_ignore_on_load_missing or ()), *(self.model._keys_to_ignore_on_save or ())]
         return any(re.search(pattern, name) for pattern in patterns)
 
