@@ -123,7 +123,7 @@ class Folder:
         own = {self.own[key]: headers[self.own[key]] for key in to - missing if self.own[key] in headers}
         for name, every in names.sources(self.core, found | own, self._core, conversions).items() if own else ():
             key = self._key_of[name]
-            if len(every.names) > 1 and self.own[key] in own and self.own[key] in every.names:
+            if self.own[key] in own and self.own[key] in every.names:
                 self.rivals[key] = name, every, conversions
 
     def under_a_prefix(self, missing: set[str], unread: names.Headers) -> names.Made | None:

@@ -39,6 +39,11 @@ class Operation(NamedTuple):
     may_write: bool  # to any of its arguments, although it does not say so
     takes_values: bool  # of its other arguments, and not their shape alone
 
+    @property
+    def only_computes(self) -> bool:
+        """Whether it leaves the memory that is there alone, and gives values if it is given some."""
+        return not (self.changes or self.makes_empty or self.reaches or self.may_write)
+
 
 @cache
 def operation_of(func: Any) -> Operation | None:

@@ -119,6 +119,8 @@ class Watch(TorchDispatchMode):
         is_empty, lifted = False, []
         try:
             operation = operation_of(func) if self.open else None
+            if operation is not None and operation.only_computes and not self.placeholders:
+                operation = None  # a class may compute a lot, and the look takes as long as the call of it
             if operation is not None:
                 changed = changed_by(operation, args, kwargs)
                 written = changed if operation.writes else []
