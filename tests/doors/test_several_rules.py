@@ -131,3 +131,13 @@ def test_the_head_of_another_class_is_not_read_into_the_base_model(kind: Any, tm
     (ours,) = (value for key, value in model.state_dict().items() if key.endswith(f"{lacking}dense.weight"))
     assert ours.shape == head.shape
     assert not torch.equal(ours, head)
+
+
+def test_a_part_of_the_base_model_is_not_taken_for_the_head_of_another_class(tmp_path: Path) -> None:
+    model = BertForMaskedLM(BertConfig(**{**BERT, "num_hidden_layers": 2}))
+    truth = written(model, tmp_path, lambda key: key.replace("bert.encoder.layer.1.", "trunk.layer.1."))
+    lost = {key for key in truth if "layer.1." in key}
+    found = verdicts(BertForTokenClassification.from_pretrained(tmp_path))
+    assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == lost
+    repaired = stopped_and_repaired(BertForTokenClassification, tmp_path)
+    assert all(torch.equal(repaired.state_dict()[key], truth[key]) for key in lost)

@@ -111,8 +111,14 @@ class Leftovers(NamedTuple):
         # transformers' own renaming has a place for it, the class does not speak of it.
         theirs, base = self.not_ignored(), getattr(self.model, "base_model_prefix", "")
         if is_of_another_class(self.model) and any(names.is_in(base, name) for name in self.was_read):
-            # The rest is that class's head.
-            theirs = {name: header for name, header in theirs.items() if names.is_in(base, name)}
+            # The rest is that class's head, unless it is named as one missing key alone is.
+            count = Counter(end for key in self.state for end in _ends(key))
+            wanted = {end for key in self.missing for end in _ends(key) if count[end] == 1}
+            theirs = {
+                name: header
+                for name, header in theirs.items()
+                if names.is_in(base, name) or not wanted.isdisjoint(_ends(name))
+            }
         of_base = {name: header for name, header in theirs.items() if names.is_in(base, name)} or theirs
         sides = [self._replace(unread=theirs)]
         # A head may be in neither: that of another class in the files, and a new one in the model. One module is no
@@ -124,8 +130,7 @@ class Leftovers(NamedTuple):
 
     def not_ignored(self) -> names.Headers:
         """Those of the unread tensors that the class does not say it has no place for."""
-        parts_of = [key.split(".") for key in self.missing]
-        ends = {".".join(parts[i:]) for parts in parts_of for i in range(len(parts))}
+        ends = {end for key in self.missing for end in _ends(key)}
         some = names.of_models(self.unread)
         return {name: header for name, header in some.items() if not is_ignored(self.model, name, ends)}
 
@@ -245,6 +250,12 @@ class Leftovers(NamedTuple):
                 # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
                 return f"pass key_mapping={whole} to from_pretrained, and save_original_format=False to save_pretrained"
         return ""
+
+
+def _ends(name: str) -> list[str]:
+    """A name, and what is left of it without its first parts."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _straight(change: Prefixes) -> names.Made:
