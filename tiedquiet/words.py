@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import current, is_main_process
-from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict, escaped
+from tiedquiet.verdict import BUFFER, KEPT_OUT, LOUD, Finding, Verdict, escaped
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
@@ -115,6 +115,11 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         return (
             f"unwritten, uninitialised memory: {_keys(findings, fold)}. transformers 5 re-allocates such buffers and "
             f"discards what __init__ computed. {_left_to_do(_COMPUTE)}"
+        )
+    if why == KEPT_OUT:
+        return (
+            f"unwritten, on meta, where nothing has values: {_keys(findings, fold)}. Its class keeps it out of its "
+            "state dict, so transformers neither reads nor initialises it. Put it back in, or make it after loading"
         )
     return (
         f"unwritten, uninitialised memory: {_keys(findings, fold)}; nothing was read into it, and no initialiser wrote "

@@ -42,6 +42,7 @@ DOORS = [
     "adapters_kinds",
     "adapters_larger",
     "from_pretrained",
+    "kept_out",
     "modes",
     "other_names",
     "records",
