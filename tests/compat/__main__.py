@@ -56,6 +56,7 @@ DOORS = [
     "trainer_types",
     "unread",
     "unread_ends",
+    "unregistered",
     "wrapped_names",
     "wrapping",
 ]

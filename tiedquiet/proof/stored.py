@@ -15,7 +15,7 @@ from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, is_moved, survey
 from tiedquiet.proof.watch import TRANSFORMERS, Watch, Write
-from tiedquiet.verdict import BUFFER, KEPT_OUT, Finding, Verdict
+from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, Finding, Verdict
 
 Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
 _Kept = Literal["grown", "altered"]
@@ -155,13 +155,18 @@ def judge_placeholders(
     # What of a state dict was neither read nor missing is what the class keeps out of it; or an adapter's base.
     rest = missing if reading.is_of_adapter else now.state.keys() - reading.held.keys()
     tensors = {**{key: now.state[key] for key in rest if key in now.state}, **now.others}
-    on_disk = any(map(_IS_META, reading.held.values()))
-    return {
+    are_on_meta = list(map(_IS_META, reading.held.values()))
+    on_disk = any(are_on_meta)
+    unwritten = {
         name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)
         for name, tensor in tensors.items()
         if watch.placeholders.has(tensor)
         or (tensor.is_meta and not on_disk and name not in missing and not is_moved(model, name))
     }
+    # A base's were told when that was loaded, a quantiser makes its layers' later, and a model on meta is told as such.
+    if not (reading.is_of_adapter or reading.is_quantised or all(are_on_meta)):
+        unwritten.update((name, Finding(name, Verdict.UNWRITTEN, None, LOOSE, True)) for name in now.loose)
+    return unwritten
 
 
 def _kind(tensor: torch.Tensor) -> str:
