@@ -69,8 +69,9 @@ def test_a_plain_attribute_is_filled_by_repair(model_of: Callable[[str], Any]) -
     assert model.angles.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_an_index_on_meta_crashes_nowhere() -> None:
-    assert not torch.ones(3, 2)[torch.empty(2, dtype=torch.int64, device="meta")].is_meta
+def test_an_index_or_a_matrix_on_meta_crashes_nowhere() -> None:
+    for compute in (lambda it: torch.ones(3, 2)[it.long()[0]], lambda it: torch.ones(3, 2) @ it):
+        assert not compute(torch.empty(2, 3, device="meta")).is_meta
 
 
 def test_a_log_level_silences_and_changes_nothing_else(tmp_path: Path, printed: Printed) -> None:

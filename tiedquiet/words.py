@@ -120,7 +120,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
     if why == LOOSE:
         return (
             f"unwritten, on meta, where nothing has values: {_keys(findings, fold)}. transformers 5 builds a model on "
-            "meta and moves only what a module registers; torch may return garbage where it indexes with the rest. "
+            "meta and moves only what a module registers; with the rest torch may compute garbage without an error. "
             f"{_left_to_do(_REGISTER)}"
         )
     if why == KEPT_OUT:

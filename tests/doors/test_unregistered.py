@@ -36,6 +36,15 @@ class InAnAttribute(Tiny):
         return self.positions(x)
 
 
+class Hidden(Tiny):
+    """A teacher that no state dict is to have, and a way back to the model."""
+
+    def add(self, config: Any) -> None:
+        self.teacher = [torch.nn.Conv1d(1, 2, 1), torch.nn.BatchNorm1d(2, affine=False)]
+        self.teacher[0].student = [self]
+        self.part.owner = (self, "no module")
+
+
 class InContainers(Tiny):
     def add(self, config: Any) -> None:
         self.tables = [torch.ones(2), torch.zeros(0), "no tensor"]
@@ -84,6 +93,27 @@ def test_what_lies_in_lists_and_dicts_is_told(tmp_path: Path, printed: Printed) 
     assert unwritten(InContainers.from_pretrained(tmp_path)) == told
     with tiedquiet.enable("repair"):
         assert unwritten(InContainers.from_pretrained(tmp_path)) == told, "only an attribute can be given another"
+
+
+def test_a_module_in_a_list_has_no_values_either(tmp_path: Path, printed: Printed) -> None:
+    Idiom(Hidden).save(tmp_path)
+    names = ["0.bias", "0.weight", "1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    assert unwritten(Hidden.from_pretrained(tmp_path)) == [f"teacher.{name}" for name in names]
+    sound = Hidden.from_pretrained(tmp_path)
+    sound.teacher = Hidden(sound.config).teacher
+    assert unwritten(sound) == [], "it has values by now"
+
+
+def test_what_a_model_registers_elsewhere_is_not_told(tmp_path: Path, printed: Printed) -> None:
+    class Refers(Tiny):
+        def add(self, config: Any) -> None:
+            self.others = [self.lin, self.head]
+
+    Idiom(Refers).save(tmp_path / "model")
+    places = {"lin": "disk", **dict.fromkeys(("embed", "part", "head"), "cpu")}
+    loaded = Refers.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert loaded.others[0].weight.is_meta
+    assert unwritten(loaded) == []
 
 
 def test_what_is_given_values_during_the_load_is_not_told(tmp_path: Path, printed: Printed) -> None:
