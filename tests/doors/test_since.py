@@ -242,3 +242,13 @@ def test_a_new_adapter_is_no_layer_of_the_model(tmp_path: Path) -> None:
         assert tiedquiet.check(adapted).ok
         model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
         assert missing(adapted) == ["base_model.model.model.layers.0.extra.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")  # what peft thinks of tied layers
+def test_a_layer_that_was_put_in_stays_one_under_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["extra", "q_proj"], r=2))
+    assert missing(adapted) == ["base_model.model.model.layers.0.extra.base_layer.weight"]

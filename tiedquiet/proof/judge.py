@@ -94,7 +94,7 @@ def _put_in(
     """The names of what was put into a model once its checkpoint had been read, by no load of a model inside.
 
     What a quantiser, an adapter or a wrapper adds lies where a layer was read, and in whose place it is; or in a module
-    of peft's.
+    of peft's that is not around one of the model's own.
 
     Args:
         model: the model.
@@ -118,10 +118,10 @@ def _put_in(
         name
         for name in others
         if id(now.state[name]) not in objects
-        and record.loaded_name(name) not in names
+        and (own_name := record.loaded_name(name)) not in names
         and layers.isdisjoint(_parents(name))
         and not name.startswith(unknown)
-        and not is_in_peft_s(model, name)
+        and not (own_name == name and is_in_peft_s(model, name))
     }
 
 
@@ -183,7 +183,7 @@ def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
             continue  # it is a copy: of its names that have changed, nothing tells which are whose
         tensors = [one() for one in known.tensors.values()] if known is not None else []
         for name in sorted(_put_in(own, now, known, tensors)):
-            yield Finding(prefix + name, Verdict.MISSING, None, "no checkpoint was loaded for it")
+            yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
