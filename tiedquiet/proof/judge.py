@@ -140,6 +140,7 @@ def proof(model: Any, inert: str = "") -> Proof:
         inert: why no load can have been seen.
     """
     found: list[tuple[str, Proof]] = []
+    outermost: list[tuple[str, Any]] = []
     counted: set[str] = set()
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         known = record.of(module)
@@ -150,8 +151,12 @@ def proof(model: Any, inert: str = "") -> Proof:
         if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
             continue  # of an earlier load; one that was put in later has its own
         counted |= own
+        if not any(prefix.startswith(outer) for outer, _ in outermost):
+            outermost.append((prefix, module))
         found.append((prefix, proof_of(module, known)))
-    beside = list(_beside(model, [prefix for prefix, _ in found])) if found else []
+    if found and hasattr(type(model), "_tied_weights_keys"):
+        outermost = [("", model)]  # what somebody else puts around models is his own
+    beside = [finding for prefix, module in outermost for finding in _beside(prefix, module)]
     if len(found) == 1 and not beside:
         return found[0][1]
     findings = [
@@ -167,23 +172,19 @@ def proof(model: Any, inert: str = "") -> Proof:
     return Proof(type(model).__name__, stored, tuple(findings), total + len(beside))
 
 
-def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
-    """Findings on tensors of a model of transformers that no load was of.
+def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
+    """Findings on tensors of a model, or of those inside it, that no load was of.
 
     Args:
-        model: any module; what somebody else puts around models is his own.
-        prefixes: those of the models in it that were loaded.
+        prefix: that of its names.
+        model: a model that was loaded, or one of transformers with such in it.
     """
-    is_model = hasattr(type(model), "_tied_weights_keys")
-    outer = [one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)]
-    for prefix in [""] if is_model else outer:
-        own = model.get_submodule(prefix.removesuffix("."))
-        now, known = survey(own), record.of(own)
-        if known is not None and not known.is_of(own) and not known.stored - known.gone <= _as_loaded(now).state.keys():
-            continue  # it is a copy: of its names that have changed, nothing tells which are whose
-        tensors = [one() for one in known.tensors.values()] if known is not None else []
-        for name in sorted(_put_in(own, now, known, tensors)):
-            yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
+    now, known = survey(model), record.of(model)
+    if known is not None and not known.is_of(model) and not known.stored - known.gone <= _as_loaded(now).state.keys():
+        return  # it is a copy: of its names that have changed, nothing tells which are whose
+    tensors = [one() for one in known.tensors.values()] if known is not None else []
+    for name in sorted(_put_in(model, now, known, tensors)):
+        yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
