@@ -80,3 +80,28 @@ def test_a_quantiser_may_make_another_module_while_it_reads(tmp_path: Path) -> N
     assert torch.equal(model.lin.weight, file["lin.weight"])
     proof = tiedquiet.check(model)
     assert (proof.stored, proof.findings) == (len(file), ())
+
+
+class MakesMore(Tiny):
+    """Puts a layer in once the files have been read."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        model.more = torch.nn.Linear(4, 4, bias=False)
+        return model
+
+
+@pytest.mark.parametrize("last", ["_process_model_after_weight_loading", "postprocess_model"])
+def test_what_a_class_puts_in_besides_comes_from_no_file(last: str, tmp_path: Path) -> None:
+    """The scale that the quantiser puts into a layer is its own, whichever its last step is."""
+
+    def scale(self: Any, model: Any, **_: Any) -> Any:
+        model.lin.register_buffer("scale", torch.ones(1))
+        return model
+
+    IDIOMS["good citizen"].save(tmp_path)
+    config = quantiser(f"scaled by {last}", **{last: scale})
+    assert verdicts(Tiny.from_pretrained(tmp_path, quantization_config=config)) == {}
+    model = MakesMore.from_pretrained(tmp_path, quantization_config=config)
+    assert verdicts(model) == {"more.weight": Verdict.MISSING}

@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2ForCausalLM, ResNetConfig, ResNetModel
+from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification, ResNetConfig, ResNetModel
 
 import tiedquiet
 from tests.doors.renamed import qwen2, written
@@ -218,3 +218,67 @@ def test_a_model_can_be_converted_where_torch_swaps_what_tensors_hold(tmp_path: 
     assert model.model.norm.weight is weight
     assert weight.dtype is torch.bfloat16
     assert tiedquiet.check(model).ok
+
+
+class Gated(nn.Module):
+    """A layer of the user's around another one, with a parameter of its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.gate = layer, nn.Parameter(torch.ones(1))
+
+
+def missing(model: Any) -> list[str]:
+    return [f.key for f in tiedquiet.check(model).findings if f.verdict is Verdict.MISSING]
+
+
+def test_what_is_put_into_a_model_later_comes_from_no_file(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    before = tiedquiet.check(model)
+    model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
+    model.model.layers[1] = Gated(model.model.layers[1])
+    proof = tiedquiet.check(model)
+    assert missing(model) == ["model.layers.0.extra.weight", "model.layers.1.gate"]
+    assert [f.key for f in proof.findings] == sorted(f.key for f in proof.findings)
+    assert (proof.stored, proof.total) == (before.stored, before.total + 2)
+    assert missing(nn.ModuleDict({"language": model})) == [f"language.{key}" for key in missing(model)]
+    assert missing(copy.deepcopy(model)) == [], "its layers have other names, and are other tensors"
+    model.model.layers[1] = model.model.layers[1].layer
+    assert missing(copy.deepcopy(model)) == missing(model) == ["model.layers.0.extra.weight"]
+
+
+def test_a_head_in_the_place_of_one_that_no_file_has_comes_from_none_either(tmp_path: Path) -> None:
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForSequenceClassification.from_pretrained(tmp_path)
+    assert missing(model) == ["score.weight"]
+    model.score = nn.Sequential(nn.Linear(32, 8, bias=False), nn.Linear(8, 2, bias=False))
+    assert missing(model) == ["score.0.weight", "score.1.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")  # what peft thinks of tied layers
+def test_a_new_adapter_is_no_layer_of_the_model(tmp_path: Path) -> None:
+    """Nor are its prompts, which are in no layer that was read; what else is put in is one, with an adapter as well."""
+    peft = pytest.importorskip("peft")
+    written(qwen2(), tmp_path)
+    for config in (
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2),
+        peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_layers=1, adapter_len=2, target_modules="self_attn"),
+    ):
+        model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+        if isinstance(config, peft.AdaptionPromptConfig):
+            model.config.model_type = "llama"  # the one kind that peft knows these prompts of
+        adapted = peft.get_peft_model(model, config)
+        assert tiedquiet.check(adapted).ok
+        model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
+        assert missing(adapted) == ["base_model.model.model.layers.0.extra.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")  # what peft thinks of tied layers
+def test_a_layer_that_was_put_in_stays_one_under_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    written(qwen2(), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["extra", "q_proj"], r=2))
+    assert missing(adapted) == ["base_model.model.model.layers.0.extra.base_layer.weight"]

@@ -92,6 +92,16 @@ def replaced(model: torch.nn.Module, missing: Collection[str], read: Collection[
     return found
 
 
+def is_in_peft_s(model: torch.nn.Module, name: str) -> bool:
+    """Whether a tensor lies in a module that is peft's."""
+    module: Any = model
+    for part in name.split(".")[:-1]:
+        module = module._modules[part]
+        if _is_peft_s(module):
+            return True
+    return False
+
+
 def _is_peft_s(module: torch.nn.Module) -> bool:
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 

@@ -5,7 +5,7 @@ and then both names hold the same random values. So a stored tensor counts as he
 and nobody was seen to write there, or if it equals in full what was read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof import record
-from tiedquiet.proof.adapted import replaced
+from tiedquiet.proof.adapted import is_in_peft_s, replaced
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.files import stamp
 from tiedquiet.proof.memory import ORDINARY, by_object, equals
@@ -54,8 +54,9 @@ def judge(
     if watch.error is not None:
         raise watch.error
     missing, now = reading.missing, survey(model)
-    if is_over and not reading.is_quantised:
-        missing = missing | _made_since(model, reading, now)
+    if is_over:
+        so_far = Record(set(reading.held), missing, len(reading.held) + len(missing))
+        missing = missing | _put_in(model, now, so_far, reading.held.values())
     if not reading.held.keys() <= now.state.keys():
         now = _as_loaded(now)
     lost, grown, altered = judge_stored(model, reading, watch.writes, now, is_over)
@@ -87,21 +88,48 @@ def judge(
     return known
 
 
-def _made_since(model: torch.nn.Module, reading: Reading, now: Survey) -> set[str]:
-    """The names of what was put into a model once its checkpoint had been read, by no load of a model inside."""
-    others = now.state.keys() - reading.held.keys() - reading.missing
-    # What an adapter brings has a load of its own, which comes next.
-    if not others or getattr(model, "_hf_peft_config_loaded", False):
-        return set()
-    if not now.is_plain:
+def _put_in(
+    model: torch.nn.Module, now: Survey, known: Record | None, tensors: Iterable[torch.Tensor | None]
+) -> set[str]:
+    """The names of what was put into a model once its checkpoint had been read, by no load of a model inside.
+
+    What a quantiser, an adapter or a wrapper adds lies where a layer was read, and in whose place it is; or in a module
+    of peft's that is not around one of the model's own.
+
+    Args:
+        model: the model.
+        now: the model as it is.
+        known: what is known of its own load; None if only models inside it were loaded.
+        tensors: those of that load.
+    """
+    inside = [(prefix, own) for prefix, one in now.models if prefix and (own := record.of(one)) is not None]
+    records = [("", known), *inside] if known is not None else inside
+    names = {prefix + key for prefix, own in records for key in own.stored | own.missing}
+    others = now.state.keys() - names
+    if others and not now.is_plain:
         others &= model.state_dict().keys()
-    objects = {id(tensor) for name, tensor in now.state.items() if name in reading.held or name in reading.missing}
-    inside = [(prefix, known) for prefix, one in now.models if prefix and (known := record.of(one)) is not None]
-    read_there = {prefix + key for prefix, known in inside for key in known.stored | known.missing}
-    # A quantiser and an adapter give tensors other names than those that were read.
-    renamed = tuple(prefix for prefix, known in inside if known.gone or known.adapted)
-    rest = {name for name in others - read_there if id(now.state[name]) not in objects}
-    return {name for name in rest if record.loaded_name(name) not in read_there and not name.startswith(renamed)}
+    if not others:
+        return set()
+    objects = {*map(id, tensors), *(id(now.state[name]) for name in names & now.state.keys())}
+    layers = {(prefix + key).rpartition(".")[0] for prefix, own in records for key in own.stored}
+    layers -= {parent for name in names for parent in _parents(name.rpartition(".")[0])} | {""}
+    unknown = tuple(prefix for prefix, own in records if not own.total)  # somebody else's code read it
+    return {
+        name
+        for name in others
+        if id(now.state[name]) not in objects
+        and (own_name := record.loaded_name(name)) not in names
+        and layers.isdisjoint(_parents(name))
+        and not name.startswith(unknown)
+        and not (own_name == name and is_in_peft_s(model, name))
+    }
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The names of the modules that something is in."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def proof(model: Any, inert: str = "") -> Proof:
@@ -112,6 +140,7 @@ def proof(model: Any, inert: str = "") -> Proof:
         inert: why no load can have been seen.
     """
     found: list[tuple[str, Proof]] = []
+    outermost: list[tuple[str, Any]] = []
     counted: set[str] = set()
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         known = record.of(module)
@@ -122,8 +151,12 @@ def proof(model: Any, inert: str = "") -> Proof:
         if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
             continue  # of an earlier load; one that was put in later has its own
         counted |= own
+        if not any(prefix.startswith(outer) for outer, _ in outermost):
+            outermost.append((prefix, module))
         found.append((prefix, proof_of(module, known)))
-    beside = list(_beside(model, [prefix for prefix, _ in found])) if found else []
+    if found and hasattr(type(model), "_tied_weights_keys"):
+        outermost = [("", model)]  # what somebody else puts around models is his own
+    beside = [finding for prefix, module in outermost for finding in _beside(prefix, module)]
     if len(found) == 1 and not beside:
         return found[0][1]
     findings = [
@@ -134,20 +167,24 @@ def proof(model: Any, inert: str = "") -> Proof:
     if not found:
         why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"
         findings = [Finding("", Verdict.UNPROVEN, None, why)]
+    findings = sorted((*findings, *beside), key=lambda finding: finding.key)
     stored, total = (sum(getattr(part, what) for _, part in found) for what in ("stored", "total"))
-    return Proof(type(model).__name__, stored, (*findings, *beside), total + len(beside))
+    return Proof(type(model).__name__, stored, tuple(findings), total + len(beside))
 
 
-def _beside(model: Any, prefixes: list[str]) -> Iterator[Finding]:
-    """Findings on tensors of a model of transformers that no load was of, where all loads were of models inside it."""
-    if not hasattr(type(model), "_tied_weights_keys"):
-        return  # what somebody else puts around models is his own
-    state = survey(model).state
-    inside = {name: tensor for name, tensor in state.items() if name.startswith(tuple(prefixes))}
-    loaded = set(map(id, inside.values()))
-    for name in sorted(state.keys() - inside.keys()):
-        if id(state[name]) not in loaded:
-            yield Finding(name, Verdict.MISSING, None, "no checkpoint was loaded for it")
+def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
+    """Findings on tensors of a model, or of those inside it, that no load was of.
+
+    Args:
+        prefix: that of its names.
+        model: a model that was loaded, or one of transformers with such in it.
+    """
+    now, known = survey(model), record.of(model)
+    if known is not None and not known.is_of(model) and not known.stored - known.gone <= _as_loaded(now).state.keys():
+        return  # it is a copy: of its names that have changed, nothing tells which are whose
+    tensors = [one() for one in known.tensors.values()] if known is not None else []
+    for name in sorted(_put_in(model, now, known, tensors)):
+        yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
@@ -241,7 +278,7 @@ def _judge_now(
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load; of a copy, what is on meta."""
-    is_copy = known.model is None or known.model() is not model  # it has tensors of its own
+    is_copy = not known.is_of(model)  # it has tensors of its own
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)

@@ -82,6 +82,10 @@ class Record:
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # a model may be unpickled where there is no tiedquiet
 
+    def is_of(self, model: torch.nn.Module) -> bool:
+        """Whether a model is the very one that was loaded, and no copy."""
+        return self.model is not None and self.model() is model
+
     def place(self, key: str) -> tuple[object, object] | None:
         """The file on disk, and the name in it, that a key's values are read from whenever they are needed."""
         entry = self.places.get(key)
