@@ -53,6 +53,8 @@ class Prefixes:
         """What becomes of the files' names, without those that do not begin with this prefix."""
         if self.inside:
             return {name: without(name, self.inside) for name in of}
+        if self.parts:
+            return {name: new for one in self.parts for name, new in one.known_as(of).items()}
         return {name: self.new + name[len(self.old) :] for name in of if name.startswith(self.old)}
 
     def key_mapping(self, is_narrow: bool = False) -> dict[str, str]:
