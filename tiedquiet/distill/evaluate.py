@@ -75,14 +75,13 @@ def measure(clips: Tensor, prompts: Sequence[str], reference: Tensor) -> dict[st
     right, theirs = ([_right(clip, p) for clip, p in zip(c, prompts, strict=True)] for c in (clips, reference))
     told["adherence"] = sum(reading is not None for reading in right) / len(right)
 
-    def ratio(of: Callable[[Sequence[Reading | None]], float]) -> float:
-        ours, base = of(right), of(theirs)
-        return ours / base if base else math.nan
-
-    told["spread_of_place"] = ratio(lambda r: math.hypot(_spread(r, prompts, "x"), _spread(r, prompts, "y")))
-    told["spread_of_size"] = ratio(lambda r: _spread(r, prompts, "half"))
-    told["speed_of_motion"] = ratio(lambda r: float(np.mean([one.speed for one in r if one] or [0.0])))
-    return told
+    fractions: dict[str, Callable[[Sequence[Reading | None]], float]] = {
+        "spread_of_place": lambda r: math.hypot(_spread(r, prompts, "x"), _spread(r, prompts, "y")),
+        "spread_of_size": lambda r: _spread(r, prompts, "half"),
+        "speed_of_motion": lambda r: float(np.mean([one.speed for one in r if one] or [0.0])),
+    }
+    # Of a reference that shows nothing there is no fraction, nor would JSON have a number for it.
+    return told | {name: of(right) / base for name, of in fractions.items() if (base := of(theirs))}
 
 
 def _right(clip: Tensor, prompt: str) -> Reading | None:
