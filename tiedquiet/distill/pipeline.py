@@ -24,7 +24,6 @@ from tqdm import tqdm
 import tiedquiet
 from tiedquiet.distill.lora import FILE, with_lora
 from tiedquiet.distill.options import fail, is_main_process, put
-from tiedquiet.distill.speed import is_sharded
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
@@ -35,7 +34,7 @@ def readable(place: Path) -> Iterator[None]:
     """Say in one line which part of a teacher, or which checkpoint, cannot be read, and why."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, tiedquiet.LoadError):  # which have a line of their own
         raise
     except (
         OSError,
@@ -242,8 +241,18 @@ class Teacher:
             used = embedding.abs().amax(-1).nonzero()
             yield embedding[: int(used.max()) + 1].cpu()
 
-    def pipeline(self, device: torch.device, dtype: torch.dtype, **students: WanTransformer3DModel) -> WanPipeline:
-        """The pipeline without its text encoder; `students` take the place of the experts that they are named after."""
+    def pipeline(
+        self, device: torch.device, dtype: torch.dtype, aside: bool = True, **students: WanTransformer3DModel
+    ) -> WanPipeline:
+        """The pipeline without its text encoder.
+
+        Args:
+            device: where it runs.
+            dtype: of the experts that are loaded.
+            aside: on a GPU, of two experts the one that is not asked waits in main memory. Not while one of them is in
+                training: it would be left there, where neither DDP nor its optimizer looks for it.
+            students: take the place of the experts that they are named after.
+        """
         models = {e.name: students.get(e.name) or self.expert(e, dtype) for e in self.experts}
         vae = self.load_vae(torch.device("cpu"))
         pipe = WanPipeline.from_pretrained(self.folder, text_encoder=None, tokenizer=None, vae=vae, **models)
@@ -251,9 +260,8 @@ class Teacher:
         config = pipe.scheduler.config
         shift = "flow_shift" if "flow_shift" in config else "shift"
         pipe.scheduler = type(pipe.scheduler).from_config({**config, shift: self.experts[0].shift})
-        apart = any(map(is_sharded, students.values()))
-        if device.type == "cuda" and len(self.experts) > 1 and not apart:  # pragma: no cover - needs a GPU
-            pipe.enable_model_cpu_offload(device=device)  # one expert at a time
+        if device.type == "cuda" and len(self.experts) > 1 and aside:  # pragma: no cover - needs a GPU
+            pipe.enable_model_cpu_offload(device=device)
             return pipe
         return pipe.to(device)
 
