@@ -77,6 +77,39 @@ def test_a_full_disk_gets_one_line(limit: int, moment: str, words: str, tmp_path
     assert done.returncode == 2, (moment, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"tiedquiet.distill: {words}"
+    assert not list(tmp_path.rglob(".part-*"))  # a disk that is full of it would stay so
+
+
+@pytest.mark.slow
+def test_a_critic_that_diverges_is_not_saved(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if its loss was finite and only its gradient was not: clipping makes all its weights NaN."""
+    clipped, asked = train.clipped, list[Any]()
+
+    def infinite(accelerator: Any, model: Any, limit: float) -> torch.Tensor:
+        asked.append(model)
+        if len(asked) == 2:  # the student's comes first
+            for parameter in model.parameters():
+                parameter.grad.fill_(float("inf"))
+        return clipped(accelerator, model, limit)
+
+    monkeypatch.setattr(train, "clipped", infinite)
+    argv = [*SHORT, *prompts, "--max_train_steps", "0", "--expert", "high", "--checkpointing_steps", "1"]
+    with pytest.raises(SystemExit):
+        main([*argv, "--critic_steps", "1", "--output_dir", str(tmp_path / "out")])
+    assert "transformer, matching, step 1: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "out/checkpoints/transformer/matching") == []
+
+
+def test_what_is_written_does_not_depend_on_the_locale(tmp_path: Path) -> None:
+    """A model card has Wan's negative prompt in it, which is Chinese."""
+    code = "import sys; from pathlib import Path; from tiedquiet.distill import options as o; "
+    code += "o.write_text(Path(sys.argv[1]), o.NEGATIVE)"
+    ascii_alone = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "card")]
+    subprocess.run(command, env=ascii_alone, check=True, cwd=Path(__file__).parents[2])
+    assert (tmp_path / "card").read_text(encoding="utf-8") == options.NEGATIVE
 
 
 def test_an_interrupt_outside_training_says_what_stays(
@@ -219,3 +252,6 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
         f"tiedquiet.distill: no module {package}; in a checkout of tiedquiet, "
         "python -m pip install '.[distill]' installs what the example needs\n"
     )
+    (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt\n")  # importing all takes seconds
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "tiedquiet.distill: interrupted; nothing was begun\n")

@@ -53,7 +53,8 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
         "--checkpointing_steps",
         "2",
     ]
-    common += ["--gradient_checkpointing", "attention", "--output_dir"]
+    common += ["--gradient_checkpointing", "attention"]
+    common += ["--validation_steps", "3", "--validation_prompts", "a red circle moving left", "--output_dir"]
     sharded = run(*common, tmp_path / "fsdp", launch=IN_TWO_PROCESSES, module="tests.distill.fsdp_on_cpu")
     assert sharded.returncode == 0, sharded.stderr
     assert json.loads((tmp_path / "fsdp/metrics.json").read_text())["distributed"] == "FSDP"
