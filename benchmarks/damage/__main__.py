@@ -37,7 +37,7 @@ def main() -> int:
         prepare()
         line = judged(options.only)
         print(json.dumps(line, indent=1))
-        return 1 if line["faults"] else 0
+        return 1 if line.get("faults", True) else 0
     import transformers
     from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def main() -> int:
     path.with_suffix(".md").write_text(report.page(transformers.__version__, configuration, summary))
     print(report.overview(summary), report.groups(summary), sep="\n")
     print(path.with_suffix(".md"), file=sys.stderr)
-    return 1 if summary["faults"] else 0
+    return 1 if summary["faults"] or summary["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import random
 import re
 import tempfile
+import traceback
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from json import dumps
@@ -21,6 +22,7 @@ from benchmarks.census.ways import Tensors, one_file, subclass
 from benchmarks.damage.changes import CONTENTS, LAYOUTS, NAMES, File, Original, Part, write
 from benchmarks.fuzz.loading import dirty_memory, overheard
 from benchmarks.fuzz.running import scratch
+from tests.checkpoints import holds
 from tests.idioms import same
 from tiedquiet import LoadError, Verdict
 
@@ -92,8 +94,11 @@ class Case:
     def read(self, mode: str) -> Read:
         if self.reader != "a resume":
             return self._load(self._changed, mode)
-        if not self._base.exists():
-            resume.prepare(self._saved, self._base, self._base.parent, lambda trained, path: None)
+        try:
+            if not self._base.exists():
+                resume.prepare(self._saved, self._base, self._base.parent, lambda trained, path: None)
+        except Exception as error:
+            raise Skipped("not resumed") from error
         found = resume.resume(self.cls, self._base, self._changed, mode)
         aside = next((line for line in found.loud if line.startswith("tiedquiet failed")), "")
         return Read(found.tensors, set(), set(), found.proof, found.failure, aside)
@@ -178,8 +183,23 @@ class Truth:
         names = {key, at, *also, *its} - case.hidden
         return found + [parts[name].value for name in names for parts in (self._parts, self._again) if name in parts]
 
-    def holds(self, key: str, now: Any) -> bool:
-        return _is_one_of(now, self._right(key))
+    def holds(self, key: str, state: Tensors) -> bool:
+        """Whether a tensor of a model is right, perhaps but for a row that transformers zeroes again."""
+        if any(holds(state[key], value, any_row=True) for value in self._right(key)):
+            return True
+        # The head that the file has nothing for is the embedding, since the config asks for that.
+        head, embedding = self._ends
+        return key in head and not self.is_in_file(key) and any(same(state[key], state[name]) for name in embedding)
+
+    @cached_property
+    def _ends(self) -> list[list[str]]:
+        """The names of the output and of the input embeddings."""
+        model, found = self._case.model, []
+        for ask in (model.get_output_embeddings, model.get_input_embeddings):
+            with suppress(AttributeError, NotImplementedError):
+                end = ask().weight
+                found.append([name for name, one in model.state_dict(keep_vars=True).items() if one is end])
+        return found if len(found) > 1 else [[], []]
 
     def is_another_s(self, now: Any) -> bool:
         """Whether this is some tensor of the file."""
@@ -215,6 +235,8 @@ def judged(seed: int, name: str = "") -> dict[str, Any]:
             _judge(case, line)
     except (Skipped, TimeoutError) as why:
         line["skipped"] = str(why)
+    except Exception:  # a mistake of this program's own: seen, and not taken for one of tiedquiet's
+        return {"seed": seed, "class": line["class"], "skipped": "", "error": traceback.format_exc()}
     return line
 
 
@@ -222,10 +244,7 @@ def _judge(case: Case, line: dict[str, Any]) -> None:
     def add(fault: str, mode: str, key: str, truth: str, said: str) -> None:
         line["faults"].append([fault, mode, key, truth, said, f"{line['class']}: {', '.join(case.kinds)}"])
 
-    try:
-        off = case.read("off")
-    except resume.NotTried as error:
-        raise Skipped("not resumed") from error
+    off = case.read("off")
     if off.error is not None or case.reference.error is not None:
         raise Skipped("fails without tiedquiet")
     on, repair, strict = (case.read(mode) for mode in ("on", "repair", "strict"))
@@ -237,30 +256,30 @@ def _judge(case: Case, line: dict[str, Any]) -> None:
     if on.error is not None or repair.error is not None:
         return
     truth = Truth(case)
-    was = {key: truth.holds(key, value) for key, value in off.state.items()}
+    was = {key: truth.holds(key, off.state) for key in off.state}
     wrong = {key for key, is_right in was.items() if not is_right}
     line["counts"] = {
         "truths": len(wrong),
         "told": sum(bool(on.verdicts(key) - QUIET) for key in wrong),
-        "repaired": sum(truth.holds(key, repair.state[key]) for key in wrong),
+        "repaired": sum(truth.holds(key, repair.state) for key in wrong),
     }
     for key in off.state.keys() | on.state.keys():
         if key not in off.state or key not in on.state or not same(off.state[key], on.state[key]):
             add("broke", "on", key, "another value without tiedquiet", "")
     for key, value in repair.state.items():
-        is_written = not truth.holds(key, value) and not same(value, off.state[key])
+        is_written = not truth.holds(key, repair.state) and not same(value, off.state[key])
         if is_written and (was[key] or truth.is_another_s(value)):
             add("repaired wrongly", "repair", key, "right before" if was[key] else "another's value", repair.said(key))
     for mode, read in (("on", on), ("repair", repair)):
-        for key, value in read.state.items():
-            is_right, said = truth.holds(key, value), read.verdicts(key)
+        for key in read.state:
+            is_right, said = truth.holds(key, read.state), read.verdicts(key)
             if not is_right and said <= QUIET and (said or not truth.needs_no_file(key)):
                 add("missed" if mode == "on" else "repaired wrongly", mode, key, "not the file's", read.said(key))
             # What nobody read is right by accident: the buffers of a new batch norm.
             is_read = key not in off.missing and not key.endswith(BATCHES)
             if is_right and is_read and said - QUIET - {Verdict.UNPROVEN, Verdict.AMBIGUOUS}:
                 add("false alarm", mode, key, "the file's", read.said(key))
-    could = {key for key, value in case.reference.state.items() if truth.holds(key, value)}
+    could = {key for key in case.reference.state if truth.holds(key, case.reference.state)}
     lost = sorted(key for key in wrong & could if truth.is_in_file(key))
     # Of some classes tiny models have other shapes when they are loaded than when they were saved.
     kinds = set(case.kinds if not case.reference.unfit else ())

@@ -69,23 +69,26 @@ def test_a_copy_with_the_same_values_is_read(tmp_path: Path) -> None:
     assert tiedquiet.check(model).ok
 
 
-def test_of_two_copies_under_another_name_the_one_inside_another_prefix_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [0, 1])
+def test_of_two_copies_under_another_name_the_one_inside_another_prefix_is_not_read(by: int, tmp_path: Path) -> None:
     truth = written(bert(), tmp_path)
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         of_encoder = {name.replace(".encoder.", ".trunk."): value for name, value in tensors.items() if ".enc" in name}
         left = {name: value for name, value in tensors.items() if ".enc" not in name}
-        ema = {f"ema.{name}": value + 1 for name, value in of_encoder.items()}
+        ema = {f"ema.{name}": value + by for name, value in of_encoder.items()}
         of_encoder.popitem()  # it is not whole: all of the model is in the other one alone
         return left | of_encoder | ema
 
     rewritten(tmp_path, change)
-    assert "is there as well, and has other values" in stopped(BertForMaskedLM, tmp_path)
+    assert ("is there as well, and has other values" in stopped(BertForMaskedLM, tmp_path)) is bool(by)
     model = repaired(BertForMaskedLM, tmp_path)
     assert not any(torch.equal(value, truth[key] + 1) for key, value in model.state_dict().items())
-    assert not tiedquiet.check(model).ok
+    assert bool(wrong(model, truth)) is bool(by)
+    assert tiedquiet.check(model).ok is not bool(by)
 
 
+@pytest.mark.skipif(transformers.__version__ == "5.0.0", reason="it cannot sort names that begin with a number")
 def test_a_layer_of_another_copy_is_not_read_beside_layers_of_this_one(tmp_path: Path) -> None:
     """Each layer has its own prefix, and the teacher's first is whole, the student's is not."""
     kind = transformers.LlamaModel
