@@ -176,6 +176,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in also}
             find_unread(model, reading, unread, config.weight_mapping or ())
+            # What was not read for a doubt has it still, whatever else may be said now that the rest was.
+            reading.found |= {key: before[key] for key in before.keys() & reading.missing}
     if mode.current() == "repair" and reading.crossed:
         mended += _uncross(reading)
     load = Load(model, reading, protect=mode.current() == "repair")

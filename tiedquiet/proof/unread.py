@@ -3,6 +3,7 @@
 Their headers are asked, and only if a load is not plainly clean.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers, is_ignored
 from tiedquiet.proof.memory import equals, identical, same, types_of
 from tiedquiet.proof.missing import is_of_another_class
-from tiedquiet.proof.prefixes import common_prefixes
+from tiedquiet.proof.prefixes import starts
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import Survey, declared, only, survey, ties
@@ -207,18 +208,26 @@ def _doubts(reading: Reading, made: names.Made, unread: names.Headers) -> dict[s
         names_of.setdefault(key, []).append(name)
         if key in reading.held and equals(reading.read_to[key], files[name]()) is False:
             return dict.fromkeys(made.origins, f"and {name} has other values than {key}, which was read")
-    taken = made.key_of
-    for start in common_prefixes(taken):
-        again = {name: name[len(start) :] for name in taken if name[len(start) :] in unread.keys() - taken.keys()}
-        differ = (n for n, short in again.items() if not identical(files[n](), files[short]()))
-        if 2 * len(again) > len(taken) and (one := next(differ, None)) is not None:
-            return dict.fromkeys(made.origins, f"and {again[one]} is there as well, and has other values")
-    found = {}
+    found: dict[str, str] = {}
+    taken, sizes, again = made.key_of, Counter[str](), dict[str, list[str]]()
+    for name in taken:
+        for start in starts(name):
+            sizes[start] += 1
+            short = name[len(start) :]
+            if short in unread and short not in taken and unread[short].shape == unread[name].shape:
+                again.setdefault(start, []).append(short)
+    for start, some in again.items():
+        differ = (short for short in some if not identical(files[short](), files[start + short]()))
+        if 2 * len(some) > sizes[start] and (one := next(differ, None)) is not None:
+            keys = [key for key, origin in made.origins.items() if origin.names[0].startswith(start)]
+            found |= dict.fromkeys(keys, f"and {one} is there as well, and has other values")
+    why = ""
     for key, origin in made.origins.items():
         first = origin.names[0]
         rivals = [] if origin.is_converted else [name for name in names_of.get(key, ()) if name != first]
         if (rival := next((n for n in rivals if not identical(files[n](), files[first]())), None)) is not None:
-            found[key] = f"and {rival}, which it may be as well, has other values"
+            why = why or f"and {rival}, which may be {key} as well, has other values"
+            found.setdefault(key, why)
     return found
 
 
