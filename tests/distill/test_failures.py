@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.distill.running import ENVIRONMENT, SHORT, interrupt
 from tiedquiet.distill import evaluate, options, train
-from tiedquiet.distill.checkpoint import alone_in, checkpoints
+from tiedquiet.distill.checkpoint import alone_in, checkpoints, noticing_signals, save_checkpoint
 from tiedquiet.distill.train import main
 from tiedquiet.distill.train import run as run_main
 
@@ -125,6 +126,28 @@ def test_a_signal_after_the_last_step_is_not_lost(
     assert not (work / "matching").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main([*argv, "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_a_signal_is_noticed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with noticing_signals() as received:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGTERM] * 2
+    assert capfd.readouterr().err == "\ntiedquiet.distill: ends after this step, whose checkpoint is saved\n"
+
+
+def test_half_a_checkpoint_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+
+    def full(folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(accelerator, tmp_path / "checkpoint-1", None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_written_does_not_depend_on_the_locale(tmp_path: Path) -> None:
