@@ -126,6 +126,11 @@ def test_another_process_waits_for_the_first_to_say_it(
     assert capsys.readouterr().err == "tiedquiet.distill: only this one knows\n"
 
 
+def test_one_process_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--export", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
+
+
 def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, own = tmp_path / "cache.json", os.getpid()
     with options.beside(place) as one:

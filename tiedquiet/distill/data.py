@@ -300,7 +300,7 @@ def sample(
             path.append(states["latents"])
         return {}
 
-    pipe(
+    path[segments or 1 :] = pipe(  # not all schedulers take one step for each that is asked for
         prompt_embeds=data.text(prompts).to(device),
         negative_prompt_embeds=data.text([empty] * len(prompts)).to(device),
         height=args.height,
@@ -312,6 +312,7 @@ def sample(
         max_sequence_length=args.max_sequence_length,
         callback_on_step_end=keep,
         output_type="latent",
+        return_dict=False,
     )
     return torch.stack(path, 1)
 

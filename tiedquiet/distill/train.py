@@ -451,18 +451,21 @@ def train(
                         track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
                 accelerator.wait_for_everyone()
 
-    if ema:
-        ema.copy_to(student.parameters())
-    state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
-    if accelerator.is_main_process:
-        shutil.rmtree(folder / "student", ignore_errors=True)  # of fewer steps than the losses are about to tell of
-        write_text(folder / "losses.json", json.dumps(progress.losses))
-        if args.lora_rank:
-            student.save(folder / "student")
-        else:
-            save_weights(student.config, state, folder / "student")
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
+        if ema:
+            ema.copy_to(student.parameters())
+        state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / "student", ignore_errors=True)  # of fewer steps than the losses are about to tell of
+            write_text(folder / "losses.json", json.dumps(progress.losses))
+            if args.lora_rank:
+                student.save(folder / "student")
+            else:
+                save_weights(student.config, state, folder / "student")
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        stop = accelerator.reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
+    if stop:  # told since the last step
+        raise Stopped(received[0] if received else signal.SIGTERM, folder / "student")
 
 
 def main(argv: list[str] | None = None) -> int:
