@@ -124,7 +124,7 @@ class Teacher:
         self.parts = [part for part in self.index if (self.folder / part).is_dir()]
         self.transformer, *others = map(self.config, names)
         for key, value in self.transformer.items():
-            if others and others[0].get(key) != value and not key.startswith("_"):
+            if others and others[0].get(key, value) != value and not key.startswith("_"):
                 fail(f"{name}: its two transformers differ in {key}, and the students are of one form")
         self.vae = self.config("vae")
         self.scheduler = self.config("scheduler", "scheduler_config.json")
