@@ -176,6 +176,7 @@ def test_an_interrupt_outside_training_says_what_stays(
     [
         (OSError(28, "No space left on device", "x/args.json"), "x/args.json: No space left on device"),
         (OSError(30, "Read-only file system"), "the disk: Read-only file system"),
+        (OSError("Can't load\nthe tokenizer"), "tiedquiet.distill: Can't load the tokenizer"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "No space left on device')]"),
         (
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import WanPipeline
 
@@ -34,6 +35,30 @@ def test_fsdp_refuses_what_it_cannot_do(
     with pytest.raises(SystemExit):
         main([argument, "--output_dir", str(tmp_path / "out")])
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_launcher_cannot_do_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--expert", "high", "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+        with pytest.raises(SystemExit):
+            main(argv)
+    assert "DEEPSPEED: not supported; use accelerate launch with DDP, or" in capsys.readouterr().err
+    # All gradients would be a quarter of theirs.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit):
+        main(argv)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "has another number, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4; unset it" in capsys.readouterr().err
+    # The student would be trained, and then not be written: its weights had other names.
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "--dynamo_backend: use no there, and --compile" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

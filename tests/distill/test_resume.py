@@ -188,6 +188,11 @@ def test_a_run_that_is_killed_as_it_has_grown_is_not_taken_for_finished(
     assert main([*common, *few, *more]) == 0
     assert main([*common, "--max_train_steps", "3", "--output_dir", str(tmp_path / "whole")]) == 0
     assert same(weights(out, "transformer_2"), weights(tmp_path / "whole", "transformer_2"))
+    # Of a stage that is finished no step is repeated, whichever checkpoint is asked for.
+    shutil.rmtree(out / "student")
+    with pytest.raises(SystemExit):
+        main([*common, *few, *more, "--resume_from_checkpoint", str(stage / "checkpoint-2")])
+    assert "that stage is finished; latest continues" in capsys.readouterr().err
     kept = {path.name for path in stage.glob("checkpoint-*")}
     assert kept == {"checkpoint-2", "checkpoint-3", "checkpoint-1-mine", "checkpoint-good"}
 

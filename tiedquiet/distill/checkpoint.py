@@ -179,5 +179,9 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
     if not (settings_file := place.parents[3] / "args.json").exists():
         fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")
     must_match(args, settings_file)
+    if is_finished(work / of[0] / of[1], steps_of(args, of[1])):
+        fail(
+            f"--resume_from_checkpoint {wanted}: that stage is finished; latest continues, or delete its student/ first"
+        )
     at = parts.index(of)  # earlier parts continue from their newest one, later ones start over
     return {**dict.fromkeys(parts), **{part: latest[part] for part in parts[:at]}, of: place}

@@ -46,7 +46,8 @@ def in_one_line(main: Callable[[], int]) -> int:
         print("tiedquiet.distill: interrupted; what was cached is kept", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:  # a full or read-only disk, at any moment
-        fail(f"{error.filename or 'the disk'}: {error.strerror or ' '.join(str(error).split())[:200]}")
+        what = f"{error.filename or 'the disk'}: {error.strerror}" if error.strerror else str(error)
+        fail(" ".join(what.split())[:300])  # libraries have errors of the kind that are not the disk's
     except torch.OutOfMemoryError as error:
         asked = ". ".join(" ".join(str(error).split()).split(". ")[:2])
         fail(

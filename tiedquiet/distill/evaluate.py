@@ -173,16 +173,18 @@ class Judge:
         """
         args = self.data.args
         students = {expert.name: student.eval()}
+        apart = is_sharded(student)
         for other in self.teacher.experts:
+            if other == expert:
+                continue
             folder = args.output_dir / "checkpoints" / other.name
             left = [folder / stage for stage in stages(args) if (folder / stage / "student").exists()]
-            if other != expert and left:
+            if left:
                 students[other.name] = load_student(self.teacher, other, left[-1], self.dtype)
-        if apart := is_sharded(student):
-            for other in self.teacher.experts:
-                if other != expert:
-                    drawn = students.setdefault(other.name, self.teacher.expert(other, self.dtype))
-                    spread(drawn.eval().requires_grad_(False).to(self.device))  # of several data types
+            elif apart:
+                students[other.name] = self.teacher.expert(other, self.dtype)
+            if apart:  # what learns may not be of several data types
+                spread(students[other.name].eval().requires_grad_(False).to(self.device))
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
         pipe = self.teacher.pipeline(self.device, self.dtype, aside=False, **students)
         steps, scales = self.student_sampling()
@@ -191,14 +193,13 @@ class Judge:
         seeds = [SEEDS[0] * 1_000 + n for n in numbers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
-        film = None
-        if is_main_process():
-            (args.output_dir / "validation").mkdir(exist_ok=True)
-            film = write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
         if apart:  # what no backward pass follows stays together, as it was
             student.reshard()
-        return film
+        if not is_main_process():
+            return None
+        (args.output_dir / "validation").mkdir(exist_ok=True)
+        return write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
 
     def student_sampling(self) -> tuple[int, dict[str, float]]:
         """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""

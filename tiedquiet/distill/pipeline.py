@@ -124,7 +124,7 @@ class Teacher:
         self.parts = [part for part in self.index if (self.folder / part).is_dir()]
         self.transformer, *others = map(self.config, names)
         for key, value in self.transformer.items():
-            if others and others[0].get(key) != value and not key.startswith("_"):
+            if others and others[0].get(key, value) != value and not key.startswith("_"):
                 fail(f"{name}: its two transformers differ in {key}, and the students are of one form")
         self.vae = self.config("vae")
         self.scheduler = self.config("scheduler", "scheduler_config.json")
@@ -191,7 +191,8 @@ class Teacher:
         """
         cls = getattr(transformers, self.index["text_encoder"][1])
         place = self.folder / "text_encoder"
-        config = cls.config_class.from_pretrained(place)
+        with readable(place):
+            config = cls.config_class.from_pretrained(place)
         if broken:
             config.tie_word_embeddings = False  # past its constructor, which forces true since 5.3
         try:
@@ -253,7 +254,7 @@ class Teacher:
                 training: it would be left there, where neither DDP nor its optimizer looks for it.
             students: take the place of the experts that they are named after.
         """
-        models = {e.name: students.get(e.name) or self.expert(e, dtype) for e in self.experts}
+        models = {e.name: self.expert(e, dtype) for e in self.experts if e.name not in students} | students
         vae = self.load_vae(torch.device("cpu"))
         pipe = WanPipeline.from_pretrained(self.folder, text_encoder=None, tokenizer=None, vae=vae, **models)
         pipe.set_progress_bar_config(disable=True)

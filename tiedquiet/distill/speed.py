@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
@@ -180,12 +180,24 @@ def clipped(accelerator: Accelerator, model: Any, limit: float) -> Tensor:
     return clip_grad_norm_(model.parameters(), limit or math.inf)
 
 
-def check_fsdp(args: Namespace, accelerator: Accelerator) -> None:
-    """Stop where FSDP cannot do what was asked for.
+def check_launch(args: Namespace, accelerator: Accelerator) -> None:
+    """Stop where the way in which the run was launched cannot do what was asked for.
 
     Raises:
         SystemExit: with status 2, after one line.
     """
+    kind, accumulated = accelerator.distributed_type, accelerator.gradient_accumulation_steps
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        fail(f"{kind.value}: not supported; use accelerate launch with DDP, or with --use_fsdp --fsdp_version 2")
+    if accumulated != args.gradient_accumulation_steps:  # accelerate heeds that more, and all gradients would shrink
+        fail(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the environment has another number, "
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulated}; unset it"
+        )
+    if accelerator.state.dynamo_plugin.backend is not DynamoBackend.NO:  # weights under other names than the student's
+        fail("accelerate launch --dynamo_backend: use no there, and --compile, which compiles block by block")
+    if kind is not DistributedType.FSDP:
+        return
     if args.lora_rank:
         fail("--lora_rank: the base is frozen, and whole on every GPU; use accelerate launch without --use_fsdp")
     if not accelerator.is_fsdp2:

@@ -90,7 +90,7 @@ from tiedquiet.distill.pipeline import (
 from tiedquiet.distill.plan import check_space, plan
 from tiedquiet.distill.report import track_film
 from tiedquiet.distill.sources import read_metadata, read_prompts
-from tiedquiet.distill.speed import check_fsdp, check_kernels, clipped, shard, speed_up, unexchanged, whole
+from tiedquiet.distill.speed import check_kernels, check_launch, clipped, shard, speed_up, unexchanged, whole
 
 
 class Distillation:
@@ -510,8 +510,7 @@ def main(argv: list[str] | None = None) -> int:
             project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")
         ),
     )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        check_fsdp(args, accelerator)
+    check_launch(args, accelerator)
     with alone_in(args.output_dir):
         return distil(args, accelerator, teacher, experts, data, start)
 
