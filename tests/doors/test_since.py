@@ -218,6 +218,14 @@ def test_what_is_put_into_a_model_later_comes_from_no_file(tmp_path: Path) -> No
     assert missing(copy.deepcopy(model)) == missing(model) == ["model.layers.0.extra.weight"]
 
 
+def test_what_is_put_into_a_tied_layer_is_that_layers(tmp_path: Path) -> None:
+    """As quanto's scales are."""
+    written(qwen2(tie_word_embeddings=True), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.lm_head.register_buffer("scale", torch.ones(1))
+    assert missing(model) == []
+
+
 def test_a_head_in_the_place_of_one_that_no_file_has_comes_from_none_either(tmp_path: Path) -> None:
     written(qwen2(), tmp_path)
     model: Any = Qwen2ForSequenceClassification.from_pretrained(tmp_path)

@@ -111,7 +111,8 @@ def _put_in(
     if not others:
         return set()
     objects = {*map(id, tensors), *(id(now.state[name]) for name in names & now.state.keys())}
-    layers = {(prefix + key).rpartition(".")[0] for prefix, own in records for key in own.stored}
+    read = {prefix + key for prefix, own in records for key in own.stored | own.tied}
+    layers = {name.rpartition(".")[0] for name in read}
     layers -= {parent for name in names for parent in _parents(name.rpartition(".")[0])} | {""}
     unknown = tuple(prefix for prefix, own in records if not own.total)  # somebody else's code read it
     return {
