@@ -18,6 +18,7 @@ SCRIPTS = (
     "load.startup",
     "silencers",
     "census",
+    "damage",
     "distill.step",
     "distill.clip",
     "distill.matching",

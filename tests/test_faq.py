@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import GPT2LMHeadModel
 
@@ -26,8 +27,8 @@ CRASHES = {
 def cured(code: str, diff: str) -> str:
     """A program with its lines changed as a diff without line numbers says."""
     lines = diff.splitlines()
-    old = "\n".join(line[1:] for line in lines if line[0] in " -")
-    new = "\n".join(line[1:] for line in lines if line[0] in " +")
+    old = "\n".join(line[1:] for line in lines if line[:1] in " -")
+    new = "\n".join(line[1:] for line in lines if line[:1] in " +")
     assert code.count(old) == 1
     return code.replace(old, new)
 
@@ -50,7 +51,7 @@ def model_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 @pytest.mark.parametrize("title", CRASHES)
 def test_what_crashes_is_cured(title: str, model_of: Callable[[str], Any]) -> None:
     (code,), (diff,) = fenced(CRASHES[title], "python"), fenced(CRASHES[title], "diff")
-    with pytest.raises((AttributeError, TypeError), match=re.escape(title.strip("`"))):
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match=re.escape(title.strip("`"))):
         model_of(code)
     assert tiedquiet.check(model_of(cured(code, diff))).ok
 
@@ -59,6 +60,18 @@ def test_the_usual_answer_leaves_the_head_random(model_of: Callable[[str], Any])
     code = fenced(CRASHES["`'list' object has no attribute 'keys'`"], "python")[0]
     (finding,) = tiedquiet.check(model_of(code.replace('["lm_head.weight"]', "None"))).findings
     assert finding.verdict is tiedquiet.Verdict.UNTIED
+
+
+def test_a_plain_attribute_is_filled_by_repair(model_of: Callable[[str], Any]) -> None:
+    page = CRASHES["`is not on the expected device`"]
+    with tiedquiet.enable("repair"):
+        model = model_of(fenced(page, "python")[0])
+    assert model.angles.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_an_index_or_a_matrix_on_meta_crashes_nowhere() -> None:
+    for compute in (lambda it: torch.ones(3, 2)[it.long()[0]], lambda it: torch.ones(3, 2) @ it):
+        assert not compute(torch.empty(2, 3, device="meta")).is_meta
 
 
 def test_a_log_level_silences_and_changes_nothing_else(tmp_path: Path, printed: Printed) -> None:

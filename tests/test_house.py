@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,27 @@ def test_no_file_needs_a_table_of_contents() -> None:
     longer = {name: text.count("\n") for name, text in python_files().items() if text.count("\n") > LONGEST}
     assert longer.keys() - LONGER.keys() == set(), longer
     assert LONGER.keys() - longer.keys() == set(), "they are short enough by now"
+
+
+def imported_by(text: str, files: Collection[str]) -> set[str]:
+    """The files of the tree that a file imports, at its top or in a function."""
+
+    def file_of(module: str) -> str | None:
+        path = module.replace(".", "/")
+        return next((name for name in (f"{path}.py", f"{path}/__init__.py") if name in files), None)
+
+    found: set[str | None] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            found |= {file_of(f"{node.module}.{one.name}") or file_of(str(node.module)) for one in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {file_of(one.name) for one in node.names}
+    return {name for name in found if name}
+
+
+def test_imports_have_no_circles() -> None:
+    files = python_files()
+    TopologicalSorter({name: imported_by(text, files) for name, text in files.items()}).prepare()
 
 
 def test_every_file_says_what_is_in_it() -> None:

@@ -5,65 +5,17 @@
 """
 
 import os
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from tiedquiet import mode as _modes
-from tiedquiet.switch import unwrap as _unwrap
-from tiedquiet.switch import wrap as _wrap
+from tiedquiet.mode import is_command_line as _is_command_line
+from tiedquiet.switch import disable, enable
 from tiedquiet.verdict import Finding, LoadError, Proof, Verdict
+from tiedquiet.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Finding", "LoadError", "Proof", "Verdict", "__version__", "check", "disable", "enable"]
-__version__ = "0.3.0.dev0"
-
-
-class _Restore:
-    """Undoes a mode when left as a context manager; inside, the mode applies to this context alone."""
-
-    def __init__(self, setting: _modes.Setting) -> None:
-        self._setting, self._before = setting, _modes.put(setting)
-
-    def __enter__(self) -> None:
-        _modes.enter(self._setting)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _modes.leave(self._setting, self._before)
-        _wrap()  # inside, all may have been switched off
-        _unwrap()
-
-
-def enable(mode: str | None = None) -> _Restore:
-    """Switch tiedquiet on for every load from here on.
-
-    Args:
-        mode: `on`, `repair`, `strict` or `off` (or a synonym that `TIEDQUIET` takes); None reads `TIEDQUIET`.
-            With `off` the functions stay wrapped, but do nothing; `disable` puts the originals back.
-
-    Returns:
-        A context manager. In a `with`, the mode applies to this context (thread, task) and to the threads started in
-        it, and leaving restores the previous mode; without, it applies to the process from here on.
-
-    Raises:
-        ValueError: not a mode; the message lists the modes.
-        LoadError: the mode is `strict`, and the imported transformers cannot be guarded.
-    """
-    setting = (
-        _modes.from_environment() if mode is None else _modes.Setting(_modes.parse(mode, "mode"), "tiedquiet.enable")
-    )
-    restore = _Restore(setting)
-    _wrap()
-    return restore
-
-
-def disable() -> None:
-    """Put the libraries' own functions back. Harmless when there is nothing to put back."""
-    _modes.put(_modes.Setting("off", "tiedquiet.disable"))
-    _unwrap()
 
 
 def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None) -> Proof:
@@ -90,7 +42,7 @@ def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None
 
     if path is not None:
         from tiedquiet.gate import live
-        from tiedquiet.gate.diagnosis import CannotCheck
+        from tiedquiet.gate.refusal import CannotCheck
 
         try:
             return live.check(model, os.fspath(path))
@@ -104,5 +56,5 @@ def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None
 try:
     enable()
 except ValueError:
-    if not _modes.is_command_line():
+    if not _is_command_line():
         raise

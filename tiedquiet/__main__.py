@@ -19,8 +19,8 @@ from typing import NoReturn
 import tiedquiet
 from tiedquiet.gate import command as gate
 from tiedquiet.gate import report
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.printing import coloured, prepare, printable
+from tiedquiet.gate.refusal import CannotCheck
 
 TESTED = "5.0.0 to 5.24.0"  # releases of transformers; tests/compat has the list
 

@@ -2,11 +2,11 @@
 
 import sys
 from threading import RLock
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 import wrapt
 
-from tiedquiet import mode
+from tiedquiet import mode as modes
 
 # Each module with functions that are wrapped, and the door that wraps them.
 DOORS = {
@@ -24,6 +24,50 @@ _hooked = False
 _lock = RLock()
 
 
+class _Restore:
+    """Undoes a mode when left as a context manager; inside, the mode applies to this context alone."""
+
+    def __init__(self, setting: modes.Setting) -> None:
+        self._setting, self._before = setting, modes.put(setting)
+
+    def __enter__(self) -> None:
+        modes.enter(self._setting)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        modes.leave(self._setting, self._before)
+        wrap()  # inside, all may have been switched off
+        unwrap()
+
+
+def enable(mode: str | None = None) -> _Restore:
+    """Switch tiedquiet on for every load from here on.
+
+    Args:
+        mode: `on`, `repair`, `strict` or `off` (or a synonym that `TIEDQUIET` takes); None reads `TIEDQUIET`.
+            With `off` the functions stay wrapped, but do nothing; `disable` puts the originals back.
+
+    Returns:
+        A context manager. In a `with`, the mode applies to this context (thread, task) and to the threads started in
+        it, and leaving restores the previous mode; without, it applies to the process from here on.
+
+    Raises:
+        ValueError: not a mode; the message lists the modes.
+        LoadError: the mode is `strict`, and the imported transformers cannot be guarded.
+    """
+    setting = modes.from_environment() if mode is None else modes.Setting(modes.parse(mode, "mode"), "tiedquiet.enable")
+    restore = _Restore(setting)
+    wrap()
+    return restore
+
+
+def disable() -> None:
+    """Put the libraries' own functions back. Harmless when there is nothing to put back."""
+    modes.put(modes.Setting("off", "tiedquiet.disable"))
+    unwrap()
+
+
 def wrap() -> None:
     """Wrap the libraries' functions, now or when they are imported, if any mode in force asks for it.
 
@@ -31,7 +75,7 @@ def wrap() -> None:
         LoadError: the mode in force is `strict`, and what is imported cannot be guarded.
     """
     global _hooked
-    if not mode.is_on_somewhere():
+    if not modes.is_on_somewhere():
         return
     for name in DOORS:
         if not _hooked:
@@ -47,7 +91,7 @@ def unwrap() -> None:
         from tiedquiet.doors import wrapping
 
         with _lock:
-            if not mode.is_on_somewhere():
+            if not modes.is_on_somewhere():
                 wrapping.unwrap()
 
 
@@ -60,10 +104,10 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _on_import(module: ModuleType) -> None:
-    if mode.is_on_somewhere():
+    if modes.is_on_somewhere():
         try:
             _wrap(module)
         except Exception as error:  # an import must not fail for it, unless a guard was asked for
-            if mode.current() == "strict":
+            if modes.current() == "strict":
                 raise SystemExit(f"tiedquiet: {error}") from error
             print(f"tiedquiet stays off: {error}", file=sys.stderr)

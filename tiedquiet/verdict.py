@@ -23,7 +23,10 @@ class Verdict(str, Enum):
 
 
 WELL = (Verdict.TIED, Verdict.COPIED)
-BUFFER = "a buffer"  # why something is unwritten
+# Why something is unwritten.
+BUFFER = "a buffer"
+LOOSE = "a tensor on meta, which its module does not register"
+KEPT_OUT = "a parameter on meta, which its class keeps out of its state dict"
 IN_FILES = (Verdict.UNREAD, Verdict.MISSING)  # the source of these is a name that the files have
 LOUD = (Verdict.UNREAD, Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
 

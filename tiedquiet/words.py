@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import current, is_main_process
-from tiedquiet.verdict import BUFFER, LOUD, Finding, Verdict, escaped
+from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, LOUD, Finding, Verdict, escaped
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
@@ -16,6 +16,7 @@ _SKIP = (
     "transformers.initialization do"
 )
 _COMPUTE = "Set TIEDQUIET=repair, or compute them in _init_weights too"
+_REGISTER = "Set TIEDQUIET=repair, or register them as buffers and compute them in _init_weights too"
 
 Fold = Callable[[list[str]], Iterable[str]]
 
@@ -115,6 +116,17 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         return (
             f"unwritten, uninitialised memory: {_keys(findings, fold)}. transformers 5 re-allocates such buffers and "
             f"discards what __init__ computed. {_left_to_do(_COMPUTE)}"
+        )
+    if why == LOOSE:
+        return (
+            f"unwritten, on meta, where nothing has values: {_keys(findings, fold)}. transformers 5 builds a model on "
+            "meta and moves only what a module registers; with the rest torch may compute garbage without an error. "
+            f"{_left_to_do(_REGISTER)}"
+        )
+    if why == KEPT_OUT:
+        return (
+            f"unwritten, on meta, where nothing has values: {_keys(findings, fold)}. Its class keeps it out of its "
+            "state dict, so transformers neither reads nor initialises it. Put it back in, or make it after loading"
         )
     return (
         f"unwritten, uninitialised memory: {_keys(findings, fold)}; nothing was read into it, and no initialiser wrote "

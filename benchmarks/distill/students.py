@@ -69,7 +69,10 @@ def main() -> None:
             # One that begins as its teacher is its teacher without guidance.
             kind = arm if arm.startswith("teacher") else f"{run['student']}: {arm}"
             arms.setdefault(kind, []).append(measured)
-    table = {arm: {m: spread([x[m] for x in each]) for m in MEASURES if m in each[0]} for arm, each in arms.items()}
+    table = {
+        arm: {m: spread([x[m] for x in each]) for m in MEASURES if all(m in x for x in each)}
+        for arm, each in arms.items()
+    }
     cost = {
         name: {
             "seconds": spread([run["training_seconds"] for run in runs if run["student"] == name]),

@@ -98,12 +98,12 @@ def groups(found: dict[str, Any]) -> str:
 def page(release: str, configuration: dict[str, Any], found: dict[str, Any]) -> str:
     """The result as Markdown."""
     reasons = "\n".join(_row([why, count]) for why, count in found["unproven"].items())
-    skipped = sum(found["skipped"].values())
+    skipped = ", ".join(f"{count} {why}" for why, count in sorted(found["skipped"].items())) or "none"
     return f"""# Loads that were drawn, transformers {release}
 
 {configuration["loads"]} seeds from {configuration["first_seed"]}, each loaded in the modes `on`, `repair` and `strict`.
-It took {configuration["seconds"]} s with {configuration["jobs"]} processes. {skipped} of them fail without tiedquiet as
-well. A kind counts every load that is of it, so a load stands in many rows.
+It took {configuration["seconds"]} s with {configuration["jobs"]} processes. Not judged, as without tiedquiet nothing
+comes of them: {skipped}. A kind counts every load that is of it, so a load stands in many rows.
 
 {overview(found)}
 

@@ -6,7 +6,7 @@ import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,20 @@ def run(seeds: Iterable[int], jobs: int, mutation: str = "") -> Iterator[dict[st
     """One line per seed, in no order."""
     all_of_them = list(seeds)
     chunks = [(all_of_them[start : start + CHUNK], mutation) for start in range(0, len(all_of_them), CHUNK)]
+    for lines in in_processes(lines_of, chunks, jobs):
+        yield from lines
+
+
+def in_processes(work: Callable[[Any], Any], of: Iterable[Any], jobs: int) -> Iterator[Any]:
+    """What comes of each, in no order."""
     if jobs == 1:
         prepare()
-        for chunk in chunks:
-            yield from lines_of(chunk)
+        yield from map(work, of)
         return
     # Spawned, not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, prepare, maxtasksperchild=None) as pool:
-        for lines in pool.imap_unordered(lines_of, chunks):
-            yield from lines
+        yield from pool.imap_unordered(work, of)
 
 
 def prepare() -> None:

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from benchmarks.silencers.situations import Situation, situations
+from benchmarks.silencers.situations import Situation, of_the_report
 from benchmarks.silencers.tables import BOTH, FALSE, HIDDEN, RIGHT
 from benchmarks.silencers.ways import WAYS
 
@@ -22,13 +22,14 @@ def cells() -> dict[str, dict[str, Cell]]:
     import transformers
 
     import tiedquiet
+    from benchmarks.silencers.unread import never_read
 
     tiedquiet.disable()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_warning()
     found: dict[str, dict[str, Cell]] = {way: {} for way in WAYS}
     # The Trainer prints to stdout.
-    for name, situation in situations().items():
+    for name, situation in {**of_the_report(), **never_read()}.items():
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
             torch.manual_seed(0)
             load, stored = situation.make(Path(folder))

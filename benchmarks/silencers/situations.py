@@ -23,10 +23,6 @@ class Situation(NamedTuple):
     doubtful: bool = False
 
 
-def situations() -> dict[str, Situation]:
-    return {**of_the_report(), **never_read()}
-
-
 def of_the_report() -> dict[str, Situation]:
     """False rows, true rows, and losses after the file was read."""
     blocks = ("transformer.wpe", "transformer.drop", "transformer.h", "transformer.ln_f")
@@ -59,23 +55,6 @@ def of_the_report() -> dict[str, Situation]:
             {"embed.weight": None, "decoder.embed.weight": None}, "embed.weight", True,
         ),
     }  # fmt: skip
-
-
-def never_read() -> dict[str, Situation]:
-    """What the files hold, and nothing reads as it is meant."""
-    from benchmarks.silencers import unread
-
-    head, experts = "lm_head.weight", "model.layers.0.mlp.experts.down_proj"
-    lora = f"model.layers.0.self_attn.q_proj.lora_B.{unread.ADAPTER}.weight"
-    return {
-        "resume, converted class": Situation(unread.resume, {head: None}, head),
-        "best model, converted class": Situation(unread.best_model, {experts: None}, experts),
-        "unmapped prefix": Situation(unread.prefix, {head: None}, head),
-        "subclass without renaming": Situation(unread.subclass, {unread.CLIP_KEY: None}, unread.CLIP_KEY),
-        "adapter matches nothing": Situation(unread.adapter, {lora: None}, lora),
-        "codes without scale": Situation(unread.codes, {unread.CODED: None}, unread.CODED),
-        "one name in two shards": Situation(unread.two_shards, {unread.NORM: None}, unread.NORM, True),
-    }
 
 
 def case(name: str, **options: Any) -> Callable[[Path], Made]:

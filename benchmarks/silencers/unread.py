@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.silencers.situations import Made
+from benchmarks.silencers.situations import Made, Situation
 from tests.checkpoints import state_of
 
 FILE = "model.safetensors"
@@ -173,3 +173,21 @@ def adapter(folder: Path) -> Made:
         return with_info(loaded, output_loading_info)
 
     return load, {key: value.clone() for key, value in stored.items()}
+
+
+# All of them
+
+
+def never_read() -> dict[str, Situation]:
+    """What the files hold, and nothing reads as it is meant."""
+    head, experts = "lm_head.weight", "model.layers.0.mlp.experts.down_proj"
+    lora = f"model.layers.0.self_attn.q_proj.lora_B.{ADAPTER}.weight"
+    return {
+        "resume, converted class": Situation(resume, {head: None}, head),
+        "best model, converted class": Situation(best_model, {experts: None}, experts),
+        "unmapped prefix": Situation(prefix, {head: None}, head),
+        "subclass without renaming": Situation(subclass, {CLIP_KEY: None}, CLIP_KEY),
+        "adapter matches nothing": Situation(adapter, {lora: None}, lora),
+        "codes without scale": Situation(codes, {CODED: None}, CODED),
+        "one name in two shards": Situation(two_shards, {NORM: None}, NORM, True),
+    }

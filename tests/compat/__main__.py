@@ -42,6 +42,7 @@ DOORS = [
     "adapters_kinds",
     "adapters_larger",
     "from_pretrained",
+    "kept_out",
     "modes",
     "other_names",
     "records",
@@ -55,6 +56,7 @@ DOORS = [
     "trainer_types",
     "unread",
     "unread_ends",
+    "unregistered",
     "wrapped_names",
     "wrapping",
 ]

@@ -51,6 +51,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "number/metadata.jsonl": '{"file_name": 5, "text": "a"}\n',
         "absent/metadata.csv": "file_name,text\nnot_there.gif,a prompt\n",
         "rowless/metadata.csv": "file_name,text\n",
+        "comma/metadata.csv": "file_name,text\nmetadata.csv,a cat, that runs\n",
+        "quote/metadata.csv": 'file_name,text\nmetadata.csv,"a cat\nmetadata.csv,a dog\n',
+        "halves/metadata.jsonl": '{"file_name": "metadata.jsonl", "text": "\\ud800"}\n',
         "noise/metadata.csv": "file_name,text\nnoise.mp4,a prompt\n",
         "noise/noise.mp4": "not a film",
         "short/metadata.csv": "file_name,text\nshort.png,a prompt\n",
@@ -75,4 +78,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied(folder / "one", transformer_2=[None, None], boundary_ratio=None)
     copied(folder / "image", _class_name="WanImageToVideoPipeline")
     shutil.rmtree(copied(folder / "part") / "vae")
+    copied(folder / "two", boundary_ratio=None)
+    copied(folder / "edge", transformer_2=[None, None])
+    copied(folder / "encoder", text_encoder=["transformers", "Nonsense"])
+    (copied(folder / "config") / "transformer/config.json").write_text("{")
+    config = copied(folder / "unlike") / "transformer_2/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 5}))
     return folder

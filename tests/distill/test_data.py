@@ -1,5 +1,7 @@
 """Clips, prompts, the teacher's paths, and the cache that keeps them."""
 
+import contextlib
+import gc
 import json
 import shutil
 from argparse import Namespace
@@ -11,6 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.distill.running import SHORT, TWO, VELOCITY, copied
@@ -19,7 +22,7 @@ from tiedquiet.distill import prompts as prompts_of_ours
 from tiedquiet.distill.data import Cache, Data, noise_of
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
-from tiedquiet.distill.sources import read_clip, read_prompts
+from tiedquiet.distill.sources import UselessClip, read_clip, read_metadata, read_prompts
 from tiedquiet.distill.tiny.clips import PROMPTS
 from tiedquiet.distill.train import __doc__ as DOC
 from tiedquiet.distill.train import main
@@ -71,6 +74,71 @@ def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
     assert torch.equal(clip, torch.ones(3, 1, 64, 64))
 
 
+def test_photographs_are_read_as_they_are_looked_at(tmp_path: Path) -> None:
+    """Of any colours, turned as their camera says; numbers that would be cut off are refused."""
+    red, args = Image.new("RGB", (64, 64), (255, 0, 0)), Namespace(num_frames=1, height=64, width=64)
+    for mode, name in (("CMYK", "a.jpg"), ("RGBA", "b.png"), ("P", "c.png")):
+        red.convert(mode).save(tmp_path / name)
+        means = read_clip(tmp_path / name, args).mean((1, 2, 3)).tolist()
+        assert means == pytest.approx([1, -1, -1], abs=0.02), mode
+    for mode in ("L", "LA"):
+        red.convert(mode).save(tmp_path / "grey.png")
+        assert read_clip(tmp_path / "grey.png", args).std(0).max() == 0, mode
+    left, exif = Image.new("RGB", (64, 64)), Image.Exif()
+    left.paste(red.crop((0, 0, 32, 64)))
+    exif[0x0112] = 6  # to be turned by a quarter
+    left.save(tmp_path / "turned.jpg", exif=exif)
+    clip = read_clip(tmp_path / "turned.jpg", args)
+    assert clip[0, 0, :32].mean() > 0.9 > -0.9 > clip[0, 0, 32:].mean()
+    Image.fromarray(np.full((64, 64), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UselessClip, match=r"uint16 .* are no colours of 8 bits"):
+        read_clip(tmp_path / "deep.png", args)
+
+
+@pytest.mark.filterwarnings("ignore")  # of its readers
+def test_whatever_is_wrong_with_a_clip_it_is_left_out(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    args, read = Namespace(num_frames=2, height=64, width=64), 0
+    film = chance.integers(0, 255, (3, 64, 64, 3), dtype=np.uint8)
+    for name in ("a.gif", "a.webp", "a.png"):
+        iio.imwrite(tmp_path / name, film if name != "a.png" else film[0])
+        whole = (tmp_path / name).read_bytes()
+        for n in range(20):
+            torn = bytearray(whole)
+            torn[place : place + 9] = chance.bytes(9)[: 9 * (n % 2)] if (place := int(chance.integers(80))) else b""
+            (tmp_path / f"{n}{name}").write_bytes(torn)
+            with contextlib.suppress(UselessClip):
+                read_clip(tmp_path / f"{n}{name}", args)
+                read += 1
+    assert 0 < read < 40
+    gc.collect()  # readers that fail leave their files open
+
+
+def test_a_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    """Spreadsheets and editors write one."""
+    args = parse(DOC, ["--prompts_file", str(tmp_path / "p.txt"), "--train_data_dir", str(tmp_path)])
+    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert read_prompts(args) == ["a cat"]
+    (tmp_path / "metadata.csv").write_text('file_name,text\np.txt,"a cat, that runs"\n', encoding="utf-8-sig")
+    assert read_metadata(args) == [(tmp_path / "p.txt", "a cat, that runs")]
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = Cache(tmp_path, "paths", {})
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(SystemExit):
+            cache.put("one", torch.tensor([1.0, number]), "'a cat'")
+        assert "what was made of 'a cat' is not finite, so it is not kept" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_there_twice_has_twice_as_many_samples() -> None:
+    data = Data(parse(DOC, ["--samples_per_prompt", "2"]), [PROMPTS[0], PROMPTS[1], PROMPTS[0]], [])
+    assert data.which == [0, 0, 1, 1, 0, 0]
+    assert len(set(data.names)) == 6
+    assert data.names[:4] == Data(parse(DOC, ["--samples_per_prompt", "2"]), PROMPTS[:2], []).names
+
+
 def test_samples_do_not_depend_on_interruptions() -> None:
     data = Data(parse(DOC, [*VELOCITY, "--train_batch_size", "5", "--samples_per_prompt", "1"]), PROMPTS, [])
     data.latents = Namespace(get=lambda name: torch.tensor(data.names.index(name)))  # type: ignore[assignment]
@@ -84,7 +152,7 @@ def test_samples_do_not_depend_on_interruptions() -> None:
 
 def test_a_torn_cache_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = Cache(tmp_path, "latents", {})
-    cache.put("one", torch.ones(3))
+    cache.put("one", torch.ones(3), "a prompt")
     assert torch.equal(cache.get("one"), torch.ones(3))
     cache.path("one").write_bytes(cache.path("one").read_bytes()[:20])
     with pytest.raises(SystemExit):

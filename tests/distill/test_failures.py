@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.distill.running import ENVIRONMENT, SHORT, interrupt
 from tiedquiet.distill import evaluate, options, train
-from tiedquiet.distill.checkpoint import alone_in, checkpoints
+from tiedquiet.distill.checkpoint import alone_in, checkpoints, noticing_signals, save_checkpoint
 from tiedquiet.distill.train import main
 from tiedquiet.distill.train import run as run_main
 
@@ -77,6 +79,85 @@ def test_a_full_disk_gets_one_line(limit: int, moment: str, words: str, tmp_path
     assert done.returncode == 2, (moment, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"tiedquiet.distill: {words}"
+    assert not list(tmp_path.rglob(".part-*"))  # a disk that is full of it would stay so
+
+
+@pytest.mark.slow
+def test_a_critic_that_diverges_is_not_saved(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if its loss was finite and only its gradient was not: clipping makes all its weights NaN."""
+    clipped, asked = train.clipped, list[Any]()
+
+    def infinite(accelerator: Any, model: Any, limit: float) -> torch.Tensor:
+        asked.append(model)
+        if len(asked) == 2:  # the student's comes first
+            for parameter in model.parameters():
+                parameter.grad.fill_(float("inf"))
+        return clipped(accelerator, model, limit)
+
+    monkeypatch.setattr(train, "clipped", infinite)
+    argv = [*SHORT, *prompts, "--max_train_steps", "0", "--expert", "high", "--checkpointing_steps", "1"]
+    with pytest.raises(SystemExit):
+        main([*argv, "--critic_steps", "1", "--output_dir", str(tmp_path / "out")])
+    assert "transformer, matching, step 1: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert checkpoints(tmp_path / "out/checkpoints/transformer/matching") == []
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step_is_not_lost(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While its checkpoint or the student is written, which takes a large one minutes."""
+    monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
+    argv = [*SHORT, *prompts, "--expert", "low", "--max_train_steps", "1", "--output_dir", str(tmp_path / "out")]
+    save, told = train.save_weights, list[Path]()
+
+    def told_to_stop(config: Any, state: Any, place: Path) -> None:
+        if not told:
+            told.append(place)
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(config, state, place)
+
+    monkeypatch.setattr(train, "save_weights", told_to_stop)
+    assert main(argv) == 128 + signal.SIGTERM
+    work = tmp_path / "out/checkpoints/transformer_2"
+    assert f"stopped by SIGTERM; saved {work / 'segments/student'}; continue with" in capsys.readouterr().err
+    assert not (work / "matching").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*argv, "--resume_from_checkpoint", "latest"]) == 0
+
+
+def test_a_signal_is_noticed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with noticing_signals() as received:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [signal.SIGTERM] * 2
+    assert capfd.readouterr().err == "\ntiedquiet.distill: ends after this step, whose checkpoint is saved\n"
+
+
+def test_half_a_checkpoint_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+
+    def full(folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(accelerator, tmp_path / "checkpoint-1", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_does_not_depend_on_the_locale(tmp_path: Path) -> None:
+    """A model card has Wan's negative prompt in it, which is Chinese."""
+    code = "import sys; from pathlib import Path; from tiedquiet.distill import options as o; "
+    code += "o.write_text(Path(sys.argv[1]), o.NEGATIVE)"
+    ascii_alone = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "card")]
+    subprocess.run(command, env=ascii_alone, check=True, cwd=Path(__file__).parents[2])
+    assert (tmp_path / "card").read_text(encoding="utf-8") == options.NEGATIVE
 
 
 def test_an_interrupt_outside_training_says_what_stays(
@@ -219,3 +300,6 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path) -> None:
         f"tiedquiet.distill: no module {package}; in a checkout of tiedquiet, "
         "python -m pip install '.[distill]' installs what the example needs\n"
     )
+    (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt\n")  # importing all takes seconds
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "tiedquiet.distill: interrupted; nothing was begun\n")

@@ -1,14 +1,16 @@
 """The second stage: its losses against values made by hand, and what moves in it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from safetensors.torch import load_file
 
 from tests.distill.running import SHORT, experts, same, weights
 from tiedquiet.distill import evaluate, pipeline
-from tiedquiet.distill.data import Data, sample
+from tiedquiet.distill.data import Data, noise_of, sample
 from tiedquiet.distill.losses import clip_of, critic_loss, distribution_matching_loss, guided, renoised
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
@@ -134,6 +136,14 @@ def test_one_expert_alone_begins_on_its_teachers_path(
     assert same(weights(tmp_path / "out"), load_file(TINY_WAN / "transformer/diffusion_pytorch_model.safetensors"))
 
 
+def ended(pipe: Any, data: Data) -> torch.Tensor:
+    """What the pipeline itself draws of the first prompt, from the seed 1, in two steps."""
+    call = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+    noise = noise_of(1, data.form)[None]
+    latents: torch.Tensor = pipe(prompt_embeds=data.text([0]), latents=noise, output_type="latent", **call).frames[0]
+    return latents
+
+
 def test_each_expert_of_wan_2_2_is_guided_by_its_own_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In the teacher's paths, where it is the judge of the second stage, and in the pipeline that draws its clips."""
     args = parse(DOC, ["--sample_guidance_scale", "4", "--sample_guidance_scale_2", "2", "--cache_dir", str(tmp_path)])
@@ -160,6 +170,9 @@ def test_each_expert_of_wan_2_2_is_guided_by_its_own_scale(monkeypatch: pytest.M
             towards, away = (model(x, t.expand(1), text, return_dict=False)[0] for text in ends)
         x = scheduler.step(guided(towards, away, scale), t, x, return_dict=False)[0]
         torch.testing.assert_close(x[0], reached, rtol=1e-3, atol=1e-3)
+    # A scheduler that takes more steps than it is asked for ends where the pipeline does.
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=5.0)
+    assert torch.equal(sample(pipe, data, [0], [1], 2, {"guidance_scale": 1.0})[0, -1], ended(pipe, data))
     args.sample_guidance_scale_2 = 4.0
     (before, _), (after, _) = ((data.latents.folder, data.look(teacher, torch.float32)) for _ in range(2))
     assert before != after

@@ -1,6 +1,7 @@
 """What is asked for on the command line, and the one line that bad input gets."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ BAD = {
     "not Wan": ([*TEACHER, "{bad}/image"], "WanImageToVideoPipeline, not a Wan text-to-video pipeline"),
     "half a pipeline": ([*TEACHER, "{bad}/part"], "the pipeline has no vae/"),
     "one expert": ([*TEACHER, "{bad}/one", "--expert", "high"], "has one transformer"),
+    "no transformer of one's own": ([*TEACHER, "{bad}/edge"], "has transformer, and a boundary_ratio of 0.875"),
+    "no boundary": ([*TEACHER, "{bad}/two"], "has transformer and transformer_2, and a boundary_ratio of None"),
+    "no such encoder": ([*TEACHER, "{bad}/encoder"], "its text_encoder is a Nonsense"),
+    "a torn configuration": ([*TEACHER, "{bad}/config"], "transformer/config.json: cannot be read: Expecting"),
+    "transformers of two forms": ([*TEACHER, "{bad}/unlike"], "its two transformers differ in num_layers"),
     "empty prompts": (["--prompts_file", "{bad}/empty.txt"], "is empty"),
     "no prompts file": (["--prompts_file", "{bad}/nothing.txt"], "No such file"),
     "not UTF-8": (["--prompts_file", "{bad}/latin.txt"], "utf-8"),
@@ -43,13 +49,16 @@ BAD = {
     "paths of clips": (["--student_steps", "4", "--train_data_dir", "{bad}/jsonl"], "the teacher's own paths"),
     "a task of paths": (["--student_steps", "4", "--task_weight", "0.1"], "it has no --task_weight"),
     "guided twice": (["--student_steps", "4", "--guidance_scale", "2"], "--sample_guidance_scale guides"),
-    "too often": (["--empty_prompt_probability", "2"], "--empty_prompt_probability 2.0: is more than 1"),
+    "too often": ([*VELOCITY, "--empty_prompt_probability", "2"], "--empty_prompt_probability 2.0: is more than 1"),
     "no metadata": (["--train_data_dir", "{bad}/none"], "has neither metadata.jsonl nor metadata.csv"),
     "no caption": (["--train_data_dir", "{bad}/jsonl"], "row 1 needs file_name and text"),
     "a list for a row": (["--train_data_dir", "{bad}/list"], "list/metadata.jsonl: row 2 needs file_name and text, both texts; it is [1]"),
     "a number for a name": (["--train_data_dir", "{bad}/number"], 'number/metadata.jsonl: row 1 needs file_name and text, both texts; it is {"file_name": 5'),
     "no JSON": (["--train_data_dir", "{bad}/broken"], "metadata.jsonl: "),
     "no such clip": (["--train_data_dir", "{bad}/absent"], "row 1: no file"),
+    "a comma": (["--train_data_dir", "{bad}/comma"], "row 1 has more columns than names; a text with a comma goes in quotes: a cat"),
+    "a quote": (["--train_data_dir", "{bad}/quote"], "quote/metadata.csv: unexpected end of data"),
+    "half a character": (["--train_data_dir", "{bad}/halves"], "row 1 needs file_name and text, both texts"),
     "no rows": (["--train_data_dir", "{bad}/rowless"], "has no rows"),
     "too short": (["--train_data_dir", "{bad}/short"], "none of its clips can be used, see above"),
     "zero": (["--critic_steps", "0"], "0 is not at least 1"),
@@ -62,11 +71,18 @@ BAD = {
     "a shifted velocity": ([*VELOCITY, "--flow_shift", "3"], "--flow_shift is for a student of few steps"),
     "no node at all": (["--student_steps", "1", "--expert", "low"], "2, 3, 4, 6, 8, 12, 24 would do"),
     "negative": (["--learning_rate", "-1"], "-1 is not a number of at least 0"),
+    "a moment": (["--adam_beta2", "1"], "--adam_beta2: 1 is not a number from 0 to below 1"),
+    "a seed": (["--seed", "-1"], "--seed: -1 is not from 0 to 4294967295"),
+    "a rate below the end": (["--lr_scheduler", "polynomial", "--learning_rate", "0"], "--learning_rate does not begin above it"),
+    "bytes": (["--validation_prompts", "caf\udce9"], "'caf\\udce9': is not UTF-8"),
     "unknown flag": (["--blocks", "3"], "unrecognized arguments"),
     "another run": (["--output_dir", "{bad}/run", "--resume_from_checkpoint", "latest"], "that run had --seed 7"),
     "another run's path": (["--resume_from_checkpoint", "{bad}/run/" + CHECKPOINT], "that run had --seed 7, this one has 0"),
     "no checkpoint": (["--resume_from_checkpoint", "{bad}/nothing"], "no checkpoint of transformer or"),
     "no args.json": (["--resume_from_checkpoint", "{bad}/lost/" + CHECKPOINT], "to compare with"),
+    "no folder of a run": (["--resume_from_checkpoint", "/"], "no checkpoint of transformer or"),
+    "no run to export": (["--export", "/"], "no checkpoint there, such as"),
+    "settings lost": (["--output_dir", "{bad}/lost", "--resume_from_checkpoint", "latest"], "lost/args.json cannot be read"),
     "unfinished": (["--output_dir", "{bad}/lost"], "an unfinished run"),
 }  # fmt: skip
 
@@ -84,7 +100,7 @@ def test_bad_input_gets_one_line(
     (line,) = (line for line in err.splitlines() if line.startswith("tiedquiet.distill: "))
     assert told in line
     if what == "too short":  # known only when the clip is read
-        assert "short.png: has 1 colour frames at 16 a second, --num_frames is 5" in err
+        assert "short.png: has 1 frames at 16 a second, --num_frames is 5" in err
     else:
         assert err == line + "\n"
         assert list(tmp_path.iterdir()) == []
@@ -150,6 +166,26 @@ def test_every_flag_on_the_pages_is_one(capsys: pytest.CaptureFixture[str]) -> N
     (command,) = (block.text for block in blocks(root / "docs/example.md", "") if "--lora_rank" in block.text)
     words = command.replace("\\", "").split()
     assert " ".join(words) in " ".join(told.replace("\\", "").split())
+
+
+def test_what_has_no_effect_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parse(DOC, ["--ema_decay", "0.9", "--critic_steps=3", "--distribution_matching_steps", "0", "--seed", "3"])
+    assert capsys.readouterr().err.splitlines() == [
+        "tiedquiet.distill: --critic_steps: without effect; needs --distribution_matching_steps",
+        "tiedquiet.distill: --ema_decay: without effect; needs --use_ema",
+    ]
+    parse(DOC, ["--use_ema", "--ema_decay", "0.9", "--critic_steps", "3", "--validation_steps", "1"])
+    monkeypatch.setenv("RANK", "1")
+    parse(DOC, ["--ema_decay", "0.9"])
+    assert capsys.readouterr().err == ""
+    # Each is an option, and has an effect somewhere.
+    flags = {"max_train_steps": 0, "train_data_dir": "x", "lora_rank": 0, "student_steps": 0, "use_ema": True}
+    args, all_idle = parse(DOC, []), set[str]()
+    for name, value in flags.items():
+        idle = {name for names in options.idle(Namespace(**{**vars(args), name: value})).values() for name in names}
+        assert idle < set(vars(args))
+        all_idle |= idle
+    assert {"ema_decay", "learning_rate", "critic_steps", "samples_per_prompt", "caption_column"} < all_idle
 
 
 def test_wan_is_led_away_from_its_own_negative_prompt() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distill.running import VELOCITY
-from tiedquiet.distill import options, plan
+from tiedquiet.distill import options, plan, train
 from tiedquiet.distill.options import TINY_WAN, parse
 from tiedquiet.distill.pipeline import Teacher
 from tiedquiet.distill.train import __doc__ as DOC
@@ -31,6 +31,26 @@ def test_the_space_for_checkpoints_is_asked_for(
     assert parse(DOC, []).checkpoints_total_limit == 2
 
 
+def test_a_run_that_continues_needs_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 0))
+    argv = ["--expert", "low", "--checkpointing_steps", "1", "--output_dir", str(tmp_path / "out")]
+    place = tmp_path / "out/checkpoints/transformer_2/segments/checkpoint-1"
+
+    def asked(*more: str) -> float:
+        with pytest.raises(SystemExit):
+            main([*argv, *more])
+        return float(re.findall(r"about ([\d.]+) GB", capsys.readouterr().err)[0])
+
+    before = asked()
+    monkeypatch.setattr(train, "resume_from", lambda args, names: {})
+    place.mkdir(parents=True)
+    with (place / "model.safetensors").open("wb") as file:
+        file.truncate(100_000_000)
+    assert asked("--resume_from_checkpoint", "latest") == pytest.approx(before - 0.1, abs=0.06)
+
+
 @pytest.mark.filterwarnings("default")  # layer norm is not fused on CPUs in bf16
 @pytest.mark.parametrize("flags", [[], ["--expert", "high", "--mixed_precision", "bf16", "--compile"], VELOCITY])
 def test_a_plan_is_all_that_is_made(
@@ -48,6 +68,9 @@ def test_a_plan_is_all_that_is_made(
     assert min(out, cache) > 0
     assert any(line.startswith("matching: 300 steps of 32 for each expert, ") for line in lines) == (flags != VELOCITY)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("RANK", "1")  # the first process says it, and measures alone
+    assert main([*flags, "--plan"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_counts_what_an_update_passes() -> None:

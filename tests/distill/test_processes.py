@@ -53,7 +53,8 @@ def test_under_fsdp_it_learns_as_under_ddp(tmp_path: Path, prompts: list[str]) -
         "--checkpointing_steps",
         "2",
     ]
-    common += ["--gradient_checkpointing", "attention", "--output_dir"]
+    common += ["--gradient_checkpointing", "attention"]
+    common += ["--validation_steps", "3", "--validation_prompts", "a red circle moving left", "--output_dir"]
     sharded = run(*common, tmp_path / "fsdp", launch=IN_TWO_PROCESSES, module="tests.distill.fsdp_on_cpu")
     assert sharded.returncode == 0, sharded.stderr
     assert json.loads((tmp_path / "fsdp/metrics.json").read_text())["distributed"] == "FSDP"
@@ -123,6 +124,11 @@ def test_another_process_waits_for_the_first_to_say_it(
         options.fail("only this one knows")
     assert silence == [""]
     assert capsys.readouterr().err == "tiedquiet.distill: only this one knows\n"
+
+
+def test_one_process_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--export", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
 
 
 def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,11 @@ def test_the_curves_are_in_fixed_order_and_every_shown_prompt_is_named(
     assert not any(one.overlaps(other) for n, one in enumerate(boxes) for other in boxes[n + 1 :])
 
 
+def test_a_prompt_with_dollars_is_no_formula(tmp_path: Path) -> None:
+    report.draw_samples({"teacher": torch.rand(1, 5, 3, 8, 8)}, [r"$5, \frac{$ and more"], tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+
+
 def test_the_table_has_straight_columns() -> None:
     told = report.table({"teacher": {"adherence": 0.964}, "again": {"adherence": 1.0, "psnr": 100.0}})
     assert told.splitlines() == [
@@ -112,3 +117,12 @@ def test_the_card_of_a_real_teachers_student(tmp_path: Path) -> None:
     assert "pipe(prompt, height=480, width=832, num_frames=81, guidance_scale=5.0).frames" in card
     assert "| teacher | 20.0 dB |" in card
     assert str(tmp_path) not in card
+    # One that lies in a folder is on no hub, which would take no path either.
+    args.pretrained_model_name_or_path = str(TINY_WAN)
+    for args.lora_rank in (0, 4):
+        output.write_card(Teacher(str(TINY_WAN)), args, {}, tmp_path)
+        card = (tmp_path / "student/README.md").read_text(encoding="utf-8")
+        assert str(TINY_WAN) not in card
+        assert "base_model" not in card
+    assert "# A student of wan\n" in card
+    assert "过曝" in card

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
 from tests.distill.running import SHORT, TWO, interrupt, run, same, weights
-from tiedquiet.distill import evaluate
+from tiedquiet.distill import evaluate, train
 from tiedquiet.distill.checkpoint import Progress, checkpoints
 from tiedquiet.distill.train import main
 
@@ -44,6 +45,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_ran_through(
         r"tiedquiet\.distill: stopped by SIGTERM; saved (\S+); continue with --resume_from_checkpoint latest", lines[-1]
     )
     assert saved, lines[-1]
+    assert "tiedquiet.distill: ends after this step, whose checkpoint is saved" in lines
     assert Path(saved[1]).is_dir()
     assert not (broken / "student").exists()
     assert len(list((broken / "checkpoints/transformer/segments").glob("checkpoint-*"))) <= 2
@@ -132,6 +134,62 @@ def test_a_run_may_grow(
     for left in checkpoints(tmp_path / "out/checkpoints/transformer_2/matching"):
         shutil.rmtree(left)
     assert "matching: has no checkpoint to continue from" in refused(*few, "4")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_as_it_has_grown_is_not_taken_for_finished(
+    prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its losses are those of the new length, its student would be the old one; and what it wrote in part goes."""
+    monkeypatch.setattr(evaluate.Judge, "report", lambda self, experts: {})
+    common = [*SHORT, *prompts, "--expert", "low", "--distribution_matching_steps", "0", "--lr_scheduler", "constant"]
+    out, few = tmp_path / "out", ["--max_train_steps", "2", "--checkpointing_steps", "1"]
+    more = ["--max_train_steps", "3", "--resume_from_checkpoint", "latest", "--output_dir", str(out)]
+    assert main([*common, *few, "--output_dir", str(out)]) == 0
+    shutil.rmtree(out / "student")
+    stage = out / "checkpoints/transformer_2/segments"
+    for copy in ("checkpoint-1-mine", "checkpoint-good"):  # a user's own: neither latest nor ever deleted
+        shutil.copytree(stage / "checkpoint-2", stage / copy)
+    left = [out / ".part-student", stage / ".part-checkpoint-9", out / ".part-1-args.json"]
+    for folder in left[:2]:
+        (folder / "half").mkdir(parents=True)
+    left[2].write_text("half")
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_weights", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main([*common, *few, *more])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not any(path.exists() for path in left)
+
+    torn = stage / "checkpoint-3/optimizer.bin"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:1000])
+    with pytest.raises(SystemExit):
+        main([*common, *few, *more])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert f"{torn.parent}: cannot be read: PytorchStreamReader" in capsys.readouterr().err
+    torn.with_name("model.safetensors").rename(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        main(["--export", str(torn.parent), "--output_dir", str(tmp_path / "exported")])
+    assert f"{torn.parent}: cannot be read: No such file" in capsys.readouterr().err
+    (tmp_path / "model").rename(torn.with_name("model.safetensors"))
+    torn.write_bytes(whole)
+
+    file = tmp_path / "prompts.txt"
+    file.write_text(TWO + "a third\n")
+    with pytest.raises(SystemExit):
+        main([*common, *few, *more])
+    assert "that run had other prompts or clips" in capsys.readouterr().err
+    file.write_text(TWO)
+    assert main([*common, *few, *more]) == 0
+    assert main([*common, "--max_train_steps", "3", "--output_dir", str(tmp_path / "whole")]) == 0
+    assert same(weights(out, "transformer_2"), weights(tmp_path / "whole", "transformer_2"))
+    kept = {path.name for path in stage.glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-3", "checkpoint-1-mine", "checkpoint-good"}
 
 
 def test_the_schedule_of_a_run_that_grew_is_that_of_its_new_length() -> None:

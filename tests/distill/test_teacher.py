@@ -50,6 +50,35 @@ def test_a_broken_tie_stops_the_run_or_is_repaired(
     teacher.text_encoder(True, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformer_that_is_not_whole_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what its files lack diffusers only warns; later it fails to move it."""
+    folder = copied(tmp_path / "teacher")
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state, name = load_file(file), "blocks.0.attn1.to_q.weight"
+    for wrong, words in (
+        ({k: v for k, v in state.items() if k != name}, f"its files lack 1 of its weights: {name}"),
+        (state | {name: state[name][:32].clone()}, f"cannot be read: Cannot load because {name} expected shape"),
+        ({}, "its files lack "),
+    ):
+        save_file(wrong, file, metadata={"format": "pt"})
+        with pytest.raises(SystemExit):
+            Teacher(str(folder)).pipeline(torch.device("cpu"), torch.float32)
+        assert f"{file.parent}: {words}" in capsys.readouterr().err
+    file.write_bytes(b"torn")
+    with pytest.raises(SystemExit):
+        Teacher(str(folder)).expert(Teacher(str(folder)).experts[0], torch.float32)
+    assert f"{file.parent}: cannot be read: " in capsys.readouterr().err
+
+
+def test_a_shift_may_be_told_in_either_word(tmp_path: Path) -> None:
+    config = copied(tmp_path / "teacher") / "scheduler/scheduler_config.json"
+    told = json.loads(config.read_text())
+    for flow_shift, shift, expected in ((5.0, 3.0, 5), (None, 3.0, 3), (None, None, 1)):
+        config.write_text(json.dumps({**told, "flow_shift": flow_shift, "shift": shift}))
+        assert {expert.shift for expert in Teacher(str(tmp_path / "teacher")).experts} == {expected}
+
+
 def untied_config(teacher: Teacher) -> UMT5Config:
     config = UMT5Config.from_pretrained(teacher.folder / "text_encoder")
     config.tie_word_embeddings = False

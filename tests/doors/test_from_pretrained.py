@@ -18,7 +18,6 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, save, umt5
 from tests.compat import cases
-from tests.idioms import Idiom, Tiny
 from tiedquiet import LoadError, Verdict
 
 
@@ -176,70 +175,6 @@ def test_a_declaration_is_the_instance_s_own(
     model = cls(gpt2(tie_word_embeddings=False))
     save(model, tmp_path, [key for key in model.state_dict() if key != "lm_head.weight"], flag=False)
     assert list(verdicts(cls.from_pretrained(tmp_path)).values()) == expected
-
-
-class Overrides(cases.OverridesTieWeights):
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        state = super().state_dict(*args, **kwargs)
-        state.pop("transformer.wte.weight", None)
-        return state
-
-
-class Hooks(cases.OverridesTieWeights):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.transformer.register_state_dict_post_hook(self.keep_back)
-
-    @staticmethod
-    def keep_back(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _: object) -> None:
-        del state[f"{prefix}wte.weight"]
-
-
-@pytest.mark.parametrize("keeps_back", [Overrides, Hooks])
-def test_a_tensor_kept_out_of_the_state_dict_counts_as_not_stored(
-    keeps_back: type[PreTrainedModel], tmp_path: Path, printed: Printed
-) -> None:
-    save(GPT2LMHeadModel(gpt2()), tmp_path)
-    loaded = keeps_back.from_pretrained(tmp_path)
-    assert Verdict.TIED not in verdicts(loaded).values()
-
-
-class SavesNothing(torch.nn.Linear):
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None: ...
-
-
-def empty(module: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, _: object) -> None:
-    for name in ("weight", "bias"):
-        del state[prefix + name]
-
-
-class OfALayer(Tiny):
-    def add(self, config: Any) -> None:
-        self.frozen = SavesNothing(2, 2)
-
-
-class OfAHook(Tiny):
-    def add(self, config: Any) -> None:
-        self.frozen = torch.nn.Linear(2, 2)
-        self.frozen.register_state_dict_post_hook(empty)
-
-
-class OfTheModel(Tiny):
-    def add(self, config: Any) -> None:
-        self.frozen = torch.nn.Linear(2, 2)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        state = super().state_dict(*args, **kwargs)
-        return {name: tensor for name, tensor in state.items() if not name.startswith("frozen.")}
-
-
-@pytest.mark.parametrize("keeps_back", [OfALayer, OfAHook, OfTheModel])
-def test_a_tensor_kept_out_of_the_state_dict_is_not_counted(
-    keeps_back: type[Tiny], tmp_path: Path, printed: Printed
-) -> None:
-    file = Idiom(keeps_back).save(tmp_path)
-    proof = tiedquiet.check(keeps_back.from_pretrained(tmp_path))
-    assert (proof.stored, proof.total, proof.findings) == (len(file), len(file), ())
 
 
 def test_a_submodule_that_is_none(tmp_path: Path, printed: Printed) -> None:

@@ -106,6 +106,36 @@ def test_a_copy_on_meta_has_no_values(tmp_path: Path) -> None:
     assert tiedquiet.check(model).ok
 
 
+def test_a_copy_is_followed_as_the_model_is(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=False), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    before, sound = copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))
+    model.lm_head = nn.Linear(32, model.config.vocab_size, bias=False)
+    after = copy.deepcopy(model)
+    before.model.norm = nn.Identity()
+    why = "it was read, and has since been "
+    for one, key, what in (
+        (model, "lm_head.weight", "replaced by another tensor"),
+        (after, "lm_head.weight", "replaced by another tensor"),
+        (before, "model.norm.weight", "removed from the model"),
+    ):
+        assert [(f.key, f.why) for f in tiedquiet.check(one).findings] == [(key, why + what)]
+    assert tiedquiet.check(sound.half()).ok
+    del model, before, after  # a copy needs no original
+    assert tiedquiet.check(sound).ok
+    sound.lm_head.weight = nn.Parameter(sound.lm_head.weight.detach().clone())
+    assert not tiedquiet.check(sound).ok
+
+
+def test_a_copy_s_tensors_may_be_swapped_as_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses that for tensors that anybody refers to weakly."""
+    written(qwen2(), tmp_path)
+    model = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    twin = copy.deepcopy(model).half()
+    assert tiedquiet.check(twin).ok
+
+
 def test_buffers_of_a_model_that_was_converted(tmp_path: Path) -> None:
     """`Module.to` makes other buffers, of whatever has batch norm, say, and keeps parameters."""
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(tmp_path)

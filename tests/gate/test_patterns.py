@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from tests.gate.test_check import check
 from tiedquiet.gate.bounds import check_size
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.lora import read
 from tiedquiet.gate.patterns import endless
+from tiedquiet.gate.refusal import CannotCheck
 
 EVIL = "([a-z0-9_.]+)+!"
 # Of unsloth, which writes it into the adapters that it trains.

@@ -19,7 +19,8 @@ from tests.gate.zoo import Zoo
 from tests.pages import ROOT, sections
 from tiedquiet.__main__ import main
 from tiedquiet.gate import classes
-from tiedquiet.gate.diagnosis import CannotCheck, damage
+from tiedquiet.gate.diagnosis import damage
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import is_inside
 
 # Runs in a process of its own, since an audit hook stays. What is imported beforehand is no business of a folder.

@@ -19,7 +19,7 @@ MODEL: Any = SimpleNamespace()
 def judged(state: dict[str, Any], stored: set[str], tie: Group | None = None, **known: Any) -> dict[str, Finding]:
     record = Record(stored, state.keys() - stored, len(state), **known)
     tied = dict.fromkeys(tie.members, tie) if tie else {}
-    return {f.key: f for f in judge_missing(MODEL, record, Survey(state, {}, [], True), tied, None)}
+    return {f.key: f for f in judge_missing(MODEL, record, Survey(state, {}, [], True, {}), tied, None)}
 
 
 def tie(**sources: str) -> Group:
@@ -151,7 +151,7 @@ def test_the_two_ends_of_a_tie_that_were_both_stored(
     key: torch.Tensor, source: torch.Tensor, in_files: dict[str, torch.Tensor], altered: set[str], is_found: bool
 ) -> None:
     known, group = Record({"a", "b"}, set(), 2, altered=altered), tie(a="b")
-    now = Survey({"a": key, "b": source}, {}, [], True)
+    now = Survey({"a": key, "b": source}, {}, [], True, {})
     found = list(judge_two_ends(known, now, {"a": group, "b": group}, in_files.get))
     assert [(f.key, f.verdict, f.source) for f in found] == [("a", Verdict.AMBIGUOUS, "b")] * is_found
 

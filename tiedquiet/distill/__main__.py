@@ -12,4 +12,7 @@ if __name__ == "__main__":
             file=sys.stderr,
         )
         sys.exit(2)
+    except KeyboardInterrupt:  # importing takes seconds
+        print("tiedquiet.distill: interrupted; nothing was begun", file=sys.stderr)
+        sys.exit(130)
     sys.exit(run())

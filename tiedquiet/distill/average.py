@@ -44,7 +44,7 @@ class Average(EMAModel):  # type: ignore[misc, unused-ignore] # diffusers ships 
             for parameter, average in zip(own, self.shadow_params, strict=True):
                 _part(parameter).copy_(_part(average))
             yield
-        finally:  # a pipeline may have moved them: their memory is another by now
+        finally:
             for parameter, before in zip(own, kept, strict=True):
                 _part(parameter).copy_(before)
 

@@ -57,7 +57,13 @@ def noticing_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM only leave a note, so that the step under way is finished and saved."""
     received: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
+
+    def note(number: int, frame: object) -> None:
+        if not received and is_main_process():  # past Python's own buffers, which may be in use just now
+            os.write(2, b"\ntiedquiet.distill: ends after this step, whose checkpoint is saved\n")
+        received.append(number)
+
+    before = [signal.signal(kind, note) for kind in kinds]
     try:
         yield received
     finally:
@@ -100,20 +106,31 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A stage's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    """A stage's checkpoints, oldest first; a copy of one under another name is its user's."""
+    own = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(own, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def save_checkpoint(accelerator: Accelerator, place: Path, limit: int | None) -> None:
     """Save all state beside its place and move it there; then drop the oldest over the limit."""
     part = place.with_name(f".part-{place.name}")
-    accelerator.save_state(str(part))
+    try:
+        accelerator.save_state(str(part))
+    except BaseException:  # a disk that is full of it would stay so
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         put(part, place)
         for old in checkpoints(place.parent)[: -limit if limit else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def clear(out: Path) -> None:
+    """Delete what a run that was killed had written in part, which may be many gigabytes. Only in a locked folder."""
+    for left in (*out.glob(".part-*"), *out.glob("checkpoints/*/*/.part-*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def is_finished(folder: Path, steps: int) -> bool:
@@ -139,7 +156,7 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
             )
         return dict.fromkeys(parts)
     grown = False
-    if (out / "args.json").exists() and (work.exists() or student.exists()):
+    if work.exists() or student.exists():
         grown = must_match(args, out / "args.json")
     if grown and not work.exists():
         fail(f"{student} is finished, and its checkpoints are gone; --checkpointing_steps would have kept them")
@@ -156,8 +173,8 @@ def resume_from(args: Namespace, experts: list[str]) -> dict[tuple[str, str], Pa
             fail(f"{folder}: has no checkpoint to continue from; --checkpointing_steps would have left one")
     if wanted == "latest":
         return latest
-    place = Path(wanted)
-    if not place.is_dir() or (of := (place.parents[1].name, place.parent.name)) not in parts:
+    place = Path(wanted).absolute()
+    if not place.is_dir() or len(place.parents) < 5 or (of := (place.parents[1].name, place.parent.name)) not in parts:
         fail(f"--resume_from_checkpoint {wanted}: no checkpoint of {' or '.join(experts)} there")
     if not (settings_file := place.parents[3] / "args.json").exists():
         fail(f"--resume_from_checkpoint {wanted}: no {settings_file} to compare with")

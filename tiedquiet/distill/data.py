@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -49,8 +50,14 @@ class Cache:
         """The positions of those that are not there yet."""
         return [number for number, name in enumerate(names) if not self.path(name).exists()]
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor; whoever is interrupted leaves no half of it."""
+    def put(self, name: str, tensor: Tensor, of: object) -> None:
+        """Keep a tensor of something; whoever is interrupted leaves no half of it.
+
+        Raises:
+            SystemExit: with status 2, after one line, if it is not finite: every later run would find it here.
+        """
+        if not tensor.isfinite().all():
+            fail(f"what was made of {of} is not finite, so it is not kept; look at the teacher, and at its data type")
         if not (note := self.folder / "cache.json").exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(note, self.text + "\n")
@@ -97,8 +104,13 @@ class Data:
             files = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in clips]
             self.names = [named(file) for file in files]
         else:
-            samples = [(prompt, n) for prompt in prompts for n in range(each)]
-            # A sample's noise is its own, whatever other prompts there are and whichever --seed the run has.
+            # A sample's noise is its own, whatever other prompts there are and whichever --seed the run has. A prompt
+            # that is there twice has twice as many.
+            count: Counter[str] = Counter()
+            samples = []
+            for prompt in prompts:
+                samples += [(prompt, n) for n in range(count[prompt], count[prompt] + each)]
+                count[prompt] += each
             self.names = [named(f"{n} {prompt}") for prompt, n in samples]
             self.seeds = [int(name, 16) for name in self.names]
 
@@ -133,7 +145,7 @@ class Data:
                 [self.prompts[n] for n in unread], args.repair_ties, args.max_sequence_length, device, dtype
             )
             for n, embedding in zip(tqdm(unread, "prompt embeddings", disable=quiet), embeddings, strict=True):
-                texts.put(names[n], embedding)
+                texts.put(names[n], embedding, repr(self.prompts[n]))
         accelerator.wait_for_everyone()
         self.texts = [texts.get(name) for name in names]
 
@@ -164,7 +176,7 @@ class Data:
                 tqdm.write(f"left out: {why}", file=sys.stderr)
                 continue
             latents = vae.encode(clip[None].to(device)).latent_dist.mode()
-            self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu())
+            self.latents.put(self.names[n], ((latents - mean) / deviation)[0].cpu(), self.clips[n])
 
     def sample(self, share: list[int], teacher: Teacher, device: torch.device, dtype: torch.dtype, quiet: bool) -> None:
         """Latents that the teacher samples for the prompts; the whole path at its nodes for a student of few steps."""
@@ -181,7 +193,7 @@ class Data:
                 steps = args.num_inference_steps
                 path = sample(pipe, self, prompts, seeds, steps, guidance(args), args.student_steps)
                 for n, made in zip(batch, path[:, 1:] if args.student_steps else path[:, -1], strict=True):
-                    self.latents.put(self.names[n], made.to(dtype).cpu())
+                    self.latents.put(self.names[n], made.to(dtype).cpu(), repr(self.prompts[self.which[n]]))
                 self.seconds.append(time.perf_counter() - clock)
                 bar.update(len(batch))
         if args.compile:
@@ -288,7 +300,7 @@ def sample(
             path.append(states["latents"])
         return {}
 
-    pipe(
+    path[segments or 1 :] = pipe(  # not all schedulers take one step for each that is asked for
         prompt_embeds=data.text(prompts).to(device),
         negative_prompt_embeds=data.text([empty] * len(prompts)).to(device),
         height=args.height,
@@ -300,6 +312,7 @@ def sample(
         max_sequence_length=args.max_sequence_length,
         callback_on_step_end=keep,
         output_type="latent",
+        return_dict=False,
     )
     return torch.stack(path, 1)
 

@@ -75,14 +75,13 @@ def measure(clips: Tensor, prompts: Sequence[str], reference: Tensor) -> dict[st
     right, theirs = ([_right(clip, p) for clip, p in zip(c, prompts, strict=True)] for c in (clips, reference))
     told["adherence"] = sum(reading is not None for reading in right) / len(right)
 
-    def ratio(of: Callable[[Sequence[Reading | None]], float]) -> float:
-        ours, base = of(right), of(theirs)
-        return ours / base if base else math.nan
-
-    told["spread_of_place"] = ratio(lambda r: math.hypot(_spread(r, prompts, "x"), _spread(r, prompts, "y")))
-    told["spread_of_size"] = ratio(lambda r: _spread(r, prompts, "half"))
-    told["speed_of_motion"] = ratio(lambda r: float(np.mean([one.speed for one in r if one] or [0.0])))
-    return told
+    fractions: dict[str, Callable[[Sequence[Reading | None]], float]] = {
+        "spread_of_place": lambda r: math.hypot(_spread(r, prompts, "x"), _spread(r, prompts, "y")),
+        "spread_of_size": lambda r: _spread(r, prompts, "half"),
+        "speed_of_motion": lambda r: float(np.mean([one.speed for one in r if one] or [0.0])),
+    }
+    # Of a reference that shows nothing there is no fraction, nor would JSON have a number for it.
+    return told | {name: of(right) / base for name, of in fractions.items() if (base := of(theirs))}
 
 
 def _right(clip: Tensor, prompt: str) -> Reading | None:
@@ -183,22 +182,23 @@ class Judge:
             for other in self.teacher.experts:
                 if other != expert:
                     drawn = students.setdefault(other.name, self.teacher.expert(other, self.dtype))
-                    spread(drawn.eval().to(self.device))
+                    spread(drawn.eval().requires_grad_(False).to(self.device))  # of several data types
         numbers = [self.data.prompts.index(prompt) for prompt in args.validation_prompts]
-        pipe = self.teacher.pipeline(self.device, self.dtype, **students)
+        pipe = self.teacher.pipeline(self.device, self.dtype, aside=False, **students)
         steps, scales = self.student_sampling()
         if args.student_steps:
             pipe.scheduler = few_steps(self.teacher.scheduler, steps)
         seeds = [SEEDS[0] * 1_000 + n for n in numbers]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             latents = sample(pipe, self.data, numbers, seeds, steps, scales)[:, -1]
+        film = None
+        if is_main_process():
+            (args.output_dir / "validation").mkdir(exist_ok=True)
+            film = write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
         student.train()
         if apart:  # what no backward pass follows stays together, as it was
             student.reshard()
-        if not is_main_process():
-            return None
-        (args.output_dir / "validation").mkdir(exist_ok=True)
-        return write_film([decode(pipe.vae, latents).cpu()], args.output_dir / "validation" / f"{name}.gif")
+        return film
 
     def student_sampling(self) -> tuple[int, dict[str, float]]:
         """Steps and guidance scales of the student; one that learnt the guided teacher needs no guidance of its own."""

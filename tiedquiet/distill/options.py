@@ -50,7 +50,7 @@ RATES, ADAPTERS_RATES = ("learning_rate", "matching_learning_rate", "critic_lear
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
     "validation_prompts", "report_to", "compile", "plan", "show_broken_tie", "output_dir", "cache_dir",
-    "student_dtype", "standalone", "export",
+    "student_dtype", "standalone", "export", "samples",
 }  # fmt: skip
 
 MAY_GROW = {"max_train_steps", "distribution_matching_steps"}
@@ -96,12 +96,32 @@ def weight(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """A number from 0 to below 1, as AdamW and a moving average want it."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return number
+
+
+def seed(text: str) -> int:
+    """An integer that numpy and torch both take."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 4294967295")
+    return number
+
+
 def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; with no teacher named, the defaults are those of the tiny one.
 
     Raises:
         SystemExit: with status 2, after one line, for anything that cannot be used.
     """
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:  # it would end a run where it is printed or hashed
+        if word != word.encode("utf-8", "ignore").decode():
+            fail(f"{word!a}: is not UTF-8")
     parser = OneLine(
         prog="tiedquiet.distill",
         description=doc,
@@ -168,14 +188,14 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
         help="optimizer steps of the first stage for each expert; a resumed run may have more")  # fmt: skip
     add("--learning_rate", type=weight)
     add("--lr_scheduler", choices=["linear", "cosine", "polynomial", "constant", "constant_with_warmup"])
-    add("--lr_warmup_steps", type=count)
-    add("--adam_beta1", type=weight, default=0.9)
-    add("--adam_beta2", type=weight, default=0.99)
+    add("--lr_warmup_steps", type=count, help="of the first stage; the second has none")
+    add("--adam_beta1", type=share, default=0.9, help="in the first stage; 0 in the second")
+    add("--adam_beta2", type=share, default=0.99)
     add("--adam_weight_decay", type=weight, default=0.01)
     add("--max_grad_norm", type=weight, default=1.0, help="0: gradients are not clipped")
     add("--use_ema", action="store_true", help="the student is the moving average of its weights")
-    add("--ema_decay", type=weight, default=0.999)
-    add("--seed", type=int, default=0)
+    add("--ema_decay", type=share, default=0.999)
+    add("--seed", type=seed, default=0)
     # Memory and speed.
     add("--mixed_precision", choices=["no", "bf16"],
         help="bf16: compute in it, teacher stored in it (default: bf16; with the tiny teacher no)")  # fmt: skip
@@ -197,19 +217,40 @@ def parse(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompts", nargs="+", default=[])
     add("--report_to", help="a tracker that accelerate knows: tensorboard, wandb, ...")
 
-    known = parser.parse_known_args(argv)[0]
+    known = parser.parse_known_args(words)[0]
     tiny = known.pretrained_model_name_or_path is None
     parser.set_defaults(**(TINY | {"pretrained_model_name_or_path": str(TINY_WAN)} if tiny else WAN))
     if known.lora_rank:
         parser.set_defaults(**{rate: parser.get_default(rate) * ADAPTERS_RATES for rate in RATES})
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     args.tiny = tiny
     if args.student_steps is None:
         args.student_steps = 0 if args.train_data_dir else 2
     if args.distribution_matching_steps is None:
         args.distribution_matching_steps = (300 if tiny else 500) if args.student_steps else 0
     args.cache_dir = args.cache_dir or args.output_dir / "cache"
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    for need, names in idle(args).items():
+        if is_main_process() and (unused := sorted(given & set(names))):
+            print(f"tiedquiet.distill: --{', --'.join(unused)}: without effect; needs {need}", file=sys.stderr)
     return args
+
+
+def idle(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The options that change nothing in a run with these settings, by what they would need."""
+    second = ["segment_weight", "critic_steps", "matching_learning_rate", "critic_learning_rate"]
+    used = {
+        "--distribution_matching_steps": ("matching" in stages(args), second),
+        "--max_train_steps": (stages(args) != ["matching"], ["learning_rate", "lr_warmup_steps", "adam_beta1"]),
+        "--use_ema": (args.use_ema, ["ema_decay"]),
+        "--validation_steps": (args.validation_steps, ["validation_prompts"]),
+        "--train_data_dir": (args.train_data_dir, ["caption_column"]),
+        "prompts instead of clips": (not args.train_data_dir, ["samples_per_prompt"]),
+        "--student_steps 0": (not args.student_steps, ["empty_prompt_probability"]),
+        "a whole student, without --lora_rank": (not args.lora_rank, ["standalone"]),
+        "a teacher on the hub": (not Path(args.pretrained_model_name_or_path).is_dir(), ["revision"]),
+    }
+    return {need: names for need, (is_used, names) in used.items() if not is_used}
 
 
 def stages(args: argparse.Namespace) -> list[str]:
@@ -277,6 +318,8 @@ def check(args: argparse.Namespace, index: dict[str, Any], transformer: dict[str
             fail("--lora_rank: adapters sit on all the teacher's blocks; leave --student_blocks out")
         if not args.student_steps:
             fail("--lora_rank: is for a student of few steps; use --student_steps 2, 4 or 8")
+    if args.lr_scheduler == "polynomial" and (low := [rate for rate in RATES if getattr(args, rate) <= 1e-7]):
+        fail(f"--lr_scheduler polynomial: ends at a rate of 1e-7, and --{low[0]} does not begin above it")
     if args.empty_prompt_probability > 1:
         fail(f"--empty_prompt_probability {args.empty_prompt_probability}: is more than 1")
     if args.flow_shift == 0:
@@ -329,16 +372,18 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def put(made: Path, place: Path) -> None:
-    """Move a folder that is whole to its place; an older one there goes."""
+    """Move a folder that is whole to its place; an older one there goes, and is never there in part."""
+    old = place.with_name(f".part-old-{place.name}")
     if place.exists():
-        shutil.rmtree(place)
+        place.rename(old)
     made.replace(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, complete or not at all."""
     with beside(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def must_match(args: argparse.Namespace, before: Path) -> bool:
@@ -351,10 +396,12 @@ def must_match(args: argparse.Namespace, before: Path) -> bool:
         SystemExit: with status 2, after one line.
     """
     try:
-        then = dict(json.loads(before.read_text()))
+        then = dict(json.loads(before.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         fail(f"--resume_from_checkpoint: {before} cannot be read ({error}), so the settings of that run are unknown")
     now = settings(args)
+    if then.get("samples", now.get("samples")) != now.get("samples"):  # those of older releases do not tell
+        fail("--resume_from_checkpoint: that run had other prompts or clips; their file was changed since")
     grown = False
     for key in sorted(now.keys() - FREE_ON_RESUME):
         was = then.get(key)

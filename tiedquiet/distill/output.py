@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiedquiet.distill.checkpoint import alone_in
 from tiedquiet.distill.lora import FILE, write_lora
 from tiedquiet.distill.options import fail, stages, write_text
-from tiedquiet.distill.pipeline import NO_GUIDANCE, Teacher, assembled, few_steps, guidance, save_weights
+from tiedquiet.distill.pipeline import NO_GUIDANCE, Teacher, assembled, few_steps, guidance, readable, save_weights
 from tiedquiet.distill.report import table
 
 PLACES = ("output_dir", "cache_dir", "prompts_file", "train_data_dir", "export")  # nobody else's business
@@ -92,9 +92,10 @@ def export(args: Namespace) -> int:
         SystemExit: with status 2, after one line, where there is no such checkpoint, or a student already.
     """
     place, target = args.export.absolute(), args.output_dir / "student"
-    work, expert, stage = place.parents[2], place.parents[1].name, place.parent.name
-    if not (place / "custom_checkpoint_0.pkl").exists() or not (work.parent / "args.json").exists():
+    of = [place / "custom_checkpoint_0.pkl", *(folder / "args.json" for folder in place.parents[3:4])]
+    if len(of) < 2 or not all(file.exists() for file in of):
         fail(f"--export {args.export}: no checkpoint there, such as RUN/checkpoints/EXPERT/STAGE/checkpoint-100")
+    work, expert, stage = place.parents[2], place.parents[1].name, place.parent.name
     if target.exists() or work.parent.resolve() == args.output_dir.resolve():
         fail(f"--output_dir {args.output_dir}: has a run or a student of its own; choose another to export to")
     run = Namespace(**json.loads((work.parent / "args.json").read_text()))
@@ -104,7 +105,8 @@ def export(args: Namespace) -> int:
     trained = {folder.parents[1].name: folder for folder in left if folder.exists()}
     with alone_in(args.output_dir), tempfile.TemporaryDirectory(prefix=".part-", dir=args.output_dir) as beside:
         trained[expert] = Path(beside) / "student"
-        read_checkpoint(run, teacher, place, trained[expert])
+        with readable(place):
+            read_checkpoint(run, teacher, place, trained[expert])
         write_pipeline(run, teacher, trained, target)
     after = f"{expert} at step {place.name.split('-')[-1]} of {stage}"
     others = [
@@ -175,10 +177,11 @@ def write_card(
         call += f", num_inference_steps={args.student_steps}"
     scales = NO_GUIDANCE if args.student_steps or args.guidance_scale > 1 else guidance(args)
     call += "".join(f", {name}={scale}" for name, scale in scales.items())
-    hidden = {"resume_from_checkpoint", "show_broken_tie", "tiny", *PLACES}
-    hidden |= {"pretrained_model_name_or_path"} if args.tiny else set()
+    hidden = {"resume_from_checkpoint", "samples", "show_broken_tie", "tiny", *PLACES}
+    on_hub = not Path(args.pretrained_model_name_or_path).is_dir()
+    hidden |= set() if on_hub else {"pretrained_model_name_or_path"}
     told = {k: v for k, v in vars(args).items() if k not in hidden and v not in (None, [], False, "")}
-    base = "" if args.tiny else f"base_model: {args.pretrained_model_name_or_path}\n"
+    base = f"base_model: {args.pretrained_model_name_or_path}\n" if on_hub else ""  # the hub takes no path
     settings = "\n".join(f"{name}: {value}" for name, value in sorted(told.items()))
     about = [note] if note else []
     linked = [f.parent.name for f in out.glob("student/*/*.*") if f.is_symlink() or f.stat().st_nlink > 1]
@@ -193,7 +196,7 @@ def write_card(
     imports = "UniPCMultistepScheduler, " if args.lora_rank else ""
     of_blocks = f"{args.student_blocks} of the teacher's {teacher.transformer['num_layers']} blocks"
     if args.lora_rank:
-        pipe = LOAD_LORA.format(teacher="its teacher" if args.tiny else args.pretrained_model_name_or_path)
+        pipe = LOAD_LORA.format(teacher=args.pretrained_model_name_or_path if on_hub else "its teacher")
         if file := next((out / "student").glob("transformer_2_*"), None):
             pipe += f'\npipe.load_lora_weights("this folder", weight_name="{file.name}", load_into_transformer_2=True)'
         of_blocks = f"An adapter of rank {args.lora_rank}"

@@ -5,15 +5,18 @@ import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,10 +24,29 @@ from tqdm import tqdm
 import tiedquiet
 from tiedquiet.distill.lora import FILE, with_lora
 from tiedquiet.distill.options import fail, is_main_process, put
-from tiedquiet.distill.speed import is_sharded
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
 PIECES, PIECE, SMALL = 64, 2**16, 2**22  # of a file that tells whether a teacher is another; bytes
+
+
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Say in one line which part of a teacher, or which checkpoint, cannot be read, and why."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, tiedquiet.LoadError):  # which have a line of their own
+        raise
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        UnpicklingError,
+        ValueError,
+    ) as error:
+        fail(f"{place}: cannot be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 @dataclass(frozen=True)
@@ -92,21 +114,31 @@ class Teacher:
         for part in (*names, "vae", "text_encoder", "tokenizer", "scheduler"):
             if not (self.folder / part).is_dir():
                 fail(f"{name}: the pipeline has no {part}/")
+        edge = self.index.get("boundary_ratio")
+        between = isinstance(edge, int | float) and 0 < edge < 1
+        if not between if len(names) == 2 else (names, edge) != (["transformer"], None):
+            have = " and ".join(names) or "no transformer"
+            fail(f"{name}: has {have}, and a boundary_ratio of {edge}: two need one between 0 and 1, and one has none")
+        if not hasattr(transformers, encoder := str((self.index.get("text_encoder") or [None])[-1])):
+            fail(f"{name}: its text_encoder is a {encoder}, which transformers does not have")
         self.parts = [part for part in self.index if (self.folder / part).is_dir()]
-        self.transformer = self.config(names[0])
+        self.transformer, *others = map(self.config, names)
+        for key, value in self.transformer.items():
+            if others and others[0].get(key) != value and not key.startswith("_"):
+                fail(f"{name}: its two transformers differ in {key}, and the students are of one form")
         self.vae = self.config("vae")
         self.scheduler = self.config("scheduler", "scheduler_config.json")
-        if shift is not None:
-            self.scheduler["flow_shift"] = shift
+        shifts = (shift, self.scheduler.get("flow_shift"), self.scheduler.get("shift"), 1.0)
+        self.scheduler["flow_shift"] = shift = float(next(it for it in shifts if it is not None))
         steps = int(self.scheduler.get("num_train_timesteps", 1000))
-        shift = float(self.scheduler.get("flow_shift", self.scheduler.get("shift", 1.0)))
-        edge = (self.index.get("boundary_ratio") or 0.0) * steps
+        edge = float(edge or 0.0) * steps
         spans = [(edge, float(steps)), (0.0, edge)]
         self.experts = [Expert(n, low, high, steps, shift) for n, (low, high) in zip(names, spans, strict=False)]
 
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         """The configuration of one part."""
-        return dict(json.loads((self.folder / part / file).read_text()))
+        with readable(place := self.folder / part / file):
+            return dict(json.loads(place.read_text(encoding="utf-8")))
 
     def key(self) -> str:
         """Changes with what the pipeline holds, not with where it lies, when it was copied, or what its README says.
@@ -131,11 +163,19 @@ class Teacher:
 
     def expert(self, expert: Expert, dtype: torch.dtype) -> WanTransformer3DModel:
         """One expert with its weights."""
-        return WanTransformer3DModel.from_pretrained(self.folder, subfolder=expert.name, dtype=dtype)
+        return self.loaded(WanTransformer3DModel, expert.name, dtype)
 
     def load_vae(self, device: torch.device) -> AutoencoderKLWan:
         """The VAE, in float32 as Wan runs it."""
-        return AutoencoderKLWan.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32).to(device)
+        return self.loaded(AutoencoderKLWan, "vae", torch.float32).to(device)
+
+    def loaded(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
+        """A model of diffusers, all of whose weights are in its files; diffusers itself would only warn."""
+        with readable(place := self.folder / part):
+            model, info = cls.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        if lost := sorted(info["missing_keys"]):
+            fail(f"{place}: its files lack {len(lost)} of its weights: {', '.join(lost[:3])}")
+        return model
 
     def text_encoder(self, repair: bool, dtype: torch.dtype, broken: bool = False) -> Any:
         """The text encoder with every tie proven: a student that learns from a broken one's embeddings is lost.
@@ -155,7 +195,8 @@ class Teacher:
         if broken:
             config.tie_word_embeddings = False  # past its constructor, which forces true since 5.3
         try:
-            with tiedquiet.enable("repair" if repair else "on" if broken else "strict"):
+            mode = "repair" if repair else "on" if broken else "strict"
+            with readable(place), tiedquiet.enable(mode):
                 encoder, info = cls.from_pretrained(place, config=config, dtype=dtype, output_loading_info=True)
         except tiedquiet.LoadError as error:
             fail(f"{error}; --repair_ties ties it and goes on")
@@ -190,7 +231,8 @@ class Teacher:
             broken: see `text_encoder`.
         """
         encoder = self.text_encoder(repair, dtype, broken).to(device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        with readable(place := self.folder / "tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         pipe = WanPipeline(tokenizer, encoder, None, UniPCMultistepScheduler())
         for prompt in prompts:
             embedding = pipe.encode_prompt(
@@ -199,22 +241,27 @@ class Teacher:
             used = embedding.abs().amax(-1).nonzero()
             yield embedding[: int(used.max()) + 1].cpu()
 
-    def pipeline(self, device: torch.device, dtype: torch.dtype, **students: WanTransformer3DModel) -> WanPipeline:
-        """The pipeline without its text encoder; `students` take the place of the experts that they are named after."""
-        pipe = WanPipeline.from_pretrained(
-            self.folder,
-            text_encoder=None,
-            tokenizer=None,
-            dtype={"vae": torch.float32, "default": dtype},
-            **students,
-        )
+    def pipeline(
+        self, device: torch.device, dtype: torch.dtype, aside: bool = True, **students: WanTransformer3DModel
+    ) -> WanPipeline:
+        """The pipeline without its text encoder.
+
+        Args:
+            device: where it runs.
+            dtype: of the experts that are loaded.
+            aside: on a GPU, of two experts the one that is not asked waits in main memory. Not while one of them is in
+                training: it would be left there, where neither DDP nor its optimizer looks for it.
+            students: take the place of the experts that they are named after.
+        """
+        models = {e.name: students.get(e.name) or self.expert(e, dtype) for e in self.experts}
+        vae = self.load_vae(torch.device("cpu"))
+        pipe = WanPipeline.from_pretrained(self.folder, text_encoder=None, tokenizer=None, vae=vae, **models)
         pipe.set_progress_bar_config(disable=True)
         config = pipe.scheduler.config
         shift = "flow_shift" if "flow_shift" in config else "shift"
         pipe.scheduler = type(pipe.scheduler).from_config({**config, shift: self.experts[0].shift})
-        apart = any(map(is_sharded, students.values()))
-        if device.type == "cuda" and len(self.experts) > 1 and not apart:  # pragma: no cover - needs a GPU
-            pipe.enable_model_cpu_offload(device=device)  # one expert at a time
+        if device.type == "cuda" and len(self.experts) > 1 and aside:  # pragma: no cover - needs a GPU
+            pipe.enable_model_cpu_offload(device=device)
             return pipe
         return pipe.to(device)
 

@@ -326,8 +326,9 @@ def space(args: Namespace, teacher: Teacher, experts: list[str], data: Data) -> 
     written += len(experts) * student // (2 if args.student_dtype == "bfloat16" else 1)
     if copied:
         written += sum(size(teacher.folder / name) for name in teacher.parts if name not in experts)
+    there = size(args.output_dir / "checkpoints")  # a run that continues has written a part of it
     return {
-        "--output_dir": (args.output_dir, written),
+        "--output_dir": (args.output_dir, max(0, written - there)),
         "--cache_dir": (args.cache_dir, len(data.lacking()) * data.bytes_each),
     }
 

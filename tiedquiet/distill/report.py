@@ -70,7 +70,8 @@ def draw_samples(columns: Mapping[str, Tensor], captions: Sequence[str], path: P
                 axis.set(xticks=[], yticks=[])
                 if row == 0 and place == len(chosen) // 2:
                     axis.set_title(textwrap.fill(name, round(12 * width * len(chosen))), fontsize=9)
-        axes[row][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+        # A prompt may have dollars in it.
+        axes[row][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
     figure.tight_layout(pad=0.5, w_pad=0.2, h_pad=0.3)
     save(figure, path)
 

@@ -5,10 +5,12 @@ import json
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import imageio.v3 as iio
+import numpy as np
 import torch
+from imageio.plugins.pillow import PillowPlugin
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -32,22 +34,24 @@ def read_metadata(args: Namespace) -> list[tuple[Path, str]]:
     file = next((file for file in files if file.exists()), None)
     if file is None:
         fail(f"--train_data_dir {folder}: has neither metadata.jsonl nor metadata.csv")
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets begin a file with a mark
         try:
             rows: Iterable[dict[str, Any]] = (
                 [json.loads(line) for line in lines if line.strip()]
                 if file.suffix == ".jsonl"
-                else list(csv.DictReader(lines))
+                else list(csv.DictReader(lines, strict=True))
             )
-        except ValueError as error:
+        except (ValueError, csv.Error) as error:
             fail(f"{file}: {error}")
     clips = []
     for number, row in enumerate(rows, 1):
         told = row if isinstance(row, dict) else {}
         name, text = told.get("file_name"), told.get(args.caption_column)
-        if not (isinstance(name, str) and isinstance(text, str) and name and text):
+        if not (is_text(name) and is_text(text)):
             needs = f"needs file_name and {args.caption_column}, both texts"
             fail(f"{file}: row {number} {needs}; it is {json.dumps(row)[:80]}")
+        if None in told:  # what follows the last column
+            fail(f"{file}: row {number} has more columns than names; a text with a comma goes in quotes: {text[:80]}")
         if not (folder / name).is_file():
             fail(f"{file}: row {number}: no file {folder / name}")
         clips.append((folder / name, text))
@@ -65,12 +69,17 @@ def read_prompts(args: Namespace) -> list[str]:
     if args.prompts_file is None:
         return list(PROMPTS) if args.tiny else WAN_PROMPTS.read_text(encoding="utf-8").splitlines()
     try:
-        prompts = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--prompts_file {args.prompts_file}: {getattr(error, 'strerror', None) or error}")
-    if not prompts:
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
         fail(f"--prompts_file {args.prompts_file}: is empty")
     return prompts
+
+
+def is_text(told: Any) -> TypeGuard[str]:
+    """Whether it is a text that says something, of characters alone: JSON can spell halves of one."""
+    return isinstance(told, str) and bool(told.strip()) and told == told.encode("utf-8", "ignore").decode()
 
 
 class UselessClip(Exception):
@@ -89,17 +98,21 @@ def read_clip(path: Path, args: Namespace) -> Tensor:
             told = file.metadata()
             # A gif gives the milliseconds per frame, a video the frames per second.
             rate = told.get("fps") or 1000 / (told.get("duration") or 1000 / FPS)
-            for number, frame in enumerate(file.iter()):
+            # Photographs may lie on their side, and be of other colours; what has more bits, pillow would clip.
+            eight_bits = isinstance(file, PillowPlugin) and told["mode"][0] not in "IF"
+            how: dict[str, Any] = {"mode": "RGB", "rotate": True} if eight_bits else {}
+            for number, frame in enumerate(file.iter(**how)):
                 while len(frames) < args.num_frames and round(len(frames) * rate / FPS) <= number:
+                    if frame.dtype != np.uint8 or frame.shape[2:] not in ((3,), (4,)):
+                        raise ValueError(f"numbers of {frame.dtype} in the form {frame.shape} are no colours of 8 bits")
                     frames.append(torch.from_numpy(frame[..., :3].copy()))
                 if len(frames) == args.num_frames:
                     break
-    except (OSError, ValueError, ImportError) as error:
-        raise UselessClip(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if len(frames) < args.num_frames or frames[0].ndim != 3:
-        raise UselessClip(
-            f"{path}: has {len(frames)} colour frames at {FPS} a second, --num_frames is {args.num_frames}"
-        )
+    except Exception as error:  # a torn file ends its reader in any of them
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UselessClip(f"{path}: cannot be read: {why}") from error
+    if len(frames) < args.num_frames:
+        raise UselessClip(f"{path}: has {len(frames)} frames at {FPS} a second, --num_frames is {args.num_frames}")
     clip = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
     scale = max(args.height / clip.shape[-2], args.width / clip.shape[-1])
     size = [max(side, round(was * scale)) for side, was in zip((args.height, args.width), clip.shape[-2:], strict=True)]

@@ -55,13 +55,14 @@ from tiedquiet.distill.checkpoint import (
     Progress,
     Stopped,
     alone_in,
+    clear,
     is_finished,
     noticing_signals,
     resume_from,
     save_checkpoint,
 )
 from tiedquiet.distill.console import in_one_line, words_above_the_bar
-from tiedquiet.distill.data import Data
+from tiedquiet.distill.data import Data, named
 from tiedquiet.distill.evaluate import Judge
 from tiedquiet.distill.lora import FILE, Adapter
 from tiedquiet.distill.losses import (
@@ -72,7 +73,7 @@ from tiedquiet.distill.losses import (
     renoised,
     velocity_loss,
 )
-from tiedquiet.distill.options import check, fail, parse, settings, stages, steps_of, write_text
+from tiedquiet.distill.options import check, fail, is_main_process, parse, settings, stages, steps_of, write_text
 from tiedquiet.distill.output import export, write_pipeline
 from tiedquiet.distill.pipeline import (
     Expert,
@@ -83,6 +84,7 @@ from tiedquiet.distill.pipeline import (
     guidance,
     load_student,
     new_student,
+    readable,
     save_weights,
 )
 from tiedquiet.distill.plan import check_space, plan
@@ -309,7 +311,8 @@ def train(
         kept |= {"student": student, **({"critic": critic} if critic else {})}
     progress.begin(**kept)
     if resume:
-        accelerator.load_state(str(resume))
+        with readable(resume):
+            accelerator.load_state(str(resume))
     if ema:
         ema.to(device)
 
@@ -408,7 +411,7 @@ def train(
                         with accelerator.autocast():
                             loss = one.criticism(clip, text, sigma[again], noise[again])
                         learn(one.critic, loss, critic=loss / args.critic_steps)
-                clipped(accelerator, one.critic, args.max_grad_norm)
+                told["norm"] += whole(clipped(accelerator, one.critic, args.max_grad_norm)).float()
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             if matching:
@@ -448,17 +451,21 @@ def train(
                         track_film(accelerator.trackers, film, f"{expert.name}/{stage}", steps_before + done)
                 accelerator.wait_for_everyone()
 
-    if ema:
-        ema.copy_to(student.parameters())
-    state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
-    if accelerator.is_main_process:
-        write_text(folder / "losses.json", json.dumps(progress.losses))
-        if args.lora_rank:
-            student.save(folder / "student")
-        else:
-            save_weights(student.config, state, folder / "student")
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
+        if ema:
+            ema.copy_to(student.parameters())
+        state = {} if args.lora_rank else accelerator.get_state_dict(one.student)
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / "student", ignore_errors=True)  # of fewer steps than the losses are about to tell of
+            write_text(folder / "losses.json", json.dumps(progress.losses))
+            if args.lora_rank:
+                student.save(folder / "student")
+            else:
+                save_weights(student.config, state, folder / "student")
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        stop = accelerator.reduce(torch.tensor(float(bool(received)), device=device)).item() > 0
+    if stop:  # told since the last step
+        raise Stopped(received[0] if received else signal.SIGTERM, folder / "student")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -468,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # those of loading; ours remain
     if args.export:
-        return export(args)
+        return export(args) if is_main_process() else 0
     teacher = Teacher(args.pretrained_model_name_or_path, args.revision, args.flow_shift)
     check(args, teacher.index, teacher.transformer, teacher.vae)
     check_kernels(args)
@@ -477,13 +484,15 @@ def main(argv: list[str] | None = None) -> int:
     check_nodes(teacher, experts, args)
     clips = read_metadata(args) if args.train_data_dir else []
     prompts = [text for _, text in clips] or read_prompts(args)
+    args.samples = named(json.dumps([prompts, [os.path.relpath(path, args.train_data_dir) for path, _ in clips]]))
     resume_from(args, names)  # refuses before anything is written
     data = Data(args, prompts, [path for path, _ in clips])
     data.look(teacher, compute_dtype(args))
     check_space(args, teacher, names, data)
     if args.plan:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device).lines))
+        if is_main_process():  # the others would measure on the same GPU at the same time
+            print("\n".join(plan(args, teacher, experts, data, int(os.environ.get("WORLD_SIZE", "1")), device).lines))
         return 0
 
     # Under FSDP, transformers would leave the text encoder empty in all processes but the first.
@@ -533,6 +542,7 @@ def distil(
     set_seed(args.seed)
     told = settings(args)
     if accelerator.is_main_process:
+        clear(out)
         write_text(out / "args.json", json.dumps(told, indent=1) + "\n")
         (out / "metrics.json").unlink(missing_ok=True)  # written last, it tells that a run is finished
     accelerator.wait_for_everyone()

@@ -176,6 +176,8 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
             mended = [finding for key, finding in before.items() if key in reading.held]
             unread = {name: header for name, header in unread.items() if name not in also}
             find_unread(model, reading, unread, config.weight_mapping or ())
+            # What was not read for a doubt has it still, whatever else may be said now that the rest was.
+            reading.found |= {key: before[key] for key in before.keys() & reading.missing}
     if mode.current() == "repair" and reading.crossed:
         mended += _uncross(reading)
     load = Load(model, reading, protect=mode.current() == "repair")
@@ -277,7 +279,7 @@ def _uncross(reading: Reading) -> list[Finding]:
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:
     """The report without the rows of what is in the model after all; what else there is to say is said at the end."""
     load.reported = _reported(bound)
-    if mode.current() == "repair" and load.watch.placeholders:
+    if mode.current() == "repair":
         prepare(load, bound["model"])
     missing = left_missing(load, bound["model"]) if load.reported else set()
     return Outcome(arguments=_with_missing(bound, missing)) if missing != load.reported else None

@@ -3,8 +3,8 @@
 import warnings
 from typing import Any
 
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.printing import few
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import identical, plain
 from tiedquiet.verdict import Finding, Proof, Verdict

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import tiedquiet
 from tiedquiet.proof.survey import survey
+from tiedquiet.switch import enable
 
 _SEAM = "_load_pretrained_model"  # of every release since 5.0: the model is built, and no value was read
 _LAST_STEPS = ("postprocess_model", "_process_model_after_weight_loading")
@@ -60,7 +60,7 @@ class Again:
         """
         before = survey(self.model).state
         try:
-            with tiedquiet.enable("off"):
+            with enable("off"):
                 if self.has_last_step:  # which may write where the values of the files lie
                     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
                 getattr(type(self.model), _SEAM)(self.model, dict(tensors), None, self._config)
@@ -97,7 +97,7 @@ def begin(load: Callable[[], object]) -> Again | None:
 
     setattr(PreTrainedModel, _SEAM, staticmethod(stop))
     try:
-        with tiedquiet.enable("off"), suppress(Exception):
+        with enable("off"), suppress(Exception):
             load()
     finally:
         setattr(PreTrainedModel, _SEAM, kept)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tiedquiet.gate import classes
 from tiedquiet.gate.components import Entry
-from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import Source, own_files
 
 _WEIGHTS = (".safetensors", ".bin", ".onnx", ".pt", ".ckpt", ".msgpack")

@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules import module as hooks
 from torch.nn.parameter import is_lazy
 
-from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import entries
 
 _Part = TypeVar("_Part")

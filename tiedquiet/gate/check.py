@@ -6,8 +6,8 @@ from typing import Any
 
 from tiedquiet.gate import bare, classes, components, diffusion, from_file, load, lora, sentences
 from tiedquiet.gate.components import Entry
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import How
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import has_variant, has_weights

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.refusal import CannotCheck
 
 
 def named(library: str, name: object) -> Any:

@@ -12,9 +12,10 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import TextIO
 
-import tiedquiet
 from tiedquiet.gate import progress, report
-from tiedquiet.gate.diagnosis import CannotCheck
+from tiedquiet.gate.refusal import CannotCheck
+from tiedquiet.switch import enable
+from tiedquiet.version import __version__
 
 PACKAGES = ("tiedquiet", "transformers", "torch", "wrapt", "diffusers", "accelerate", "peft")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -97,7 +98,7 @@ def check(options: argparse.Namespace) -> int:
     )
     shown = progress.shown(not options.json and not options.quiet)
     trusted = pickles.trusted(how.trust_pickle)
-    with shown, _silence(how.trust), confined(how.trust), trusted, tiedquiet.enable("on"):
+    with shown, _silence(how.trust), confined(how.trust), trusted, enable("on"):
         results, is_pipeline = checking.check(options.source, options.revision, options.cls, how, options.config)
     status = int(any(result.is_loud for result in results))
     if options.json:
@@ -114,7 +115,7 @@ def versions() -> dict[str, str | None]:
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-    return {**found, "tiedquiet": tiedquiet.__version__}
+    return {**found, "tiedquiet": __version__}
 
 
 @cache

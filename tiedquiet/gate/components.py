@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from tiedquiet.gate import classes
 from tiedquiet.gate.bounds import check_adapter, check_gguf, check_size, parts_of
 from tiedquiet.gate.config import as_read
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import has_weights
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tiedquiet.gate.bounds import check_size
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.patterns import ENDLESS, endless
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import kernels, under
 
 

@@ -12,13 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tiedquiet.gate.refusal import CannotCheck
+from tiedquiet.gate.source import MOST, own_files, read_json
+
 _FEW = 3  # names in a line, which is cut where it is too long, and its end says what is wrong
 _POINTER = b"version https://git-lfs"
-MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
-
-
-class CannotCheck(Exception):
-    """There is nothing to check; the message is one line for the user."""
 
 
 def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str = "") -> str:
@@ -59,8 +57,6 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
 
 def damage(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder, a line each."""
-    from tiedquiet.gate.source import own_files
-
     for path in own_files(folder, ".index.json"):
         index = _json(path)
         if reason := damaged_index(index):
@@ -103,8 +99,6 @@ def nested(folder: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    from tiedquiet.gate.source import read_json
-
     try:
         return read_json(path)
     except CannotCheck:
@@ -120,8 +114,6 @@ def damaged_index(index: Any) -> str:
 
 
 def _weights(folder: Path) -> list[Path]:
-    from tiedquiet.gate.source import own_files
-
     return own_files(folder, ".safetensors", ".bin")
 
 

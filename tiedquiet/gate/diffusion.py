@@ -14,8 +14,9 @@ from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
-from tiedquiet.gate.diagnosis import CannotCheck, damage, explain
+from tiedquiet.gate.diagnosis import damage, explain
 from tiedquiet.gate.load import How
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, left_over
 from tiedquiet.gate.weights import (

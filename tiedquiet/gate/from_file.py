@@ -7,9 +7,9 @@ from typing import Any
 
 from tiedquiet.gate import bare, classes, components, single
 from tiedquiet.gate.components import Entry, Part
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.diffusion import dtype_of
 from tiedquiet.gate.load import How
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.single import File, Way
 from tiedquiet.gate.source import Source

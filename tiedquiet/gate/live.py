@@ -10,9 +10,9 @@ import torch
 from tiedquiet.gate.adapters import check_adapter
 from tiedquiet.gate.again import Again, begin
 from tiedquiet.gate.compare import compare
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.load import undo, undo_anew
 from tiedquiet.gate.quantised import settle
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.weights import OF_ADAPTERS, OF_DIFFUSERS, OF_TRANSFORMERS, of_variant, variants_in, weights_of
 from tiedquiet.proof import names

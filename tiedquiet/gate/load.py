@@ -9,8 +9,9 @@ from tiedquiet.gate import progress
 from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.confined import without_hub
-from tiedquiet.gate.diagnosis import CannotCheck, damage, explain, nested
+from tiedquiet.gate.diagnosis import damage, explain, nested
 from tiedquiet.gate.lacking import lacking_in
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import check_length, under
 from tiedquiet.gate.unplaced import IS_IT, OfGguf, left_of, of_gguf, of_transformers

@@ -13,21 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-import tiedquiet
 from tiedquiet.gate import classes, components, report
 from tiedquiet.gate.bounds import bounded, check_adapter
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
-from tiedquiet.gate.diagnosis import CannotCheck, explain
+from tiedquiet.gate.diagnosis import explain
 from tiedquiet.gate.diffusion import silent
 from tiedquiet.gate.load import How
 from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.printing import few, printable
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source
 from tiedquiet.gate.trace import Trace
 from tiedquiet.gate.weights import check_header
 from tiedquiet.proof.memory import same
+from tiedquiet.switch import enable
 from tiedquiet.verdict import Finding, Verdict
 
 _NAME = "of_the_file"  # the adapter's, for as long as it is looked at
@@ -179,7 +180,7 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
     given = {key: tensor.clone() for key, tensor in file.tensors.items()}  # diffusers scales some of them in place
     trace = Trace(given)
     try:
-        with silent(), tiedquiet.enable("off"), trace:
+        with silent(), enable("off"), trace:
             load(given)
     except Exception as error:
         why = explain(error, None, how.trust)

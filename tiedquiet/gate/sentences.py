@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from tiedquiet.gate import components, load
 from tiedquiet.gate.beside import rivals
 from tiedquiet.gate.bounds import parts_of
-from tiedquiet.gate.diagnosis import CannotCheck
 from tiedquiet.gate.lacking import without_scale
 from tiedquiet.gate.load import How
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.source import Source, is_inside
 from tiedquiet.gate.weights import pickles_are_unsafe, weights_of

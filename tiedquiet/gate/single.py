@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-import tiedquiet
 from tiedquiet.gate import progress, report
 from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.compare import compare
-from tiedquiet.gate.diagnosis import CannotCheck, damage_of, explain
+from tiedquiet.gate.diagnosis import damage_of, explain
 from tiedquiet.gate.diffusion import dtype_of, silent
 from tiedquiet.gate.load import How
 from tiedquiet.gate.moves import Moves, arrived
 from tiedquiet.gate.printing import few
+from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
 from tiedquiet.gate.unplaced import IS_IT, left_over
 from tiedquiet.gate.weights import check_header, pickles_are_unsafe
@@ -30,6 +30,7 @@ from tiedquiet.proof.memory import same
 from tiedquiet.proof.prefixes import MOST_PARTS
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
+from tiedquiet.switch import enable
 from tiedquiet.verdict import Finding, Verdict
 
 _MISMATCH = re.compile(r"(\S+) expected shape (?:torch\.Size)?\(?\[(.*?)\]\)?, but got (?:torch\.Size)?\(?\[(.*?)\]")
@@ -158,7 +159,7 @@ def make(component: str, file: File, way: Way, how: How) -> Made:
     except Exception as error:
         moves, state, lost = Moves({}), {}, _reason(error, how)
     try:
-        with silent(), bounded(), tiedquiet.enable("off"):
+        with silent(), bounded(), enable("off"):
             model = way.load()
     except Exception as error:
         absent = sorted(key for key, tensor in state.items() if tensor.is_meta and not moves.of(tensor))
@@ -218,7 +219,7 @@ def _follow(file: File, way: Way, without: Collection[str] = ()) -> tuple[Moves,
         if name not in without
     }
     moves = Moves(given)
-    with silent(), bounded(), tiedquiet.enable("off"), moves:
+    with silent(), bounded(), enable("off"), moves:
         model = way.follow({**file.others, **given})
     return moves, survey(model).state
 

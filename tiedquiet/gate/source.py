@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from tiedquiet.gate.diagnosis import MOST, CannotCheck
+from tiedquiet.gate.refusal import CannotCheck
 
+MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
 # Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`,
 # and in the first releases `_attn_implementation_internal`.
 _KERNELS = ("attn_implementation", "experts_implementation")

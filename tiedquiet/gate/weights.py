@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiedquiet.gate.diagnosis import MOST, CannotCheck, damaged_index
-from tiedquiet.gate.source import Source, is_inside, read_json
+from tiedquiet.gate.diagnosis import damaged_index
+from tiedquiet.gate.refusal import CannotCheck
+from tiedquiet.gate.source import MOST, Source, is_inside, read_json
 from tiedquiet.proof import pickles
 from tiedquiet.proof.files import COMPRESSED, is_compressed
 

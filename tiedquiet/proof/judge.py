@@ -273,7 +273,8 @@ def _judge_now(
             known_of_it.verdict not in (Verdict.UNREAD, Verdict.AMBIGUOUS) and finding.verdict is not Verdict.MISSING
         ):
             findings[finding.key] = finding
-    return [findings[key] for key in sorted(findings) if key in now.state or key in now.others or not key]
+    there = {*now.state, *now.others, *now.loose, ""}
+    return [findings[key] for key in sorted(findings) if key in there]
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:

@@ -54,7 +54,7 @@ class Leftovers(NamedTuple):
         for why, cure, rules in others:
             origins = {k: o for k, o in names.origins(model, unread, self.state, rules).items() if k in missing}
             if origins:
-                made = names.Made(origins, why, rules)
+                made = names.Made(origins, why, rules, leads=self._leads({name: name for name in unread}, rules))
                 tried = ((side._prefix_in_files() or side._prefix_of_renamed()) for side in sides)
                 change = next(filter(None, tried), None)
                 return made._replace(cure=self._cure([*_mappings_of(change), names.own_mapping(model)], made) or cure)
@@ -141,12 +141,19 @@ class Leftovers(NamedTuple):
             ways: whose conversions, as a clause, and these; what most is made by counts.
         """
         if (found := self._prefix_in_files()) is not None:
-            return _straight(found), found
+            leads = self._leads(found.known_as(self.unread), self.conversions)
+            return _straight(found)._replace(leads=leads), found
         tried: list[tuple[names.Made, Prefixes]] = []
         for why, rules in ((why, rules) for why, rules in ways if rules):
             side = self._replace(conversions=rules)
-            change = side._prefix_of_renamed()
-            if (one := side.under_other_names() if change is None else (_straight(change), change)) is not None:
+            if (change := side._prefix_of_renamed()) is not None:
+                reported = names.renamed(self.model, self.unread, rules)
+                known_as = change.known_as(reported.values())
+                leads = self._leads({name: known_as[new] for name, new in reported.items() if new in known_as})
+                one: tuple[names.Made, Prefixes] | None = (_straight(change)._replace(leads=leads), change)
+            else:
+                one = side.under_other_names()
+            if one is not None:
                 made, change = one
                 tried.append((made._replace(why=made.why + why), change))
                 if made.origins.keys() >= self.missing.keys():
@@ -194,8 +201,12 @@ class Leftovers(NamedTuple):
         most = max((count for count, *_ in tried), default=0)
         found: dict[frozenset[tuple[str, names.Origin]], tuple[names.Made, Prefixes]] = {}
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
-            made = names.Made(self._converted(known_as), change.why, self.conversions, known_as)
-            is_whole = made.key_of.keys() >= (known_as.keys() if change.old in wrappers else self.unread.keys())
+            leads = self._leads(known_as, self.conversions)
+            made = names.Made(self._converted(known_as), change.why, self.conversions, known_as, leads=leads)
+            whole = known_as.keys() if change.old in wrappers else self.unread.keys()
+            # What is just added or removed may lead to keys of another shape as well, but to fewer of these.
+            leads_all = most >= len(whole) < 2 * len(made.key_of) and not (change.old and change.new)
+            is_whole = leads_all or made.key_of.keys() >= whole
             first = {key: origin.names[0] for key, origin in made.origins.items()}
             among = self.missing if self._may_move_one(change.old, change.new) else None
             if is_enough(first, is_whole, self.needed, among):
@@ -204,6 +215,23 @@ class Leftovers(NamedTuple):
             return None
         ((made, change),) = found.values()
         return made, replace(change, names={key: name for name, key in made.key_of.items()})
+
+    def _leads(self, known_as: dict[str, str], conversions: Sequence[Any] = ()) -> dict[str, str]:
+        """For each of the files' names the one of the model's that it leads to, if it is known as another.
+
+        That has its shape; what is merged or split leads nowhere.
+        """
+        there = {name: self.unread[name] for name in known_as}
+        if conversions:
+            headers = {new: there[name] for name, new in known_as.items()}
+            made = names.sources(self.model, headers, self.state, conversions).items()
+            targets = {new: key for key, origin in made if not origin.is_converted for new in origin.names}
+            known_as = {name: targets[new] for name, new in known_as.items() if new in targets}
+        return {
+            name: key
+            for name, key in known_as.items()
+            if key in self.state and self.state[key].shape == there[name].shape
+        }
 
     def _hits(self, known_as: dict[str, str]) -> int:
         """How many of the files' names lead to what is missing, if they are known as these."""

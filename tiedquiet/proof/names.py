@@ -40,6 +40,7 @@ class Made(NamedTuple):
         conversions: transformers' own, by which they are made; none where no more than names differ.
         known_as: for each of the files' names the one that the conversions know, where that is another.
         cure: how to have `from_pretrained` read them, as a clause; empty where nothing is known.
+        leads: for all of the files' names that the rules lead to one of the model's, missing or not, that one.
     """
 
     origins: dict[str, Origin]
@@ -47,6 +48,7 @@ class Made(NamedTuple):
     conversions: Sequence[Any] = ()
     known_as: Mapping[str, str] = MappingProxyType({})
     cure: str = ""
+    leads: Mapping[str, str] = MappingProxyType({})
 
     @property
     def key_of(self) -> dict[str, str]:

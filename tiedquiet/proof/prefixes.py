@@ -53,6 +53,8 @@ class Prefixes:
         """What becomes of the files' names, without those that do not begin with this prefix."""
         if self.inside:
             return {name: without(name, self.inside) for name in of}
+        if self.parts:
+            return {name: new for one in self.parts for name, new in one.known_as(of).items()}
         return {name: self.new + name[len(self.old) :] for name in of if name.startswith(self.old)}
 
     def key_mapping(self, is_narrow: bool = False) -> dict[str, str]:
@@ -189,10 +191,15 @@ def _subtrees(headers: Headers) -> dict[str, frozenset[tuple[str, torch.Size]]]:
     """Names without their prefix, and shapes, of all that lies under each prefix."""
     found: dict[str, set[tuple[str, torch.Size]]] = {}
     for name, header in headers.items():
-        places = (place + 1 for place, letter in enumerate(name) if letter == ".")
-        for place in itertools.islice(places, MOST_PARTS):
-            found.setdefault(name[:place], set()).add((name[place:], header.shape))
+        for start in starts(name):
+            found.setdefault(start, set()).add((name[len(start) :], header.shape))
     return {prefix: frozenset(content) for prefix, content in found.items()}
+
+
+def starts(name: str) -> Iterator[str]:
+    """The prefixes of a name, the shortest first."""
+    places = (place + 1 for place, letter in enumerate(name) if letter == ".")
+    return (name[:place] for place in itertools.islice(places, MOST_PARTS))
 
 
 def _without_common_end(old: str, new: str) -> tuple[str, str]:

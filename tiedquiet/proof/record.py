@@ -65,8 +65,19 @@ class Record:
     tensors: "dict[str, ref[torch.Tensor]]" = field(default_factory=dict)
     model: "ref[torch.nn.Module] | None" = None
 
-    def __deepcopy__(self, memo: object) -> "Record":
-        return self  # nothing changes it
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
+        """That of the copy, whose tensors are in the memo by now: a module has its attributes copied in order.
+
+        Of a tensor that the model has no more there is no copy, and the copy is seen to lack it as well.
+        """
+        theirs = {name: memo[id(own)] for name, tensor in self.tensors.items() if id(own := tensor()) in memo}
+        others = {name: tensor for name, tensor in self.tensors.items() if name not in theirs}
+        model = memo.get(id(self.model())) if self.model is not None else None
+        return replace(
+            self,
+            tensors={**others, **refs_to(theirs)},
+            model=ref(model) if isinstance(model, torch.nn.Module) else self.model,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # a model may be unpickled where there is no tiedquiet

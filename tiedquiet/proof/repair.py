@@ -15,7 +15,7 @@ from tiedquiet.proof.missing import rival_of
 from tiedquiet.proof.stored import before_writing
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.watch import Watch
-from tiedquiet.verdict import BUFFER, Finding, Verdict
+from tiedquiet.verdict import BUFFER, LOOSE, Finding, Verdict
 
 # A twin is made with settings of the whole process: two threads that make theirs would take over each other's.
 _one_at_a_time = RLock()
@@ -47,7 +47,7 @@ def repair(load: Load, model: Any, findings: list[Finding]) -> tuple[list[Findin
                 _put_back(load, model, key, now)
             elif finding.verdict is Verdict.COPIED or (finding.verdict is Verdict.UNTIED and finding.broken):
                 _tie(load, model, finding, now)
-            elif finding.verdict is Verdict.UNWRITTEN and finding.why == BUFFER and key not in load.reading.likely:
+            elif finding.why in (BUFFER, LOOSE) and key not in load.reading.likely:
                 _fill(load, model, key, _computed(load).get(key), now)
         findings = load.findings(model)
         before = {**{f.key: f for f in findings if f.verdict is Verdict.UNTIED}, **before}
@@ -56,14 +56,14 @@ def repair(load: Load, model: Any, findings: list[Finding]) -> tuple[list[Findin
 
 
 def prepare(load: Load, model: Any) -> None:
-    """Compute what buffers without values may need while the call lasts: what a class sets for it may count.
+    """Compute what tensors without values may need while the call lasts: what a class sets for it may count.
 
     Args:
         load: the load.
         model: its model.
     """
     with load.watch.aside():
-        if any(map(load.watch.placeholders.has, model.buffers())):
+        if any(map(load.watch.placeholders.has, model.buffers())) or survey(model).loose:
             _computed(load)
 
 
@@ -95,7 +95,7 @@ def put_in_place(model: torch.nn.Module, state: dict[str, torch.Tensor], key: st
     tensor, parts = state[key], key.split(".")
     if not tensor.is_meta or tensor.shape != value.shape or is_moved(model, key):
         return False
-    around = (".".join(parts[:end]) + "." for end in range(len(parts) - 1, 0, -1))
+    around = (*(".".join(parts[:end]) + "." for end in range(len(parts) - 1, 0, -1)), "")
     near = (t.device for start in around for name, t in state.items() if name.startswith(start) and not t.is_meta)
     put = value.to(next(near, value.device), tensor.dtype, copy=True)
     if isinstance(tensor, torch.nn.Parameter):
@@ -153,7 +153,7 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
 
 
 def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Survey) -> None:
-    tensors = now.state | now.others
+    tensors = now.state | now.others | now.loose
     buffer = tensors[key]
     if values is None or (values.shape, values.dtype) != (buffer.shape, buffer.dtype):
         return
@@ -166,21 +166,21 @@ def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Su
 
 def _computed(load: Load) -> dict[str, torch.Tensor]:
     if load.computed is None:
-        load.computed = _buffers_of_twins(load.arguments)
+        load.computed = _tensors_of_twins(load.arguments)
     return load.computed
 
 
-def _buffers_of_twins(arguments: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    """The buffers that a second `__init__` computes, with the arguments of the first one; what a third computes, too.
+def _tensors_of_twins(arguments: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    """The buffers and the like that a second `__init__` computes, with the arguments of the first, and a third as well.
 
     What differs between the two was drawn or counted, and nobody can tell what the first one made of it.
     """
     with _one_at_a_time:
-        first, second = (_buffers_of_a_twin(arguments, seed) for seed in (1, 2))
+        first, second = (_tensors_of_a_twin(arguments, seed) for seed in (1, 2))
     return {name: buffer for name, buffer in first.items() if name in second and equals(buffer, second[name])}
 
 
-def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch.Tensor]:
+def _tensors_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch.Tensor]:
     watch, default = Watch({}, protect=False), torch.get_default_dtype()
     try:
         kind, dtype, config, args, kwargs = copy.deepcopy(arguments)
@@ -193,10 +193,16 @@ def _buffers_of_a_twin(arguments: tuple[Any, ...], seed: int) -> dict[str, torch
         torch.set_default_dtype(default)
     if watch.error is not None:
         raise watch.error  # it does not know which of them have values
+    loose = {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in twin.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
     return {
-        name: buffer
-        for name, buffer in twin.named_buffers(remove_duplicate=False)
-        if not buffer.is_meta and not watch.placeholders.has(buffer)
+        name: tensor
+        for name, tensor in (*twin.named_buffers(remove_duplicate=False), *loose.items())
+        if not tensor.is_meta and not watch.placeholders.has(tensor)
     }
 
 

@@ -15,7 +15,7 @@ from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, is_moved, survey
 from tiedquiet.proof.watch import TRANSFORMERS, Watch, Write
-from tiedquiet.verdict import BUFFER, Finding, Verdict
+from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, Finding, Verdict
 
 Sources = Callable[[str], "list[Callable[[], torch.Tensor]] | None"]
 _Kept = Literal["grown", "altered"]
@@ -151,19 +151,28 @@ def before_writing(reading: Reading, name: str, write: Write | None) -> Place | 
 def judge_placeholders(
     reading: Reading, missing: set[str], watch: Watch, model: Any, now: Survey
 ) -> dict[str, Finding]:
-    """Findings on memory that was allocated while the model was loaded, and has no values."""
-    on_disk = any(map(_IS_META, reading.held.values()))
-    tensors = {**{key: now.state[key] for key in missing if key in now.state}, **now.others}
-    return {
+    """Findings on what was not read and has no values: memory that was allocated for it, or no memory at all."""
+    # What of a state dict was neither read nor missing is what the class keeps out of it; or an adapter's base.
+    rest = missing if reading.is_of_adapter else now.state.keys() - reading.held.keys()
+    tensors = {**{key: now.state[key] for key in rest if key in now.state}, **now.others}
+    are_on_meta = list(map(_IS_META, reading.held.values()))
+    on_disk = any(are_on_meta)
+    unwritten = {
         name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)
         for name, tensor in tensors.items()
         if watch.placeholders.has(tensor)
-        or (tensor.is_meta and not on_disk and name in now.others and not is_moved(model, name))
+        or (tensor.is_meta and not on_disk and name not in missing and not is_moved(model, name))
     }
+    # A base's were told when that was loaded, a quantiser makes its layers' later, and a model on meta is told as such.
+    if not (reading.is_of_adapter or reading.is_quantised or all(are_on_meta)):
+        unwritten.update((name, Finding(name, Verdict.UNWRITTEN, None, LOOSE, True)) for name in now.loose)
+    return unwritten
 
 
 def _kind(tensor: torch.Tensor) -> str:
-    return "a parameter" if isinstance(tensor, torch.nn.Parameter) else BUFFER
+    if not isinstance(tensor, torch.nn.Parameter):
+        return BUFFER
+    return KEPT_OUT if tensor.is_meta else "a parameter"
 
 
 def is_padding(model: Any, name: str, tensor: torch.Tensor, before: Place | None) -> bool:

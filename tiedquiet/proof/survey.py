@@ -1,11 +1,17 @@
 """What a model says about itself: its tensors in one walk, and its embeddings."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
 
 from tiedquiet.proof.ties import Declaration, Group, groups
+
+# Classes whose own attributes are not looked at: some of transformers leave tensors on meta there that nothing uses
+# (the paddings of Mimi's convolutions), or that the first forward fails over (Llama 4's vision model, up to 5.3).
+_OURS = ("transformers.", "torch.")
+_KINDS = (torch.Tensor, torch.nn.Module)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 class Survey(NamedTuple):
@@ -16,20 +22,24 @@ class Survey(NamedTuple):
         others: its non-persistent buffers.
         models: prefix and module of each model in it, itself included.
         is_plain: whether no module changes what its state dict holds.
+        loose: what somebody else's module has on meta and does not register: in an attribute, or a list or dict there.
     """
 
     state: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor]
     models: list[tuple[str, Any]]
     is_plain: bool
+    loose: dict[str, torch.Tensor]
 
 
 def survey(model: torch.nn.Module) -> Survey:
     """Walk a model once. Not by `named_modules`, whose nested generators take most of a millisecond."""
     state: dict[str, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}
+    unregistered: list[tuple[str, Any]] = []
     models: list[tuple[str, Any]] = []
     is_model: dict[type[torch.nn.Module], bool] = {}
+    is_foreign: dict[type[torch.nn.Module], bool] = {}
     hooks = False
     prefixes, modules = [""], [model]
     next_prefix, next_module = prefixes.pop, modules.pop
@@ -53,13 +63,38 @@ def survey(model: torch.nn.Module) -> Survey:
             hooks = True
         if kind not in is_model:
             is_model[kind] = hasattr(kind, "_tied_weights_keys")
+            is_foreign[kind] = not kind.__module__.startswith(_OURS)
+        if is_foreign[kind]:
+            unregistered += ((prefix + name, one) for name, one in _unregistered(parts))
         if is_model[kind] or "_tied_weights_keys" in parts:
             models.append((prefix, module))
     bare = torch.nn.Module
     custom = any(
         k.state_dict is not bare.state_dict or k._save_to_state_dict is not bare._save_to_state_dict for k in is_model
     )
-    return Survey(state, others, models, not hooks and not custom)
+    return Survey(state, others, models, not hooks and not custom, dict(_on_meta(model, unregistered)))
+
+
+def _unregistered(parts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors that a module has in an attribute, and the tensors and modules in a list or dict of such there."""
+    for name, value in parts.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], _KINDS):
+            yield from ((f"{name}.{number}", one) for number, one in enumerate(value))
+        elif isinstance(value, dict) and name not in _REGISTERED and isinstance(next(iter(value.values()), 0), _KINDS):
+            yield from ((f"{name}.{key}", one) for key, one in value.items())
+
+
+def _on_meta(model: torch.nn.Module, found: list[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of these tensors, and in these modules, that are on meta; what the model registers elsewhere is none."""
+    own = set(map(id, model.modules())) if found else set()
+    for name, one in found:
+        if isinstance(one, torch.nn.Module) and id(one) not in own:
+            inside = (*one.named_parameters(), *one.named_buffers())
+            yield from ((f"{name}.{key}", tensor) for key, tensor in inside if tensor.is_meta)
+        elif isinstance(one, torch.Tensor) and one.is_meta and one.numel():
+            yield name, one
 
 
 def only(tensors: dict[str, torch.Tensor], names: Set[str]) -> dict[str, torch.Tensor]:

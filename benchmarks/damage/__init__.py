@@ -1,0 +1,1 @@
+"""Real classes under damaged files: what a class saves, changed at random; each verdict against what was done to it."""
