@@ -111,7 +111,8 @@ def _put_in(
     if not others:
         return set()
     objects = {*map(id, tensors), *(id(now.state[name]) for name in names & now.state.keys())}
-    layers = {(prefix + key).rpartition(".")[0] for prefix, own in records for key in own.stored}
+    read = {prefix + key for prefix, own in records for key in own.stored | own.tied}
+    layers = {name.rpartition(".")[0] for name in read}
     layers -= {parent for name in names for parent in _parents(name.rpartition(".")[0])} | {""}
     unknown = tuple(prefix for prefix, own in records if not own.total)  # somebody else's code read it
     return {
@@ -180,8 +181,6 @@ def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
         model: a model that was loaded, or one of transformers with such in it.
     """
     now, known = survey(model), record.of(model)
-    if known is not None and not known.is_of(model) and not known.stored - known.gone <= _as_loaded(now).state.keys():
-        return  # it is a copy: of its names that have changed, nothing tells which are whose
     tensors = [one() for one in known.tensors.values()] if known is not None else []
     for name in sorted(_put_in(model, now, known, tensors)):
         yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")

@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 
 from tiedquiet.proof.memory import ORDINARY
-from tiedquiet.verdict import IN_FILES, Finding, Verdict
+from tiedquiet.verdict import IN_FILES, WELL, Finding, Verdict
 
 _WRAPPED = re.compile(r"\.((token_adapter\.)?base_layer|original_module)(?=\.)")
 _RECOMPUTED = "_checkpoint_wrapped_module."  # around a layer whose activations are recomputed
@@ -85,6 +85,11 @@ class Record:
     def is_of(self, model: torch.nn.Module) -> bool:
         """Whether a model is the very one that was loaded, and no copy."""
         return self.model is not None and self.model() is model
+
+    @property
+    def tied(self) -> set[str]:
+        """Names that it did not deliver, of tensors that hold its values all the same."""
+        return {key for key in self.missing if key in self.findings and self.findings[key].verdict in WELL}
 
     def place(self, key: str) -> tuple[object, object] | None:
         """The file on disk, and the name in it, that a key's values are read from whenever they are needed."""
