@@ -54,7 +54,7 @@ def judge(
     if watch.error is not None:
         raise watch.error
     missing, now = reading.missing, survey(model)
-    if is_over:
+    if is_over and now.state.keys() - reading.held.keys() - missing:  # to ask is not free, and most have none
         so_far = Record(set(reading.held), missing, len(reading.held) + len(missing))
         missing = missing | _put_in(model, now, so_far, reading.held.values())
     if not reading.held.keys() <= now.state.keys():
