@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import tiedquiet
-from tests.checkpoints import gpt2
+from tests.checkpoints import gpt2, reading_of
 from tests.doors.renamed import BERT, SMALL, verdicts, written, wrong
 from tests.doors.test_unread_ends import in_two_shards
 from tests.gate.test_compare import mixtral
-from tiedquiet import LoadError, Verdict
+from tiedquiet import Finding, LoadError, Verdict
+from tiedquiet.proof.files import Checkpoint
+from tiedquiet.proof.names import Made, Origin
+from tiedquiet.proof.unread import _doubts
 
 NORM = "bert.encoder.layer.0.output.LayerNorm"
 
@@ -106,6 +109,38 @@ def test_a_layer_of_another_copy_is_not_read_beside_layers_of_this_one(tmp_path:
     assert not any(torch.equal(value, truth[key] + 1) for key, value in model.state_dict().items())
     left = {key for key, verdict in verdicts(model).items() if verdict is Verdict.UNREAD}
     assert left == wrong(model, truth) == {key for key in truth if key.startswith("layers.")}
+
+
+def test_two_rules_do_not_mix_two_copies() -> None:
+    """Seed 10046 of benchmarks/damage: one tower's gaps were filled from another, which leads to all of it."""
+    values = {f"{tower}.{name}": torch.full((2,), number) for number, tower in enumerate("ab", 1) for name in "xy"}
+    model = torch.nn.Module()
+    for name in "xy":
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+    reading = reading_of(model, {"x", "y"}, Checkpoint(values))
+    made = Made({"y": Origin(("b.y",), False)}, "", leads={"b.x": "x", "b.y": "y"})
+    headers = {name: value.to("meta") for name, value in values.items()}
+    for source, is_doubt in (("a.x", True), ("b.x", False), (None, False)):
+        reading.found["x"] = Finding("x", Verdict.UNREAD, source)
+        assert bool(_doubts(reading, made, headers)) is is_doubt
+
+
+@pytest.mark.parametrize("by", [0, 1])
+def test_two_copies_of_which_names_lead_to_the_same(by: int, tmp_path: Path) -> None:
+    """A wrapper's parts are taken out of names, and what is left of two copies is the same name."""
+    truth = written(bert(), tmp_path)
+    gaps = {f"{NORM}.weight", "bert.encoder.layer.0.output.dense.bias"}
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        left = {f"module.{name}": value for name, value in tensors.items() if name not in gaps}
+        copied = {name: value + by for name, value in tensors.items() if name.startswith("bert.")}
+        return left | {name.replace("bert.", "teacher."): value for name, value in copied.items()}
+
+    rewritten(tmp_path, change)
+    assert ("has other values" in stopped(BertForMaskedLM, tmp_path)) is bool(by)
+    model = repaired(BertForMaskedLM, tmp_path)
+    assert not any(torch.equal(model.state_dict()[key], truth[key] + 1) for key in gaps)
+    assert tiedquiet.check(model).ok <= (not wrong(model, truth))
 
 
 @pytest.mark.parametrize("is_other", [True, False])

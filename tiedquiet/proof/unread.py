@@ -198,16 +198,19 @@ def find_unread(
 def _doubts(reading: Reading, made: names.Made, unread: names.Headers) -> dict[str, str]:
     """Why what a rule leads to some keys may not be theirs, as a clause: nothing is read into them then.
 
-    The rule leads other values to what was read already, as in another copy of the model; or two tensors to one key. Or
-    most of what it takes is there once more, without the first parts of its names.
+    The rule leads other values to what was read already, or found by another, as in another copy of the model; or two
+    tensors to one key. Or most of what it takes is there once more, without the first parts of its names.
     """
     files, names_of = reading.checkpoint.tensors, dict[str, list[str]]()
     if reading.is_quantised:
         return {}
     for name, key in made.leads.items():
         names_of.setdefault(key, []).append(name)
-        if key in reading.held and equals(reading.read_to[key], files[name]()) is False:
-            return dict.fromkeys(made.origins, f"and {name} has other values than {key}, which was read")
+        earlier = reading.found[key].source if key in reading.found else None
+        other = key if key in reading.held else earlier
+        there = reading.read_to[key] if key in reading.held else files[earlier]() if earlier in files else None
+        if there is not None and equals(there, files[name]()) is False:
+            return dict.fromkeys(made.origins, f"and {name} has other values than {other}")
     found: dict[str, str] = {}
     taken, sizes, again = made.key_of, Counter[str](), dict[str, list[str]]()
     for name in taken:
@@ -221,13 +224,16 @@ def _doubts(reading: Reading, made: names.Made, unread: names.Headers) -> dict[s
         if 2 * len(some) > sizes[start] and (one := next(differ, None)) is not None:
             keys = [key for key, origin in made.origins.items() if origin.names[0].startswith(start)]
             found |= dict.fromkeys(keys, f"and {one} is there as well, and has other values")
-    why = ""
+    doubled: dict[str, str] = {}
     for key, origin in made.origins.items():
         first = origin.names[0]
         rivals = [] if origin.is_converted else [name for name in names_of.get(key, ()) if name != first]
         if (rival := next((n for n in rivals if not identical(files[n](), files[first]())), None)) is not None:
-            why = why or f"and {rival}, which may be {key} as well, has other values"
-            found.setdefault(key, why)
+            doubled[key] = rival
+    for key, rival in [*doubled.items()][:1]:
+        # Where most are there twice, what is there once may be of either copy.
+        either = made.origins if 2 * len(doubled) > len(made.origins) else doubled
+        found |= dict.fromkeys(either, f"and {rival}, which may be {key} as well, has other values")
     return found
 
 
