@@ -67,7 +67,7 @@ def _until_the_report(original: Any) -> Any:
 
 
 def _plain_arguments(original: Any) -> Any:
-    """`_buffers_of_twins`: made with a config alone."""
+    """`_tensors_of_twins`: made with a config alone."""
     return lambda arguments: original((*arguments[:3], (), {}))
 
 
@@ -109,7 +109,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     "a class's own from_pretrained is not looked at": (
         Seam("tiedquiet.doors.from_pretrained", "wrap_overrides", _always(None)),
     ),
-    "a twin is made of the config alone": (Seam(f"{_PROOF}.repair", "_buffers_of_twins", _plain_arguments),),
+    "a twin is made of the config alone": (Seam(f"{_PROOF}.repair", "_tensors_of_twins", _plain_arguments),),
     "no value is too large for its type": (Seam(f"{_PROOF}.stored", "is_at_limit", _always(False)),),
     "the watch is shut": (Seam(f"{_PROOF}.watch", "Watch.__enter__", _kept_shut),),
     "no rival among the ends of a tie": (Seam(f"{_PROOF}.missing", "rival_of", _always(None)),),
@@ -120,7 +120,7 @@ TABLE: dict[str, tuple[Seam, ...]] = {
     "the twin's buffers are zero": (
         Seam(
             f"{_PROOF}.repair",
-            "_buffers_of_a_twin",
+            "_tensors_of_a_twin",
             lambda original: lambda *args: {name: value * 0 for name, value in original(*args).items()},
         ),
     ),
