@@ -216,8 +216,8 @@ class Truth:
         return at in there if at else there >= self._case.original.file.keys()
 
     def needs_no_file(self, key: str) -> bool:
-        kind = type(self._case.model)
-        patterns = [*(kind._keys_to_ignore_on_load_missing or ()), *(kind._keys_to_ignore_on_save or ())]
+        model = self._case.model  # itself: it has the patterns of the models inside it as well
+        patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
         return key.endswith(BATCHES) or any(re.search(pattern, key) for pattern in patterns)
 
 
@@ -279,8 +279,8 @@ def _judge(case: Case, line: dict[str, Any]) -> None:
             is_right, said = truth.holds(key, read.state), read.verdicts(key)
             if not is_right and said <= QUIET and (said or not truth.needs_no_file(key)):
                 add("missed" if mode == "on" else "repaired wrongly", mode, key, "not the file's", read.said(key))
-            # What nobody read is right by accident: the buffers of a new batch norm.
-            is_read = key not in off.missing and not key.endswith(BATCHES)
+            # What nobody read is right by accident: the buffers of a new batch norm, a bias of zeros.
+            is_read = key not in off.missing and not truth.needs_no_file(key)
             if is_right and is_read and said - QUIET - {Verdict.UNPROVEN, Verdict.AMBIGUOUS}:
                 add("false alarm", mode, key, "the file's", read.said(key))
     could = {key for key in case.reference.state if truth.holds(key, case.reference.state)}
