@@ -34,6 +34,20 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_quiet_thread() -> Iterator[None]:
+    """As where the fuzzers run: a process of theirs has one thread of torch, and draws no bars."""
+    import torch
+    import transformers
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def printed() -> "Iterator[Printed]":
     from tests.checkpoints import printing
 

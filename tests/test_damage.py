@@ -4,11 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from benchmarks import damage
 from benchmarks.damage.changes import CONTENTS, LAYOUTS, NAMES
@@ -17,17 +14,8 @@ from tiedquiet.doors import from_pretrained
 from tiedquiet.proof import judge, leftovers, unread
 
 SEEDS: dict[str, str] = json.loads((Path(damage.__file__).parent / "seeds.json").read_text())
-pytestmark = pytest.mark.filterwarnings("ignore")  # what building odd configurations warns of is not what is tested
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    torch.set_num_threads(threads)
+# What building odd configurations warns of is not what is tested
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_quiet_thread")]
 
 
 @pytest.mark.slow
@@ -48,7 +36,7 @@ def test_it_sees_a_shim_that_says_nothing_of_what_is_missing(monkeypatch: pytest
 
 
 def test_it_sees_a_repair_that_reads_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unread, "_doubts", lambda *_: {})
+    monkeypatch.setattr(unread, "doubts_of", lambda *_: {})
     assert faults_of(14, "BartForCausalLM") == {"repaired wrongly"}
 
 

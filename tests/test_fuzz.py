@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from benchmarks import fuzz
 from benchmarks.fuzz import draw, judging, mutations, report
@@ -16,17 +14,8 @@ from benchmarks.fuzz.running import lines_of
 from benchmarks.fuzz.writes import WAYS
 
 SEEDS: dict[str, Any] = json.loads((Path(fuzz.__file__).parent / "seeds.json").read_text())
-pytestmark = pytest.mark.filterwarnings("ignore")  # what accelerate and drawn classes warn of is not what is tested
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-    torch.set_num_threads(threads)
+# What accelerate and drawn classes warn of is not what is tested
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_quiet_thread")]
 
 
 @pytest.mark.slow

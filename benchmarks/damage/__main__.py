@@ -12,33 +12,24 @@ it is read without tiedquiet, and in each mode. The exit status is 1 if anything
 """
 
 import json
-import os
-import sys
 import time
 
-from benchmarks.fuzz.running import in_processes, prepare
+from benchmarks.fuzz.running import in_processes, options_of, prepare
 
 
 def main() -> int:
     from benchmarks.damage.judging import judged
     from benchmarks.fuzz import report
-    from benchmarks.record import arguments, stop, write
+    from benchmarks.record import arguments
 
     parser = arguments(__doc__ or "")
     parser.prog = "python -m benchmarks.damage"
-    parser.add_argument("--loads", type=int, default=500, help="how many seeds (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--only", type=int, metavar="SEED", help="one seed, and all that is known of it")
-    options = parser.parse_args()
-    if options.loads < 1 or options.jobs < 1:
-        stop("--loads and --jobs are at least 1")
+    options = options_of(parser, 500)
     if options.only is not None:
         prepare()
         line = judged(options.only)
         print(json.dumps(line, indent=1))
         return 1 if line.get("faults", True) else 0
-    import transformers
     from tqdm import tqdm
 
     started = time.perf_counter()
@@ -51,12 +42,8 @@ def main() -> int:
         "seconds": round(time.perf_counter() - started),
         "classes": len({line["class"] for line in lines if not line["skipped"]}),
     }
-    summary = report.summary(lines)
-    path = write(f"damage-{transformers.__version__}", configuration, summary, options.out)
-    path.with_suffix(".md").write_text(report.page(transformers.__version__, configuration, summary))
-    print(report.overview(summary), report.groups(summary), sep="\n")
-    print(path.with_suffix(".md"), file=sys.stderr)
-    return 1 if summary["faults"] or summary["errors"] else 0
+    found = report.publish("damage", configuration, lines, options.out)
+    return 1 if found["faults"] or found["errors"] else 0
 
 
 if __name__ == "__main__":

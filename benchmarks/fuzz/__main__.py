@@ -14,38 +14,28 @@ repaired wrongly, or broken.
 
 import argparse
 import json
-import os
-import sys
 import time
 
-from benchmarks.fuzz.running import prepare, run, scratch
+from benchmarks.fuzz.running import options_of, prepare, run, scratch
 
 
 def main() -> int:
     from benchmarks.fuzz import report
     from benchmarks.fuzz import seeds as kept
-    from benchmarks.record import arguments, stop, write
+    from benchmarks.record import arguments
 
     parser = arguments(__doc__ or "")
     parser.prog = "python -m benchmarks.fuzz"
-    parser.add_argument("--loads", type=int, default=2000, help="how many seeds (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--only", type=int, metavar="SEED", help="one seed, and all that is known of it")
     parser.add_argument("--mutations", action="store_true", help="take rules of the proof away, one at a time")
     parser.add_argument(
         "--keep", action="store_true", help="choose from these loads the seeds that tests/test_fuzz.py runs"
     )
-    options = parser.parse_args()
-    if options.loads < 1 or options.jobs < 1:
-        stop("--loads and --jobs are at least 1")
+    options = options_of(parser, 2000)
     if options.only is not None:
         return show(options.only)
     seeds = range(options.seed, options.seed + options.loads)
     if options.mutations:
         return mutations(options, seeds)
-    import transformers
-
     started = time.perf_counter()
     lines = list(run(seeds, options.jobs))
     configuration = {
@@ -56,12 +46,7 @@ def main() -> int:
     }
     if options.keep:
         kept.write(lines)
-    summary = report.summary(lines)
-    path = write(f"fuzz-{transformers.__version__}", configuration, summary, options.out)
-    path.with_suffix(".md").write_text(report.page(transformers.__version__, configuration, summary))
-    print(report.overview(summary), report.groups(summary), sep="\n")
-    print(path.with_suffix(".md"), file=sys.stderr)
-    return 1 if summary["faults"] else 0
+    return 1 if report.publish("fuzz", configuration, lines, options.out)["faults"] else 0
 
 
 def show(seed: int) -> int:

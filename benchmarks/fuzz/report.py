@@ -1,10 +1,13 @@
 """From the lines of many loads to tables."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.judging import FAULTS
+from benchmarks.record import write
 
 Lines = Iterable[dict[str, Any]]
 SEEDS = 8  # that a table names
@@ -62,6 +65,22 @@ def repaired(lines: Lines) -> dict[int, int]:
 COLUMNS = {"loads": "loads", "truths": "truths", "told": "told", "unseen": "cannot be seen", "unproven": "unproven"} | {
     fault: fault for fault in FAULTS
 }
+
+
+def publish(theme: str, configuration: dict[str, Any], lines: Lines, out: Path) -> dict[str, Any]:
+    """Write the result as JSON and as Markdown, and print its tables.
+
+    Returns:
+        The summary of these lines.
+    """
+    import transformers
+
+    found = summary(lines)
+    path = write(f"{theme}-{transformers.__version__}", configuration, found, out).with_suffix(".md")
+    path.write_text(page(transformers.__version__, configuration, found))
+    print(overview(found), groups(found), sep="\n")
+    print(path, file=sys.stderr)
+    return found
 
 
 def _row(cells: Iterable[object]) -> str:

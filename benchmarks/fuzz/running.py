@@ -1,5 +1,6 @@
 """Many loads in many processes. Not in `__main__`, which a spawned process does not import."""
 
+import argparse
 import logging
 import multiprocessing
 import os
@@ -10,7 +11,26 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import stop
+
 CHUNK = 50  # loads that a process is given at once
+
+
+def options_of(parser: argparse.ArgumentParser, loads: int) -> argparse.Namespace:
+    """What a fuzzer is told: which seeds, and in how many processes.
+
+    Args:
+        parser: has what else it takes.
+        loads: how many seeds, if nothing is said.
+    """
+    parser.add_argument("--loads", type=int, default=loads, help="how many seeds (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first one (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument("--only", type=int, metavar="SEED", help="one seed, and all that is known of it")
+    options = parser.parse_args()
+    if options.loads < 1 or options.jobs < 1:
+        stop("--loads and --jobs are at least 1")
+    return options
 
 
 def run(seeds: Iterable[int], jobs: int, mutation: str = "") -> Iterator[dict[str, Any]]:

@@ -16,9 +16,9 @@ from tests.doors.renamed import BERT, SMALL, verdicts, written, wrong
 from tests.doors.test_unread_ends import in_two_shards
 from tests.gate.test_compare import mixtral
 from tiedquiet import Finding, LoadError, Verdict
+from tiedquiet.proof.doubts import doubts_of
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.names import Made, Origin
-from tiedquiet.proof.unread import _doubts
 
 NORM = "bert.encoder.layer.0.output.LayerNorm"
 
@@ -122,7 +122,7 @@ def test_two_rules_do_not_mix_two_copies() -> None:
     headers = {name: value.to("meta") for name, value in values.items()}
     for source, is_doubt in (("a.x", True), ("b.x", False), (None, False)):
         reading.found["x"] = Finding("x", Verdict.UNREAD, source)
-        assert bool(_doubts(reading, made, headers)) is is_doubt
+        assert bool(doubts_of(reading, made, headers)) is is_doubt
 
 
 @pytest.mark.parametrize("by", [0, 1])

@@ -279,7 +279,7 @@ def _uncross(reading: Reading) -> list[Finding]:
 def _filter(load: Load, bound: dict[str, Any]) -> Outcome | None:
     """The report without the rows of what is in the model after all; what else there is to say is said at the end."""
     load.reported = _reported(bound)
-    if mode.current() == "repair":
+    if mode.current() == "repair" and (load.watch.placeholders or load.reading.has_loose):
         prepare(load, bound["model"])
     missing = left_missing(load, bound["model"]) if load.reported else set()
     return Outcome(arguments=_with_missing(bound, missing)) if missing != load.reported else None

@@ -271,8 +271,8 @@ def _judge_now(
             known_of_it.verdict not in (Verdict.UNREAD, Verdict.AMBIGUOUS) and finding.verdict is not Verdict.MISSING
         ):
             findings[finding.key] = finding
-    there = {*now.state, *now.others, *now.loose, ""}
-    return [findings[key] for key in sorted(findings) if key in there]
+    tensors = ({""}, now.state, now.others, now.loose)  # the first of what is about the whole load
+    return [findings[key] for key in sorted(findings) if any(key in some for some in tensors)]
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:

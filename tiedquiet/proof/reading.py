@@ -38,6 +38,7 @@ class Reading:
             None if none is likely.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
+        has_loose: whether a module has a tensor on meta that it does not register.
         made_of: gives what the loader made tensors of; those left out have their own names in the files, if any.
         is_converted: whether it may have merged or split tensors: what `made_of` leaves out is then in no file as such.
         is_quantised: whether a quantiser has changed them, so that nothing of the kind is known.
@@ -56,6 +57,7 @@ class Reading:
     likely: dict[str, str | None] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
+    has_loose: bool = False
     made_of: Callable[[], Mapping[str, names.Origin]] = dict
     is_converted: bool = False
     is_quantised: bool = False
@@ -161,6 +163,7 @@ def read(
         },
         offloaded={} if offloaded is None else offloaded,
         buffers=list(now.others),
+        has_loose=bool(now.loose),
         made_of=made_of,
         is_converted=is_converted,
         is_quantised=is_quantised,

@@ -63,7 +63,7 @@ def prepare(load: Load, model: Any) -> None:
         model: its model.
     """
     with load.watch.aside():
-        if any(map(load.watch.placeholders.has, model.buffers())) or survey(model).loose:
+        if load.reading.has_loose or any(map(load.watch.placeholders.has, model.buffers())):
             _computed(load)
 
 

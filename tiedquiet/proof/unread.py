@@ -3,7 +3,6 @@
 Their headers are asked, and only if a load is not plainly clean.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +13,11 @@ import torch
 from tiedquiet.proof import names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
+from tiedquiet.proof.doubts import doubts_of
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers, is_ignored
-from tiedquiet.proof.memory import equals, identical, same, types_of
+from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.missing import is_of_another_class
-from tiedquiet.proof.prefixes import starts
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.rivals import has_more, judge_ways
 from tiedquiet.proof.survey import Survey, declared, only, survey, ties
@@ -185,55 +184,12 @@ def find_unread(
             made = made._replace(cure="save these tensors by themselves, with no dict around them")
         left = left.without(made)
         lost = {k: o for k, o in made.origins.items() if not _is_held(ends.get(k, ()), o, reading.checkpoint)}
-        doubts = _doubts(reading, made._replace(origins=lost), unread)
-        for key, why in doubts.items():
+        for key, why in doubts_of(reading, made._replace(origins=lost), unread).items():
             note_unread(reading, made._replace(origins={key: lost.pop(key)}, why=f"{made.why}, {why}"), _DOUBT)
         if lost:
             found.append(made._replace(origins=lost))
             note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
     _note_likely(reading, left.missing, left.not_ignored(), reading.checkpoint, ends)
-    return found
-
-
-def _doubts(reading: Reading, made: names.Made, unread: names.Headers) -> dict[str, str]:
-    """Why what a rule leads to some keys may not be theirs, as a clause: nothing is read into them then.
-
-    The rule leads other values to what was read already, or found by another, as in another copy of the model; or two
-    tensors to one key. Or most of what it takes is there once more, without the first parts of its names.
-    """
-    files, names_of = reading.checkpoint.tensors, dict[str, list[str]]()
-    if reading.is_quantised:
-        return {}
-    for name, key in made.leads.items():
-        names_of.setdefault(key, []).append(name)
-        earlier = reading.found[key].source if key in reading.found else None
-        other = key if key in reading.held else earlier
-        there = reading.read_to[key] if key in reading.held else files[earlier]() if earlier in files else None
-        if there is not None and equals(there, files[name]()) is False:
-            return dict.fromkeys(made.origins, f"and {name} has other values than {other}")
-    found: dict[str, str] = {}
-    taken, sizes, again = made.key_of, Counter[str](), dict[str, list[str]]()
-    for name in taken:
-        for start in starts(name):
-            sizes[start] += 1
-            short = name[len(start) :]
-            if short in unread and short not in taken and unread[short].shape == unread[name].shape:
-                again.setdefault(start, []).append(short)
-    for start, some in again.items():
-        differ = (short for short in some if not identical(files[short](), files[start + short]()))
-        if 2 * len(some) > sizes[start] and (one := next(differ, None)) is not None:
-            keys = [key for key, origin in made.origins.items() if origin.names[0].startswith(start)]
-            found |= dict.fromkeys(keys, f"and {one} is there as well, and has other values")
-    doubled: dict[str, str] = {}
-    for key, origin in made.origins.items():
-        first = origin.names[0]
-        rivals = [] if origin.is_converted else [name for name in names_of.get(key, ()) if name != first]
-        if (rival := next((n for n in rivals if not identical(files[n](), files[first]())), None)) is not None:
-            doubled[key] = rival
-    for key, rival in [*doubled.items()][:1]:
-        # Where most are there twice, what is there once may be of either copy.
-        either = made.origins if 2 * len(doubled) > len(made.origins) else doubled
-        found |= dict.fromkeys(either, f"and {rival}, which may be {key} as well, has other values")
     return found
 
 
