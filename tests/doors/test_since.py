@@ -127,6 +127,18 @@ def test_a_copy_is_followed_as_the_model_is(tmp_path: Path) -> None:
     assert not tiedquiet.check(sound).ok
 
 
+def test_a_shallow_copy_is_followed_too(tmp_path: Path) -> None:
+    """It has the model's own modules by name, until it is given others."""
+    written(qwen2(tie_word_embeddings=False), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    assert tiedquiet.check(twin).ok
+    twin.lm_head = nn.Linear(32, model.config.vocab_size, bias=False)
+    assert [finding.key for finding in tiedquiet.check(twin).findings] == ["lm_head.weight"]
+    assert tiedquiet.check(model).ok
+
+
 def test_a_copy_s_tensors_may_be_swapped_as_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch refuses that for tensors that anybody refers to weakly."""
     written(qwen2(), tmp_path)

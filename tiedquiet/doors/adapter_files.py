@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -64,7 +63,7 @@ class Adapter:
         for name in base_s_own(self.checkpoint.headers, unseen, whole_names):
             self.in_files[name.removeprefix(self.prefix)] = name
         stored = self.in_files.keys() - missing
-        self.known = Record(stored, missing, len(self.in_files), files=self.checkpoint.files, model=ref(self.base))
+        self.known = Record(stored, missing, len(self.in_files), files=self.checkpoint.files)
         self.known.tensors = record.refs_to({key: self._state[key] for key in stored})
         self.known.adapted = adapted
         self.repaired: list[Finding] = []

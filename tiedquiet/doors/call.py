@@ -17,6 +17,7 @@ from tiedquiet.doors.outcome import conclude, say
 from tiedquiet.doors.wrapping import guarded, stand_aside
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import LoadError
 
 
@@ -83,7 +84,7 @@ class Call:
         for own, original in self._open:
             if own is load is not None and (known := record.of(original)) is not None:
                 load.close(model)
-                record.leave(model, known)
+                record.leave(model, known.renewed(survey(model).state))
 
     def attempt(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call in it, after which another may follow: if it fails, what it read is neither judged nor kept."""

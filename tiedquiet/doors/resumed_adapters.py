@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -89,7 +88,7 @@ class _Adapters:
         self._state, self._earlier = survey(model).state, record.of(self._base)
         self._read = {id(self._state[key]) for adapter in others for key in saved(model, adapter)}
         self._in_base = {key: id(tensor) for key, tensor in self._state.items() if key.startswith(self._prefix)}
-        self._known = Record(set(), set(), 0, model=ref(self._base))
+        self._known = Record(set(), set(), 0)
         self._repaired: list[Finding] = []
         self._lines: list[tuple[int, str]] = []
 

@@ -231,7 +231,7 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
 def _leave_inside(of: Inside) -> None:
     """Leave the record on the model inside as well, and under the names that its tensors had before peft came."""
     known, as_loaded = record.of(of.model) or Record(set(), set(), 0), of.as_loaded
-    record.leave(of.core, known.renamed(of.core, lambda key: as_loaded(key) if key.startswith(of.at) else None))
+    record.leave(of.core, known.renamed(lambda key: as_loaded(key) if key.startswith(of.at) else None))
 
 
 _READS = tuple(

@@ -8,7 +8,6 @@ and nobody was seen to write there, or if it equals in full what was read.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
-from weakref import ref
 
 import torch
 
@@ -78,7 +77,6 @@ def judge(
         files=list(reading.checkpoint.files),
         stamps=_stamps(reading.checkpoint.files),
         tensors=record.refs_to(only(now.state, stored)),
-        model=ref(model),
     )
     if is_strict:
         judge_casts(known, now, reading.sources, and_on_disk=True)
@@ -276,8 +274,7 @@ def _judge_now(
 
 
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
-    """Findings on what is seen to have changed since the load; of a copy, what is on meta."""
-    is_copy = not known.is_of(model)  # it has tensors of its own
+    """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
@@ -287,8 +284,6 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
             yield Finding(
                 name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
             )
-        elif is_copy:
-            continue
         elif tensor is None:
             yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
         elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:

@@ -42,7 +42,6 @@ class Record:
         stamps: size and time that each of these files had then.
         tensors: the tensors when the load had ended, for as long as anybody else keeps them; not those that torch may
             swap with others.
-        model: the model itself, in the same way: a copy of it has this record, too.
     """
 
     stored: set[str]
@@ -63,7 +62,6 @@ class Record:
     files: list[str] = field(default_factory=list)
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: "dict[str, ref[torch.Tensor]]" = field(default_factory=dict)
-    model: "ref[torch.nn.Module] | None" = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
         """That of the copy, whose tensors are in the memo by now: a module has its attributes copied in order.
@@ -72,19 +70,10 @@ class Record:
         """
         theirs = {name: memo[id(own)] for name, tensor in self.tensors.items() if id(own := tensor()) in memo}
         others = {name: tensor for name, tensor in self.tensors.items() if name not in theirs}
-        model = memo.get(id(self.model())) if self.model is not None else None
-        return replace(
-            self,
-            tensors={**others, **refs_to(theirs)},
-            model=ref(model) if isinstance(model, torch.nn.Module) else self.model,
-        )
+        return replace(self, tensors={**others, **refs_to(theirs)})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # a model may be unpickled where there is no tiedquiet
-
-    def is_of(self, model: torch.nn.Module) -> bool:
-        """Whether a model is the very one that was loaded, and no copy."""
-        return self.model is not None and self.model() is model
 
     @property
     def tied(self) -> set[str]:
@@ -97,7 +86,7 @@ class Record:
         return (entry.get("safetensors_file"), entry.get("weight_name")) if entry else None
 
     def renewed(self, state: Mapping[str, torch.Tensor]) -> "Record":
-        """The same once a quantiser has made other tensors of some of these, or of two one.
+        """The same once a quantiser has made other tensors of some of these, or of two one; or of a copy made before.
 
         Args:
             state: the model's tensors by name.
@@ -106,12 +95,11 @@ class Record:
         tensors = refs_to({name: state[name] for name in self.tensors if name not in gone})
         return replace(self, gone=self.gone | gone, tensors=tensors)
 
-    def renamed(self, model: torch.nn.Module, name: Callable[[str], str | None]) -> "Record":
+    def renamed(self, name: Callable[[str], str | None]) -> "Record":
         """The same of a model inside this one, or under other names.
 
         Args:
-            model: that model.
-            name: its name for each tensor; None for one that is not its own.
+            name: that model's name for each tensor; None for one that is not its own.
         """
 
         def of_finding(finding: Finding) -> Finding:
@@ -122,7 +110,7 @@ class Record:
 
         known = self.stored | self.missing | self.lasting.keys() | self.findings.keys()
         new = {key: own for key in known if (own := name(key) if key else key) is not None}
-        changed: dict[str, Any] = {"model": ref(model)}
+        changed: dict[str, Any] = {}
         for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted"):
             changed[what] = {new[key] for key in getattr(self, what) if key in new}
         for what in ("places", "likely", "tensors"):
