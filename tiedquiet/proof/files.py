@@ -79,11 +79,11 @@ class Checkpoint:
 
     @cached_property
     def elements(self) -> int:
-        """How many elements they have, in the same way; else 0. Of files with one type their size tells it."""
+        """How many elements they have, in the same way; else 0. Of files with one type their size tells it at once."""
         if self.state_dict is not None or not self._is_safetensors:
             return sum(read().numel() for read in self.tensors.values()) if self.is_mapped else 0
         if len(self.dtypes) != 1:
-            return 0
+            return sum(header.numel() for header in self.headers.values())
         (dtype,) = self.dtypes
         return sum(map(_bytes_in, self.files)) // dtype.itemsize
 
@@ -212,9 +212,12 @@ def found_in(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
 
 
 def _names_of_types(path: str) -> list[bytes]:
-    """What a safetensors header calls the type of each tensor: only the header is read, and it is not parsed."""
+    """What a safetensors header calls the type of each tensor: only that is read, and parsed if it has an escape."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
+    if b"\\" in header:  # `"\u0064type"` is `"dtype"` as well
+        with safe_open(path, "pt") as opened:
+            return [opened.get_slice(key).get_dtype().encode() for key in opened.keys()]  # noqa: SIM118 (no mapping)
     return re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)
 
 
