@@ -37,7 +37,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
     checkpoint = reading.checkpoint
-    if checkpoint.is_parted and checkpoint.is_mapped:
+    if checkpoint.is_parted and checkpoint.tells:
         return True
     if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
