@@ -22,6 +22,7 @@ from tiedquiet.gate.weights import (
     of_variant,
     only_of_variants,
     pickles_are_unsafe,
+    refuse_distributed,
     variants_in,
     weights_of,
 )
@@ -74,12 +75,13 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 
     progress.loading(part.label)
     part = adapted(part, how.trust)
+    refuse_distributed(part.source, part.name)
     loader, problem = (kind, "") if kind else loader_of(part, how.trust)
     forms = _forms(part, how)
     model, info = _load(part, loader, how)
     known = record.of(model)
     name = type(model).__name__
-    if known is None:
+    if known is None or not known.total:
         raise CannotCheck(
             f"{part.label}: {name} was not loaded by transformers' `from_pretrained`, so nothing is known about it"
         )
