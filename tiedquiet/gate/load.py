@@ -75,7 +75,6 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 
     progress.loading(part.label)
     part = adapted(part, how.trust)
-    refuse_distributed(part.source, part.name)
     loader, problem = (kind, "") if kind else loader_of(part, how.trust)
     forms = _forms(part, how)
     model, info = _load(part, loader, how)
@@ -150,6 +149,8 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 def _forms(part: Part, how: How) -> list[list[Weights]]:
     """The forms in which the folders hold weights, those that are read first; raises if they must not be opened."""
     for source in filter(None, (part.source, part.base)):
+        if not source.gguf:
+            refuse_distributed(source, part.name)
         path = source.file("generation_config.json", part.name) if source.is_local else None
         if path is not None:
             check_length(path)
