@@ -48,7 +48,8 @@ def left_missing(load: Load, model: Any) -> set[str]:
     """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
     with load.watch.aside():
         findings = _judge_and_repair(load, model)
-    left = _left(findings, load.mended, load.reported)
+    read_since = load.reading.beside.keys() - {finding.key for finding in findings}
+    left = _left(findings, load.mended, load.reported) - read_since
     load.watch.go_on()
     load.dropped = load.reported - left
     return left
