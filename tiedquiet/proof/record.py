@@ -1,6 +1,7 @@
 """The record of a load: names and verdicts, left on the model. It holds no tensor and keeps none alive."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,7 +74,7 @@ class Record:
         return replace(self, tensors={**others, **refs_to(theirs)})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # a model may be unpickled where there is no tiedquiet
+        return OrderedDict, ()  # there may be no tiedquiet then; and `torch.load(weights_only=True)` takes this
 
     @property
     def tied(self) -> set[str]:
