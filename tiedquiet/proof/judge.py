@@ -23,7 +23,7 @@ from tiedquiet.proof.stored import Sources, judge_casts, judge_placeholders, jud
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
-from tiedquiet.verdict import IN_FILES, Finding, Proof, Verdict
+from tiedquiet.verdict import IN_FILES, WELL, Finding, Proof, Verdict
 
 
 def judge(
@@ -147,9 +147,11 @@ def proof(model: Any, inert: str = "") -> Proof:
             continue
         prefix = f"{name}." if name else ""
         own = {prefix + key for key in known.stored | known.missing}
-        if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
-            continue  # of an earlier load; one that was put in later has its own
-        counted |= own
+        if any(prefix.startswith(outer) for outer, _ in found):
+            if own <= counted:
+                continue  # of an earlier load; what was put in later has names of its own, all of them or some
+            known = _without(known, prefix, counted)
+        counted |= own | set(map(record.loaded_name, own))
         if not any(prefix.startswith(outer) for outer, _ in outermost):
             outermost.append((prefix, module))
         found.append((prefix, proof_of(module, known)))
@@ -164,11 +166,19 @@ def proof(model: Any, inert: str = "") -> Proof:
         for f in part.findings
     ]
     if not found:
-        why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"
+        why = inert or (
+            "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint; or it is "
+            "a part or a pickled copy of what was loaded"
+        )
         findings = [Finding("", Verdict.UNPROVEN, None, why)]
     findings = sorted((*findings, *beside), key=lambda finding: finding.key)
     stored, total = (sum(getattr(part, what) for _, part in found) for what in ("stored", "total"))
     return Proof(type(model).__name__, stored, tuple(findings), total + len(beside))
+
+
+def _without(known: Record, prefix: str, others: set[str]) -> Record:
+    """A record without the names that are others under a prefix."""
+    return known.renamed(lambda key: None if prefix + key in others else key)
 
 
 def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
@@ -181,7 +191,8 @@ def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
     now, known = survey(model), record.of(model)
     tensors = [one() for one in known.tensors.values()] if known is not None else []
     for name in sorted(_put_in(model, now, known, tensors)):
-        yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
+        why = "no load of it was seen" if known is None else "it was put in since, and no load of it was seen"
+        yield Finding(prefix + name, Verdict.MISSING, None, why, since=known is not None)
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
@@ -189,12 +200,20 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     known, now = _as_it_is(model, known)
     sources = sources_since(model, known, now)
     judge_casts(known, now, sources)
-    findings = {finding.key: finding for finding in _judge_ties_now(model, known, now)}
+    findings = {finding.key: _as_change(known, finding) for finding in _judge_ties_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _as_change(known: Record, finding: Finding) -> Finding:
+    """A finding; one on what was well when the load had ended tells of a change."""
+    then = known.findings.get(finding.key)
+    if finding.verdict in WELL or then is None or then.verdict not in WELL:
+        return finding
+    return replace(finding, why=f"it was {then.verdict} when it was loaded, and is not any more", since=True)
 
 
 def untied_since(model: torch.nn.Module, known: Record) -> list[Finding]:
@@ -276,24 +295,41 @@ def _judge_now(
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
+    put_in: set[str] | None = None
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
-        if tensor is not None and (is_moved(model, name) or type(tensor) not in ORDINARY):
+        if tensor is None:
+            became = "removed from the model"
+        elif is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate holds the values elsewhere, FSDP has parted them
-        if tensor is not None and tensor.is_meta:
-            yield Finding(
-                name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
-            )
-        elif tensor is None:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
-        elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
-            # `Module.to` makes other buffers, where it keeps parameters.
-            if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):
+        elif tensor.is_meta:
+            became = "moved to meta, where nothing has values"
+        elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
+            put_in = _put_in_and_read(now) if put_in is None else put_in
+            # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
+            # as good, but an optimizer may hold the other one.
+            is_free = then is None or not isinstance(tensor, torch.nn.Parameter)
+            if name in put_in or (is_free and _has_values(tensor, sources(name))):
                 continue
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
+            became = "replaced by another tensor"
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
             yield Finding(name, Verdict.UNPROVEN, None, why)
+            continue
+        else:
+            continue
+        why = f"it was read, and has since been {became}"
+        yield Finding(name, Verdict.UNPROVEN, None, why, since=name not in known.lasting)
+
+
+def _put_in_and_read(now: Survey) -> set[str]:
+    """The names of what models inside read, each in a load of its own, and have to this day."""
+    found: set[str] = set()
+    for prefix, model in now.models:
+        if prefix and (own := record.of(model)) is not None:
+            changed = {finding.key for finding in proof_of(model, own).findings}
+            found.update(prefix + name for name in (own.stored & own.tensors.keys()) - changed)
+    return found
 
 
 def _has_values(tensor: torch.Tensor, own: list[Callable[[], torch.Tensor]] | None) -> bool:

@@ -1,0 +1,72 @@
+"""A part of a loaded model that comes from another load, put in by the program: each load proves what it read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+import tiedquiet
+from tests.doors.renamed import BERT, verdicts, written
+from tests.doors.test_copies import rewritten
+from tiedquiet import Proof, Verdict
+
+HEAD = "cls.predictions.decoder.weight"
+NORM = "bert.embeddings.LayerNorm.weight"
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Any:
+    written(BertForMaskedLM(BertConfig(**BERT)), tmp_path / "whole")
+    return BertForMaskedLM.from_pretrained(tmp_path / "whole")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another base model's folder, with other values."""
+    written(BertModel(BertConfig(**BERT)), tmp_path / "other")
+    return tmp_path / "other"
+
+
+def changes(proof: Proof) -> dict[str, tuple[Verdict, str]]:
+    return {f.key: (f.verdict, f.why) for f in proof.findings if f.since}
+
+
+def test_a_part_that_was_loaded_by_itself_is_proven_by_its_own_load(whole: Any, other: Path) -> None:
+    before = tiedquiet.check(whole)
+    whole.bert = BertModel.from_pretrained(other, add_pooling_layer=False)
+    proof = tiedquiet.check(whole)
+    assert changes(proof) == {HEAD: (Verdict.UNTIED, "it was tied when it was loaded, and is not any more")}
+    assert "the load was sound, with 1 change since\n" in str(proof)
+    whole.tie_weights()
+    assert tiedquiet.check(whole) == before, "as many tensors, and the same ties"
+    assert tiedquiet.check(whole.half()).ok
+    whole.bert.embeddings.LayerNorm.weight = torch.nn.Parameter(torch.ones(16))
+    replaced = (Verdict.UNPROVEN, "it was read, and has since been replaced by another tensor")
+    assert changes(tiedquiet.check(whole)) == {NORM: replaced}
+
+
+def test_what_the_part_s_own_load_did_not_read_is_not_proven_by_it(whole: Any, other: Path) -> None:
+    rewritten(other, lambda tensors: {n: v for n, v in tensors.items() if n != NORM.removeprefix("bert.")})
+    whole.bert = BertModel.from_pretrained(other, add_pooling_layer=False)
+    assert changes(tiedquiet.check(whole)).keys() == {HEAD, NORM}
+
+
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_what_the_part_has_besides_is_counted_too(has_pooler: bool, whole: Any, other: Path) -> None:
+    if not has_pooler:
+        rewritten(other, lambda tensors: {n: v for n, v in tensors.items() if "pooler" not in n})
+    before = tiedquiet.check(whole)
+    whole.bert = BertModel.from_pretrained(other)
+    whole.tie_weights()
+    proof, pooler = tiedquiet.check(whole), {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert {key for key, verdict in verdicts(whole).items() if verdict is Verdict.MISSING} == pooler - {
+        key for key in pooler if has_pooler
+    }
+    assert (proof.stored, proof.total) == (before.stored + 2 * has_pooler, before.total + 2)
+
+
+def test_a_part_with_new_values_is_no_part_that_was_loaded(whole: Any) -> None:
+    whole.bert = BertModel(BertConfig(**BERT), add_pooling_layer=False)
+    assert changes(tiedquiet.check(whole)).keys() == {HEAD, *(key for key in whole.state_dict() if "bert." in key)}
