@@ -64,7 +64,7 @@ MODULES = (
     words,
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
-ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is_at_limit"}  # of `check`
+ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "_is_managed", "loaded_name", "is_at_limit"}  # of `check`
 ELSEWHERE |= {
     "_followed",
     "_were_tied",

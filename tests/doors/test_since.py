@@ -203,6 +203,20 @@ class Around(nn.Module):
         self.base = base
 
 
+@pytest.mark.usefixtures("process_group")
+def test_what_fsdp_has_gathered_is_what_was_read(tmp_path: Path) -> None:
+    """Other tensors, from a forward to the next backward, with whatever values training has given them."""
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    written(qwen2(tie_word_embeddings=False), tmp_path / "model")
+    model = fully_shard(Qwen2ForCausalLM.from_pretrained(tmp_path / "model"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+        model(torch.ones(1, 2, dtype=torch.long))
+    assert not isinstance(model.model.norm.weight, torch.distributed.tensor.DTensor)
+    assert tiedquiet.check(model).ok
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_layer_around_one_that_was_read_removes_nothing(tied: bool, tmp_path: Path) -> None:
     written(qwen2(tie_word_embeddings=tied), tmp_path)

@@ -148,10 +148,11 @@ def proof(model: Any, inert: str = "") -> Proof:
         prefix = f"{name}." if name else ""
         own = {prefix + key for key in known.stored | known.missing}
         if any(prefix.startswith(outer) for outer, _ in found):
-            if own <= counted:
+            others = counted | set(map(record.loaded_name, counted))
+            if own <= others:
                 continue  # of an earlier load; what was put in later has names of its own, all of them or some
-            known = _without(known, prefix, counted)
-        counted |= own | set(map(record.loaded_name, own))
+            known = _without(known, prefix, others)
+        counted |= own
         if not any(prefix.startswith(outer) for outer, _ in outermost):
             outermost.append((prefix, module))
         found.append((prefix, proof_of(module, known)))
@@ -301,7 +302,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
         if tensor is None:
             became = "removed from the model"
         elif is_moved(model, name) or type(tensor) not in ORDINARY:
-            continue  # accelerate holds the values elsewhere, FSDP has parted them
+            continue  # accelerate or FSDP holds the values elsewhere, or has parted them
         elif tensor.is_meta:
             became = "moved to meta, where nothing has values"
         elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:

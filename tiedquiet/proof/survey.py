@@ -124,15 +124,20 @@ def _at(parts: Any, name: str) -> Any:
 
 
 def is_moved(model: torch.nn.Module, name: str) -> bool:
-    """Whether accelerate holds the values of a tensor elsewhere until they are needed."""
+    """Whether accelerate or FSDP holds the values of a tensor elsewhere until they are needed."""
     module: Any = model
     for part in name.split(".")[:-1]:
-        if "_hf_hook" in vars(module):  # `hasattr` takes ten times as long where it is not
+        if _is_managed(module):
             return True
         module = _at(module._modules, part)
         if module is None:
             return False
-    return "_hf_hook" in vars(module)
+    return _is_managed(module)
+
+
+def _is_managed(module: torch.nn.Module) -> bool:
+    # To ask the module takes ten times as long where it has neither. Of the second, FSDP2 makes it a class of its own.
+    return "_hf_hook" in vars(module) or hasattr(type(module), "set_reshard_after_forward")
 
 
 def asks_for_ties(model: Any) -> bool:
