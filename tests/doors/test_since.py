@@ -89,6 +89,18 @@ def test_what_is_said_of_the_load_stays_true(tmp_path: Path) -> None:
     assert "; 1 unproven; the load was not proven to be sound\n" in str(tiedquiet.check(model))
 
 
+def test_a_head_that_was_moved_to_meta_is_tied_no_more(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=True), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.lm_head.to("meta")
+    assert [(f.key, f.why, f.since) for f in tiedquiet.check(model).findings] == [
+        ("lm_head.weight", "it was tied, and has since been moved to meta, where nothing has values", True)
+    ]
+    offloaded = accelerate.cpu_offload(Qwen2ForCausalLM.from_pretrained(tmp_path))
+    assert offloaded.lm_head.weight.is_meta
+    assert tiedquiet.check(offloaded).ok
+
+
 class Resets(Tiny):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

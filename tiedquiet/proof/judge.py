@@ -7,6 +7,7 @@ and nobody was seen to write there, or if it equals in full what was read.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import IN_FILES, WELL, Finding, Proof, Verdict
+
+_TO_META = "moved to meta, where nothing has values"
 
 
 def judge(
@@ -201,7 +204,7 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     known, now = _as_it_is(model, known)
     sources = sources_since(model, known, now)
     judge_casts(known, now, sources)
-    findings = {finding.key: _as_change(known, finding) for finding in _judge_ties_now(model, known, now)}
+    findings = {finding.key: _as_change(model, known, now, finding) for finding in _judge_ties_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
     )
@@ -209,10 +212,14 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
 
 
-def _as_change(known: Record, finding: Finding) -> Finding:
+def _as_change(model: torch.nn.Module, known: Record, now: Survey, finding: Finding) -> Finding:
     """A finding; one on what was well when the load had ended tells of a change."""
-    then = known.findings.get(finding.key)
-    if finding.verdict in WELL or then is None or then.verdict not in WELL:
+    key, then = finding.key, known.findings.get(finding.key)
+    if then is None or then.verdict not in WELL:
+        return finding
+    if now.state[key].is_meta and not is_moved(model, key):
+        return Finding(key, Verdict.UNPROVEN, None, f"it was {then.verdict}, and has since been {_TO_META}", since=True)
+    if finding.verdict in WELL:
         return finding
     return replace(finding, why=f"it was {then.verdict} when it was loaded, and is not any more", since=True)
 
@@ -296,21 +303,22 @@ def _judge_now(
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
-    put_in: set[str] | None = None
+    put_in = cache(partial(_put_in_and_read, now))
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is None:
+            if name in put_in():
+                continue  # it has another name since
             became = "removed from the model"
         elif is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate or FSDP holds the values elsewhere, or has parted them
         elif tensor.is_meta:
-            became = "moved to meta, where nothing has values"
+            became = _TO_META
         elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
-            put_in = _put_in_and_read(now) if put_in is None else put_in
             # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
             # as good, but an optimizer may hold the other one.
             is_free = then is None or not isinstance(tensor, torch.nn.Parameter)
-            if name in put_in or (is_free and _has_values(tensor, sources(name))):
+            if name in put_in() or (is_free and _has_values(tensor, sources(name))):
                 continue
             became = "replaced by another tensor"
         elif name in known.narrowed and is_at_limit(tensor):
