@@ -72,6 +72,8 @@ ELSEWHERE |= {
     "_as_change",
     "_put_in_and_read",
     "_without",
+    "is_same_place",
+    "_is_within",
     "replaced",
     "_as_it_is",
     "_judge_ties_now",

@@ -1,4 +1,4 @@
-"""A part of a loaded model that comes from another load, put in by the program: each load proves what it read."""
+"""Parts of a loaded model that a program moves, or puts in from another load, which proves what it read."""
 
 from pathlib import Path
 from typing import Any
@@ -73,3 +73,18 @@ def test_what_the_part_has_besides_is_counted_too(has_pooler: bool, whole: Any, 
 def test_a_part_with_new_values_is_no_part_that_was_loaded(whole: Any) -> None:
     whole.bert = BertModel(BertConfig(**BERT), add_pooling_layer=False)
     assert changes(tiedquiet.check(whole)).keys() == {HEAD, *(key for key in whole.state_dict() if "bert." in key)}
+
+
+def test_layers_that_changed_places_are_no_layers_with_another_around(whole: Any) -> None:
+    attention = whole.bert.encoder.layer[0].attention.self
+    attention.query, attention.key = torch.nn.Sequential(attention.key), torch.nn.Sequential(attention.query)
+    moved = (Verdict.UNPROVEN, "it was read, and has since been moved to another place in the model")
+    at = "bert.encoder.layer.0.attention.self"
+    assert changes(tiedquiet.check(whole)) == {
+        f"{at}.{name}.{leaf}": moved for name in ("query", "key") for leaf in ("weight", "bias")
+    }
+
+
+def test_an_embedding_that_was_taken_out_is_left_in_the_head_that_is_tied_to_it(whole: Any) -> None:
+    del whole.bert.embeddings.word_embeddings
+    assert tiedquiet.check(whole).ok

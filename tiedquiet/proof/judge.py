@@ -252,16 +252,18 @@ def _followed(known: Record, now: Survey) -> Record:
     """The same where tensors that were read have other names since, which are given their old ones beside these.
 
     A layer may have been put around one, or taken away from it. What was missing under such a name is there now, unless
-    the two were tied.
+    the two were tied: then one of them may be gone.
     """
     gone = known.tensors.keys() - now.state.keys()
     names_of = by_object(now.state) if gone else {}
     arrived: set[str] = set()
     for name in gone:
         tensor = known.tensors[name]()
-        if tensor is not None and (names := names_of.get(id(tensor))):
-            now.state[name] = tensor
-            arrived.update(own for own in names if own in known.missing and not _were_tied(known, own, name))
+        for own in names_of.get(id(tensor), ()):
+            were_tied = _were_tied(known, own, name)
+            if tensor is not None and (were_tied or record.is_same_place(own, name)):
+                now.state[name] = tensor
+                arrived.update({own} & known.missing if not were_tied else ())
     return replace(known, missing=known.missing - arrived, total=known.total - len(arrived))
 
 
@@ -303,13 +305,14 @@ def _judge_now(
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
-    put_in = cache(partial(_put_in_and_read, now))
+    put_in, objects = cache(partial(_put_in_and_read, now)), cache(partial(by_object, now.state))
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is None:
             if name in put_in():
                 continue  # it has another name since
-            became = "removed from the model"
+            is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
+            became = "moved to another place in the model" if is_elsewhere else "removed from the model"
         elif is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate or FSDP holds the values elsewhere, or has parted them
         elif tensor.is_meta:

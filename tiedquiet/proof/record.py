@@ -174,6 +174,18 @@ def loaded_name(name: str) -> str:
     return _WRAPPED.sub("", without_wrappers(name))
 
 
+def is_same_place(name: str, earlier: str) -> bool:
+    """Whether two names differ by the layers that were put around one, or taken away, and how its tensor is called."""
+    longer, shorter = name.split("."), earlier.split(".")
+    return _is_within(shorter[:-1], longer) or _is_within(longer[:-1], shorter)
+
+
+def _is_within(some: list[str], parts: list[str]) -> bool:
+    """Whether all of these parts are among others, in their order."""
+    left = iter(parts)
+    return all(part in left for part in some)
+
+
 def without_wrappers(name: str) -> str:
     """The same, of what lies in a layer that is compiled by itself, or whose activations are recomputed."""
     return _OF_TORCH.sub("", name) if "_mod" in name else name
