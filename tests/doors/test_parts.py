@@ -1,5 +1,6 @@
 """Parts of a loaded model that a program moves, or puts in from another load, which proves what it read."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def changes(proof: Proof) -> dict[str, tuple[Verdict, str]]:
     return {f.key: (f.verdict, f.why) for f in proof.findings if f.since}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # what torch.compile imports
 def test_a_part_that_was_loaded_by_itself_is_proven_by_its_own_load(whole: Any, other: Path) -> None:
     before = tiedquiet.check(whole)
     whole.bert = BertModel.from_pretrained(other, add_pooling_layer=False)
@@ -45,6 +47,10 @@ def test_a_part_that_was_loaded_by_itself_is_proven_by_its_own_load(whole: Any, 
     dense = whole.bert.encoder.layer[0].output
     dense.dense = torch.nn.Sequential(dense.dense)
     assert tiedquiet.check(whole).ok, "a layer around one that was read there"
+    part, whole.bert = whole.bert, torch.compile(whole.bert)
+    assert tiedquiet.check(whole) == tiedquiet.check(copy.deepcopy(whole))
+    assert (tiedquiet.check(whole).ok, tiedquiet.check(whole).total) == (True, before.total)
+    whole.bert = part
     whole.bert.embeddings.LayerNorm.weight = torch.nn.Parameter(torch.ones(16))
     replaced = (Verdict.UNPROVEN, "it was read, and has since been replaced by another tensor")
     assert changes(tiedquiet.check(whole)) == {NORM: replaced}

@@ -152,7 +152,7 @@ def proof(model: Any, inert: str = "") -> Proof:
         own = {prefix + key for key in known.stored | known.missing}
         if any(prefix.startswith(outer) for outer, _ in found):
             others = counted | set(map(record.loaded_name, counted))
-            if own <= others:
+            if others.issuperset(map(record.loaded_name, own)):
                 continue  # of an earlier load; what was put in later has names of its own, all of them or some
             known = _without(known, prefix, others)
         counted |= own
@@ -182,7 +182,7 @@ def proof(model: Any, inert: str = "") -> Proof:
 
 def _without(known: Record, prefix: str, others: set[str]) -> Record:
     """A record without the names that are others under a prefix."""
-    return known.renamed(lambda key: None if prefix + key in others else key)
+    return known.renamed(lambda key: None if record.loaded_name(prefix + key) in others else key)
 
 
 def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
@@ -340,7 +340,7 @@ def _put_in_and_read(now: Survey) -> set[str]:
     for prefix, model in now.models:
         if prefix and (own := record.of(model)) is not None:
             changed = {finding.key for finding in proof_of(model, own).findings}
-            found.update(prefix + name for name in (own.stored & own.tensors.keys()) - changed)
+            found.update(record.loaded_name(prefix + name) for name in (own.stored & own.tensors.keys()) - changed)
     return found
 
 
