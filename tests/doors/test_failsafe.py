@@ -117,7 +117,7 @@ ELSEWHERE |= {
     "_changes",
 }  # of what is converted under a prefix
 ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
-ELSEWHERE |= {"_put_in", "is_in_peft_s", "_parents"}  # of layers that are put into a model, and of `check`
+ELSEWHERE |= {"_put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
 ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor

@@ -94,3 +94,12 @@ def test_layers_that_changed_places_are_no_layers_with_another_around(whole: Any
 def test_an_embedding_that_was_taken_out_is_left_in_the_head_that_is_tied_to_it(whole: Any) -> None:
     del whole.bert.embeddings.word_embeddings
     assert tiedquiet.check(whole).ok
+
+
+def test_a_new_head_in_the_place_of_one_that_was_tied(whole: Any) -> None:
+    old = whole.cls.predictions.decoder
+    whole.cls.predictions.decoder = torch.nn.Sequential(torch.nn.Linear(16, 64, bias=False))
+    put_in = (Verdict.MISSING, "it was put in since, and no load of it was seen")
+    assert changes(tiedquiet.check(whole)) == {"cls.predictions.decoder.0.weight": put_in}
+    whole.cls.predictions.decoder = torch.nn.Sequential(old, torch.nn.LayerNorm(64))
+    assert tiedquiet.check(whole).ok, "what a wrapper adds to a layer that was read does not count"

@@ -112,26 +112,25 @@ def _put_in(
     if not others:
         return set()
     objects = {*map(id, tensors), *(id(now.state[name]) for name in names & now.state.keys())}
-    read = {prefix + key for prefix, own in records for key in own.stored | own.tied}
+    held = [name for name, tensor in now.state.items() if id(tensor) in objects]
+    tied = {prefix + key for prefix, own in records for key in own.tied}
+    # A head that was tied may have been replaced by a new one, which has its own names.
+    left = {
+        key for key in tied if key in now.state or any(name.startswith(key.rpartition(".")[0] + ".") for name in held)
+    }
+    read = {prefix + key for prefix, own in records for key in own.stored} | left
     layers = {name.rpartition(".")[0] for name in read}
-    layers -= {parent for name in names for parent in _parents(name.rpartition(".")[0])} | {""}
+    layers -= {parent for name in names for parent in record.parents(name.rpartition(".")[0])} | {""}
     unknown = tuple(prefix for prefix, own in records if not own.total)  # somebody else's code read it
     return {
         name
         for name in others
         if id(now.state[name]) not in objects
         and (own_name := record.loaded_name(name)) not in names
-        and layers.isdisjoint(_parents(name))
+        and layers.isdisjoint(record.parents(name))
         and not name.startswith(unknown)
         and not (own_name == name and is_in_peft_s(model, name))
     }
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The names of the modules that something is in."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def proof(model: Any, inert: str = "") -> Proof:

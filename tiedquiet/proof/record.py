@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
@@ -172,6 +172,13 @@ def of(module: Any) -> Record | None:
 def loaded_name(name: str) -> str:
     """The name that a tensor had when it was loaded, before PEFT or torch wrapped the module that it is in."""
     return _WRAPPED.sub("", without_wrappers(name))
+
+
+def parents(name: str) -> Iterator[str]:
+    """The names of the modules that something is in."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def is_same_place(name: str, earlier: str) -> bool:
