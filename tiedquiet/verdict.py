@@ -43,6 +43,7 @@ class Finding:
         why: the cause, in words; empty if there is nothing to add.
         broken: whether `strict` stops for it. False for a head that nobody asked to tie.
         cure: what to do about this cause, as a sentence without its full stop; empty if the verdict says it all.
+        since: whether it was not so when the load had ended.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Finding:
     why: str = ""
     broken: bool = False
     cure: str = ""
+    since: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,11 @@ class Proof:
         came = self.stored + sum(count[verdict] for verdict in WELL)
         said = [f"{came} of {self.total} tensor{'s' * (self.total != 1)} came from the checkpoint"]
         said += [f"{count[verdict]} {verdict}" for verdict in Verdict if verdict not in WELL and count[verdict]]
-        proven = any(finding.verdict not in {*WELL, Verdict.UNPROVEN} for finding in self.findings)
-        said.append(f"the load was {'sound' if self.ok else 'not sound' if proven else 'not proven to be sound'}")
+        bad = [finding.verdict for finding in self.findings if finding.verdict not in WELL and not finding.since]
+        sound = "sound" if not bad else "not proven to be sound" if set(bad) == {Verdict.UNPROVEN} else "not sound"
+        said.append(f"the load was {sound}")
+        if changes := sum(finding.since for finding in self.findings):
+            said[-1] += f", with {changes} change{'s' * (changes != 1)} since"
         if not self.total and not self.ok:  # of what code of somebody else's read, no more is known than what it left
             left = [f"{n} {verdict}" for verdict, n in count.items() if verdict is not Verdict.UNPROVEN]
             said = [*left, f"nothing {'else ' if left else ''}is known about its load"]

@@ -64,11 +64,16 @@ MODULES = (
     words,
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
-ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "loaded_name", "is_at_limit"}  # of `check`
+ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "_is_managed", "loaded_name", "is_at_limit"}  # of `check`
 ELSEWHERE |= {
     "_followed",
     "_were_tied",
     "_has_values",
+    "_as_change",
+    "_put_in_and_read",
+    "_without",
+    "is_same_place",
+    "_is_within",
     "replaced",
     "_as_it_is",
     "_judge_ties_now",
@@ -112,7 +117,7 @@ ELSEWHERE |= {
     "_changes",
 }  # of what is converted under a prefix
 ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
-ELSEWHERE |= {"_put_in", "is_in_peft_s", "_parents"}  # of layers that are put into a model, and of `check`
+ELSEWHERE |= {"_put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
 ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor

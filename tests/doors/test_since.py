@@ -40,6 +40,10 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
     def replace_by_the_same(model: Any) -> None:
         model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
 
+    def replace_under_an_optimizer(model: Any) -> None:
+        model.optimizer = torch.optim.SGD(model.parameters())
+        replace_by_the_same(model)
+
     def part(model: Any) -> None:
         part = torch.ones(16).as_subclass(OfAnotherType)
         model.model.norm.weight = nn.Parameter(part)
@@ -49,11 +53,11 @@ def test_what_has_changed_since_is_said_as_changed(tmp_path: Path) -> None:
         assert model.model.norm.weight.is_meta
 
     convert = lambda model: model.half()  # noqa: E731
-    for harmless in (convert, lambda model: model.requires_grad_(False), part, put_aside):
+    for harmless in (convert, lambda model: model.requires_grad_(False), part, put_aside, replace_by_the_same):
         assert after(harmless) == {}
-    assert after(replace_by_the_same) == {
+    assert after(replace_under_an_optimizer) == {
         "model.norm.weight": "it was read, and has since been replaced by another tensor"
-    }, "an optimizer may hold the other one"
+    }, "the optimizer trains the other one"
 
 
 class OfAnotherType(torch.Tensor):
@@ -68,6 +72,33 @@ def test_what_was_lost_while_it_was_loaded_stays_lost(tmp_path: Path) -> None:
     assert [(f.key, f.verdict) for f in tiedquiet.check(model).findings] == [("part.weight", Verdict.OVERWRITTEN)]
     del model.part
     assert [(f.key, f.verdict) for f in tiedquiet.check(model).findings] == [("part.weight", Verdict.UNPROVEN)]
+
+
+def test_what_is_said_of_the_load_stays_true(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=False), tmp_path / "sound")
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path / "sound")
+    model.lm_head.weight = nn.Parameter(torch.ones(64, 32))
+    assert "; 1 unproven; the load was sound, with 1 change since\n" in str(tiedquiet.check(model))
+    model.model.extra = nn.Linear(2, 2, bias=False)
+    assert "; 1 missing; 1 unproven; the load was sound, with 2 changes since\n" in str(tiedquiet.check(model))
+    Idiom(Resets).save(tmp_path / "lost")
+    model = Resets.from_pretrained(tmp_path / "lost")
+    model.extra = nn.Linear(2, 2, bias=False)
+    assert "; the load was not sound, with 1 change since\n" in str(tiedquiet.check(model))
+    del model.extra, model.part
+    assert "; 1 unproven; the load was not proven to be sound\n" in str(tiedquiet.check(model))
+
+
+def test_a_head_that_was_moved_to_meta_is_tied_no_more(tmp_path: Path) -> None:
+    written(qwen2(tie_word_embeddings=True), tmp_path)
+    model: Any = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    model.lm_head.to("meta")
+    assert [(f.key, f.why, f.since) for f in tiedquiet.check(model).findings] == [
+        ("lm_head.weight", "it was tied, and has since been moved to meta, where nothing has values", True)
+    ]
+    offloaded = accelerate.cpu_offload(Qwen2ForCausalLM.from_pretrained(tmp_path))
+    assert offloaded.lm_head.weight.is_meta
+    assert tiedquiet.check(offloaded).ok
 
 
 class Resets(Tiny):
@@ -123,7 +154,7 @@ def test_a_copy_is_followed_as_the_model_is(tmp_path: Path) -> None:
     assert tiedquiet.check(sound.half()).ok
     del model, before, after  # a copy needs no original
     assert tiedquiet.check(sound).ok
-    sound.lm_head.weight = nn.Parameter(sound.lm_head.weight.detach().clone())
+    sound.lm_head.weight = nn.Parameter(sound.lm_head.weight.detach() + 1)
     assert not tiedquiet.check(sound).ok
 
 
@@ -182,6 +213,20 @@ class Around(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_fsdp_has_gathered_is_what_was_read(tmp_path: Path) -> None:
+    """Other tensors, from a forward to the next backward, with whatever values training has given them."""
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    written(qwen2(tie_word_embeddings=False), tmp_path / "model")
+    model = fully_shard(Qwen2ForCausalLM.from_pretrained(tmp_path / "model"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+        model(torch.ones(1, 2, dtype=torch.long))
+    assert not isinstance(model.model.norm.weight, torch.distributed.tensor.DTensor)
+    assert tiedquiet.check(model).ok
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -7,6 +7,7 @@ and nobody was seen to write there, or if it equals in full what was read.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from tiedquiet.proof.stored import Sources, judge_casts, judge_placeholders, jud
 from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
 from tiedquiet.proof.ties import Group
 from tiedquiet.proof.watch import Watch
-from tiedquiet.verdict import IN_FILES, Finding, Proof, Verdict
+from tiedquiet.verdict import IN_FILES, WELL, Finding, Proof, Verdict
+
+_TO_META = "moved to meta, where nothing has values"
 
 
 def judge(
@@ -109,26 +112,25 @@ def _put_in(
     if not others:
         return set()
     objects = {*map(id, tensors), *(id(now.state[name]) for name in names & now.state.keys())}
-    read = {prefix + key for prefix, own in records for key in own.stored | own.tied}
+    held = [name for name, tensor in now.state.items() if id(tensor) in objects]
+    tied = {prefix + key for prefix, own in records for key in own.tied}
+    # A head that was tied may have been replaced by a new one, which has its own names.
+    left = {
+        key for key in tied if key in now.state or any(name.startswith(key.rpartition(".")[0] + ".") for name in held)
+    }
+    read = {prefix + key for prefix, own in records for key in own.stored} | left
     layers = {name.rpartition(".")[0] for name in read}
-    layers -= {parent for name in names for parent in _parents(name.rpartition(".")[0])} | {""}
+    layers -= {parent for name in names for parent in record.parents(name.rpartition(".")[0])} | {""}
     unknown = tuple(prefix for prefix, own in records if not own.total)  # somebody else's code read it
     return {
         name
         for name in others
         if id(now.state[name]) not in objects
         and (own_name := record.loaded_name(name)) not in names
-        and layers.isdisjoint(_parents(name))
+        and layers.isdisjoint(record.parents(name))
         and not name.startswith(unknown)
         and not (own_name == name and is_in_peft_s(model, name))
     }
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The names of the modules that something is in."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def proof(model: Any, inert: str = "") -> Proof:
@@ -147,8 +149,11 @@ def proof(model: Any, inert: str = "") -> Proof:
             continue
         prefix = f"{name}." if name else ""
         own = {prefix + key for key in known.stored | known.missing}
-        if any(prefix.startswith(outer) for outer, _ in found) and not (own and own.isdisjoint(counted)):
-            continue  # of an earlier load; one that was put in later has its own
+        if any(prefix.startswith(outer) for outer, _ in found):
+            others = counted | set(map(record.loaded_name, counted))
+            if others.issuperset(map(record.loaded_name, own)):
+                continue  # of an earlier load; what was put in later has names of its own, all of them or some
+            known = _without(known, prefix, others)
         counted |= own
         if not any(prefix.startswith(outer) for outer, _ in outermost):
             outermost.append((prefix, module))
@@ -164,11 +169,19 @@ def proof(model: Any, inert: str = "") -> Proof:
         for f in part.findings
     ]
     if not found:
-        why = inert or "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint"
+        why = inert or (
+            "no record of a load: it was loaded before tiedquiet was enabled, or not from a checkpoint; or it is "
+            "a part or a pickled copy of what was loaded"
+        )
         findings = [Finding("", Verdict.UNPROVEN, None, why)]
     findings = sorted((*findings, *beside), key=lambda finding: finding.key)
     stored, total = (sum(getattr(part, what) for _, part in found) for what in ("stored", "total"))
     return Proof(type(model).__name__, stored, tuple(findings), total + len(beside))
+
+
+def _without(known: Record, prefix: str, others: set[str]) -> Record:
+    """A record without the names that are others under a prefix."""
+    return known.renamed(lambda key: None if record.loaded_name(prefix + key) in others else key)
 
 
 def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
@@ -181,7 +194,8 @@ def _beside(prefix: str, model: torch.nn.Module) -> Iterator[Finding]:
     now, known = survey(model), record.of(model)
     tensors = [one() for one in known.tensors.values()] if known is not None else []
     for name in sorted(_put_in(model, now, known, tensors)):
-        yield Finding(prefix + name, Verdict.MISSING, None, "no load of it was seen")
+        why = "no load of it was seen" if known is None else "it was put in since, and no load of it was seen"
+        yield Finding(prefix + name, Verdict.MISSING, None, why, since=known is not None)
 
 
 def proof_of(model: torch.nn.Module, known: Record) -> Proof:
@@ -189,12 +203,24 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     known, now = _as_it_is(model, known)
     sources = sources_since(model, known, now)
     judge_casts(known, now, sources)
-    findings = {finding.key: finding for finding in _judge_ties_now(model, known, now)}
+    findings = {finding.key: _as_change(model, known, now, finding) for finding in _judge_ties_now(model, known, now)}
     findings.update(
         (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
     )
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
+
+
+def _as_change(model: torch.nn.Module, known: Record, now: Survey, finding: Finding) -> Finding:
+    """A finding; one on what was well when the load had ended tells of a change."""
+    key, then = finding.key, known.findings.get(finding.key)
+    if then is None or then.verdict not in WELL:
+        return finding
+    if now.state[key].is_meta and not is_moved(model, key):
+        return Finding(key, Verdict.UNPROVEN, None, f"it was {then.verdict}, and has since been {_TO_META}", since=True)
+    if finding.verdict in WELL:
+        return finding
+    return replace(finding, why=f"it was {then.verdict} when it was loaded, and is not any more", since=True)
 
 
 def untied_since(model: torch.nn.Module, known: Record) -> list[Finding]:
@@ -225,16 +251,18 @@ def _followed(known: Record, now: Survey) -> Record:
     """The same where tensors that were read have other names since, which are given their old ones beside these.
 
     A layer may have been put around one, or taken away from it. What was missing under such a name is there now, unless
-    the two were tied.
+    the two were tied: then one of them may be gone.
     """
     gone = known.tensors.keys() - now.state.keys()
     names_of = by_object(now.state) if gone else {}
     arrived: set[str] = set()
     for name in gone:
         tensor = known.tensors[name]()
-        if tensor is not None and (names := names_of.get(id(tensor))):
-            now.state[name] = tensor
-            arrived.update(own for own in names if own in known.missing and not _were_tied(known, own, name))
+        for own in names_of.get(id(tensor), ()):
+            were_tied = _were_tied(known, own, name)
+            if tensor is not None and (were_tied or record.is_same_place(own, name)):
+                now.state[name] = tensor
+                arrived.update({own} & known.missing if not were_tied else ())
     return replace(known, missing=known.missing - arrived, total=known.total - len(arrived))
 
 
@@ -276,24 +304,43 @@ def _judge_now(
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
+    put_in, objects = cache(partial(_put_in_and_read, now)), cache(partial(by_object, now.state))
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
-        if tensor is not None and (is_moved(model, name) or type(tensor) not in ORDINARY):
-            continue  # accelerate holds the values elsewhere, FSDP has parted them
-        if tensor is not None and tensor.is_meta:
-            yield Finding(
-                name, Verdict.UNPROVEN, None, "it was read, and has since been moved to meta, where nothing has values"
-            )
-        elif tensor is None:
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been removed from the model")
-        elif name in known.tensors and known.tensors[name]() is not tensor and id(tensor) not in merged:
-            # `Module.to` makes other buffers, where it keeps parameters.
-            if not isinstance(tensor, torch.nn.Parameter) and _has_values(tensor, sources(name)):
+        if tensor is None:
+            if name in put_in():
+                continue  # it has another name since
+            is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
+            became = "moved to another place in the model" if is_elsewhere else "removed from the model"
+        elif is_moved(model, name) or type(tensor) not in ORDINARY:
+            continue  # accelerate or FSDP holds the values elsewhere, or has parted them
+        elif tensor.is_meta:
+            became = _TO_META
+        elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
+            # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
+            # as good, but an optimizer may hold the other one.
+            is_free = then is None or not isinstance(tensor, torch.nn.Parameter)
+            if name in put_in() or (is_free and _has_values(tensor, sources(name))):
                 continue
-            yield Finding(name, Verdict.UNPROVEN, None, "it was read, and has since been replaced by another tensor")
+            became = "replaced by another tensor"
         elif name in known.narrowed and is_at_limit(tensor):
             why = f"it has values at the limit of {str(tensor.dtype).removeprefix('torch.')}, to which it was cast"
             yield Finding(name, Verdict.UNPROVEN, None, why)
+            continue
+        else:
+            continue
+        why = f"it was read, and has since been {became}"
+        yield Finding(name, Verdict.UNPROVEN, None, why, since=name not in known.lasting)
+
+
+def _put_in_and_read(now: Survey) -> set[str]:
+    """The names of what models inside read, each in a load of its own, and have to this day."""
+    found: set[str] = set()
+    for prefix, model in now.models:
+        if prefix and (own := record.of(model)) is not None:
+            changed = {finding.key for finding in proof_of(model, own).findings}
+            found.update(record.loaded_name(prefix + name) for name in (own.stored & own.tensors.keys()) - changed)
+    return found
 
 
 def _has_values(tensor: torch.Tensor, own: list[Callable[[], torch.Tensor]] | None) -> bool:

@@ -1,6 +1,7 @@
 """A load in progress: what was read, and the watch over it. It lives on the model, and leaves its record there."""
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ class Load:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # a model may be unpickled where there is no tiedquiet
+        return OrderedDict, ()  # as the record is
 
     def move(self, model: torch.nn.Module, other: torch.nn.Module) -> None:
         """Go on as the load of another model, which was made of this one."""

@@ -1,7 +1,8 @@
 """The record of a load: names and verdicts, left on the model. It holds no tensor and keeps none alive."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
@@ -73,7 +74,7 @@ class Record:
         return replace(self, tensors={**others, **refs_to(theirs)})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # a model may be unpickled where there is no tiedquiet
+        return OrderedDict, ()  # there may be no tiedquiet then; and `torch.load(weights_only=True)` takes this
 
     @property
     def tied(self) -> set[str]:
@@ -171,6 +172,25 @@ def of(module: Any) -> Record | None:
 def loaded_name(name: str) -> str:
     """The name that a tensor had when it was loaded, before PEFT or torch wrapped the module that it is in."""
     return _WRAPPED.sub("", without_wrappers(name))
+
+
+def parents(name: str) -> Iterator[str]:
+    """The names of the modules that something is in."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def is_same_place(name: str, earlier: str) -> bool:
+    """Whether two names differ by the layers that were put around one, or taken away, and how its tensor is called."""
+    longer, shorter = name.split("."), earlier.split(".")
+    return _is_within(shorter[:-1], longer) or _is_within(longer[:-1], shorter)
+
+
+def _is_within(some: list[str], parts: list[str]) -> bool:
+    """Whether all of these parts are among others, in their order."""
+    left = iter(parts)
+    return all(part in left for part in some)
 
 
 def without_wrappers(name: str) -> str:
