@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
@@ -13,7 +13,7 @@ from tests.doors.renamed import BERT
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.likely import by_shape, likely
 from tiedquiet.proof.names import Origin, _sorted, conversions_of, crossed, may_cross, native_class, sources
-from tiedquiet.proof.prefixes import Prefixes, by_prefix
+from tiedquiet.proof.prefixes import Prefixes, by_prefix, without
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -259,14 +259,17 @@ name = st.lists(parts, min_size=1, max_size=4).map(".".join)
     st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),
     st.dictionaries(name, st.sampled_from([(2,), (3,), (2, 3)]), max_size=6),
 )
+@example({"b": (2,), "c": (2,)}, {"c": (2,), "a.b": (2,)})
 def test_whatever_is_claimed_is_one_to_one_and_fits(unread: Shapes, missing: Shapes) -> None:
     found = fitting(unread, missing)
     if found is None:
         return
     assert len(set(found.names.values())) == len(found.names) > 0
-    for key, stored in found.names.items():
-        assert missing[key] == unread[stored]
-        assert stored.removeprefix(found.old) == key.removeprefix(found.new)
+    for one in found.parts or [found]:
+        for key, stored in one.names.items():
+            assert missing[key] == unread[stored]
+            theirs, ours = (without(name, found.inside) for name in (stored, key))
+            assert theirs.removeprefix(one.old) == ours.removeprefix(one.new)
     assert set(found.names.values()) == unread.keys() or found.names.keys() == missing.keys()
 
 
