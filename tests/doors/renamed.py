@@ -84,7 +84,7 @@ def verdicts(model: Any) -> dict[str, Verdict]:
 
 def mapping_of(line: str) -> dict[str, str]:
     """The `key_mapping` that a line advises, as somebody would paste it."""
-    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to from_pretrained", line)[0]))
+    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to \w+\.from_pretrained", line)[0]))
 
 
 def llava() -> Any:

@@ -163,7 +163,7 @@ def test_two_that_are_mixed_up_on_disk(tmp_path: Path, printed: Printed) -> None
         found = {key for key, verdict in verdicts(model).items() if verdict is Verdict.UNREAD}
         assert found == left
         assert not tiedquiet.check(model).ok
-    assert "Rename one of the two modules" in printed.loud[-1]
+    assert "Rename one of the two modules, and its tensors in the file" in printed.loud[-1]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
         WithNorm.from_pretrained(tmp_path / "files", **places)
 
@@ -187,7 +187,7 @@ def test_one_that_is_missing_because_it_was_read_into_the_other(
             model = WithNorm.from_pretrained(tmp_path)
         assert verdicts(model) == {other: Verdict.UNREAD, lacking: Verdict.MISSING}
         assert f"it was given what is {other} there" in str(tiedquiet.check(model))
-    assert "Rename one of the two modules" in printed.loud[0]
+    assert "Rename one of the two modules, and its tensors in the file" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, 1 of 4"):
         WithNorm.from_pretrained(tmp_path)
 

@@ -159,12 +159,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     # peft's names for them say more than what else may be in names.
     rest = adapters.note_names(model, reading, unread) if adapters.is_loading(model) else unread
     others = find_unread(model, reading, rest, config.weight_mapping or ())
-    if (
-        others
-        and mode.current() == "repair"
-        and not reading.is_quantised
-        and "disk" not in (config.device_map or {}).values()
-    ):
+    if others and mode.current() == "repair" and reading.may_grow:
         before = reading.found
         also: dict[str, str] = {}
         for made in others:
@@ -221,6 +216,7 @@ def _read(
         return of(model, checkpoint.headers, survey(model).state, conversions)
 
     reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, config.hf_quantizer is not None)
+    reading.may_grow = not reading.is_quantised and "disk" not in (config.device_map or {}).values()
     # The files have values for these, so neither a tie nor what their class computes may pass for them.
     reading.likely.update((key, key) for key in reading.tied & in_other_shapes)
     reading.free -= in_other_shapes

@@ -112,7 +112,10 @@ def _note_crossed(
 
 def _mixed_up(model: Any, reading: Reading, key: str, name: str) -> Finding:
     """The finding on a key that has another's values, or none; what can be put right is noted."""
-    prefix, cure = f"{getattr(model, 'base_model_prefix', '')}.", "Rename one of the two modules"
+    prefix, cure = (
+        f"{getattr(model, 'base_model_prefix', '')}.",
+        "Rename one of the two modules, and its tensors in the file",
+    )
     if key in reading.held and not reading.is_quantised and not reading.held[key].is_meta:
         reading.crossed[key], cure = name, _REPAIR
     why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
@@ -188,9 +191,16 @@ def find_unread(
             note_unread(reading, made._replace(origins={key: lost.pop(key)}, why=f"{made.why}, {why}"), _DOUBT)
         if lost:
             found.append(made._replace(origins=lost))
-            note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
+            note_unread(reading, found[-1], cure or _to_read(reading, made))
     _note_likely(reading, left.missing, left.not_ignored(), reading.checkpoint, ends)
     return found
+
+
+def _to_read(reading: Reading, made: names.Made) -> str:
+    """How to have `from_pretrained` read what it left, as a sentence."""
+    way = made.cure if reading.may_grow else made.cure or "rename them in the file"
+    cure = ", or ".join(filter(None, (_REPAIR if reading.may_grow else "", way)))
+    return cure[0].upper() + cure[1:]
 
 
 def _ends(reading: Reading, now: Survey) -> dict[str, list[torch.Tensor]]:
@@ -257,7 +267,7 @@ def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> N
         ends = _ends(reading, now)
         made = names.origins(model, headers, now.state, conversions)
         shards = ", ".join(Path(path).name for path in others.files)
-        cure = "Add its tensors to the weight_map of the index, or save the checkpoint again"
+        cure = "Add these tensors to the weight_map of the index"
         found = {k: o for k, o in made.items() if k in wanted and not _is_held(ends.get(k, ()), o, others)}
         note_unread(reading, names.Made(found, f"because the index does not name {shards}"), cure)
         rest = {name: header for name, header in headers.items() if name not in own and not is_ignored(model, name)}
