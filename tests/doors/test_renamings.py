@@ -14,6 +14,8 @@ from transformers import (
     DeiTForImageClassification,
     DeiTModel,
     GPT2Config,
+    MixtralConfig,
+    MixtralForCausalLM,
     PixioBackbone,
     PixioConfig,
     PreTrainedModel,
@@ -21,8 +23,8 @@ from transformers import (
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import CLIP, mapping_of, stopped_and_repaired, verdicts, written, wrong
-from tests.doors.training import trainer_of
+from tests.doors.renamed import CLIP, mapping_of, register_as, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.training import mixtral, trainer_of
 from tiedquiet import LoadError, Verdict
 
 
@@ -288,7 +290,9 @@ def test_a_base_model_s_file_has_no_norm_of_the_head(tmp_path: Path, printed: Pr
     assert not printed.loud
 
 
-def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path, printed: Printed) -> None:
+def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(
+    tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Transformers 5.9 to 5.13 read nothing of it but the embeddings: there a ViT starts from noise."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     saved = DeiTModel(DeiTConfig(**small, image_size=16, patch_size=8))
@@ -302,7 +306,36 @@ def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path,
     found = verdicts(model)
     assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == found.keys() - heads
     assert "renames what it reads for DeiTModel, but not for DeiTForImageClassification around it" in printed.loud[0]
-    assert "register the conversion of DeiTModel for DeiTForImageClassification" in printed.loud[0]
+    line = printed.loud[0]
     model = stopped_and_repaired(DeiTForImageClassification, tmp_path)
     assert not wrong(model, truth)
     assert verdicts(model) == heads
+    register_as(line, monkeypatch)
+    model = DeiTForImageClassification.from_pretrained(tmp_path)
+    assert not wrong(model, truth)
+    assert verdicts(model) == heads
+
+
+def test_a_config_that_has_a_type_of_its_own(tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers goes by the type: a class of the user's that extends Mixtral's lost all experts in every release."""
+
+    class OwnConfig(MixtralConfig):
+        model_type = "type_of_its_own"
+
+    class OwnMixtral(MixtralForCausalLM):
+        config_class = OwnConfig
+
+    truth = written(mixtral(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": OwnConfig.model_type}))
+    lost = wrong(OwnMixtral.from_pretrained(tmp_path), truth)
+    assert any("experts" in key for key in lost)
+    (line,) = printed.loud
+    assert f"unread, {len(lost)} of {len(truth)} tensors" in line
+    assert "renames what it reads for MixtralForCausalLM, but not for its subclass OwnMixtral" in line
+    model = stopped_and_repaired(OwnMixtral, tmp_path)
+    assert not wrong(model, truth)
+    assert tiedquiet.check(model).ok
+    register_as(line, monkeypatch)
+    with tiedquiet.enable("strict"):
+        assert not wrong(OwnMixtral.from_pretrained(tmp_path), truth)

@@ -11,7 +11,7 @@ from tiedquiet import mode
 from tiedquiet.doors import adapters, call
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, is_wrapped, wrap_overrides
-from tiedquiet.proof import names, record
+from tiedquiet.proof import crossing, names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading, read
@@ -223,7 +223,7 @@ def _read(
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
-    if also or names.may_cross(model) or needs_headers(reading, info.unexpected_keys):
+    if also or crossing.may_cross(model) or needs_headers(reading, info.unexpected_keys):
         try:
             unread = ask_headers(model, reading, conversions, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened

@@ -146,7 +146,7 @@ def _judge_parted(
     if known.likely.get(key) == key:
         cure = "Check config.json: the checkpoint has this tensor in another shape"
     elif key in known.likely:
-        cure = f"Check whether it is {_unread(key, known)}"
+        cure = f"Check whether it is {_unread(key, known)}, and rename that in the file if so"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
 
 

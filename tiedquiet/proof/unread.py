@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiedquiet.proof import names
+from tiedquiet.proof import crossing, names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.doubts import doubts_of
@@ -65,7 +65,7 @@ def ask_headers(
     state = survey(model).state
     made = names.sources(model, headers, state, conversions)
     came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
-    crossed = names.crossed(model, headers, state, made, conversions)
+    crossed = crossing.crossed(model, headers, state, made, conversions)
     left = {key: name for key, name in crossed.items() if name is None or came_from.get(name) != key}
     _note_crossed(model, reading, made, left)
     twice = list(reading.checkpoint.twice())
