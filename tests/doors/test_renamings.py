@@ -14,8 +14,6 @@ from transformers import (
     DeiTForImageClassification,
     DeiTModel,
     GPT2Config,
-    MixtralConfig,
-    MixtralForCausalLM,
     PixioBackbone,
     PixioConfig,
     PreTrainedModel,
@@ -24,7 +22,7 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.renamed import CLIP, mapping_of, register_as, stopped_and_repaired, verdicts, written, wrong
-from tests.doors.training import mixtral, trainer_of
+from tests.doors.training import trainer_of
 from tiedquiet import LoadError, Verdict
 
 
@@ -314,28 +312,3 @@ def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(
     model = DeiTForImageClassification.from_pretrained(tmp_path)
     assert not wrong(model, truth)
     assert verdicts(model) == heads
-
-
-def test_a_config_that_has_a_type_of_its_own(tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers goes by the type: a class of the user's that extends Mixtral's lost all experts in every release."""
-
-    class OwnConfig(MixtralConfig):
-        model_type = "type_of_its_own"
-
-    class OwnMixtral(MixtralForCausalLM):
-        config_class = OwnConfig
-
-    truth = written(mixtral(), tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": OwnConfig.model_type}))
-    lost = wrong(OwnMixtral.from_pretrained(tmp_path), truth)
-    assert any("experts" in key for key in lost)
-    (line,) = printed.loud
-    assert f"unread, {len(lost)} of {len(truth)} tensors" in line
-    assert "renames what it reads for MixtralForCausalLM, but not for its subclass OwnMixtral" in line
-    model = stopped_and_repaired(OwnMixtral, tmp_path)
-    assert not wrong(model, truth)
-    assert tiedquiet.check(model).ok
-    register_as(line, monkeypatch)
-    with tiedquiet.enable("strict"):
-        assert not wrong(OwnMixtral.from_pretrained(tmp_path), truth)

@@ -104,9 +104,10 @@ def own_mapping(model: Any) -> dict[str, str]:
 
 
 def conversions_of_native(model: Any) -> list[Any]:
-    """What transformers would rename and convert for the class that the model's class is made from."""
+    """What transformers would rename and convert for the class that the model's class is, or is made from."""
+    native = native_class(model) or type(model)
     try:
-        native, config = native_class(model), copy.deepcopy(model.config)
+        config = copy.deepcopy(model.config)
         config.model_type = native.config_class.model_type  # transformers goes by that, and a user's may have its own
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return conversions_of(native(config))
@@ -130,7 +131,8 @@ def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
     if (native := native_class(model)) is not None:
         yield *_of_another(native, f"its subclass {ours}", model), conversions_of_native(model)
     if (base := getattr(model, "base_model", model)) is not model:
-        yield *_of_another(type(base), f"{ours} around it", model), conversions_of(base)
+        rules = conversions_of(base) if len({*_types(type(base), base)}) == 1 else conversions_of_native(base)
+        yield *_of_another(type(base), f"{ours} around it", model), rules
 
 
 def _of_another(other: Any, around: str, model: Any) -> tuple[str, str]:
@@ -138,13 +140,19 @@ def _of_another(other: Any, around: str, model: Any) -> tuple[str, str]:
 
     why = f"because transformers renames what it reads for {other.__name__}, but not for {around}"
     # By a class's name, or by the type of its config: what is registered for one is not found by the other.
-    types = (getattr(config, "model_type", "") for config in (other.config_class, model.config))
-    for source, target in ((other.__name__, type(model).__name__), types):
+    for source, target in ((other.__name__, type(model).__name__), _types(other, model)):
         if source and target and get(source) is not None:
             given = f"{target!r}, get_checkpoint_conversion_mapping({source!r}), overwrite=True"
             call = f"call register_checkpoint_conversion_mapping({given}) of transformers.conversion_mapping first"
             return why, call
     return why, ""
+
+
+def _types(kind: Any, model: Any) -> tuple[str, str]:
+    """The type that the configs of a class have, and that of a model's."""
+    configs = getattr(kind, "config_class", None), getattr(model, "config", None)
+    theirs, ours = (getattr(config, "model_type", "") for config in configs)
+    return theirs, ours
 
 
 def has_converter(conversions: Sequence[Any]) -> bool:
