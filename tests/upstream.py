@@ -77,18 +77,26 @@ def program(*arguments: str, paths: tuple[Path, ...] = ()) -> list[dict[str, obj
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def losses(*paths: Path) -> dict[str, str]:
-    """What each idiom loses when it is loaded."""
+def losses(*paths: Path) -> tuple[int, dict[str, str]]:
+    """How many idioms there are, and what those that lose anything lose when they are loaded."""
     rows = program("tests.idioms", "--here", paths=paths)
-    return {str(row["name"]): str(row["true"]) for row in rows if re.search("lost|garbage", str(row["true"]))}
+    return len(rows), {
+        str(row["name"]): str(row["true"]) for row in rows if re.search("lost|garbage", str(row["true"]))
+    }
+
+
+def with_and_without_all() -> tuple[int, dict[str, str], dict[str, str]]:
+    """How many idioms there are, and what they lose without the patches and with all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        (number, before), (_, after) = losses(), losses(patched(Path(folder), *PATCHES.values()))
+    return number, before, after
 
 
 def idioms() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = losses(), losses(patched(Path(folder), *PATCHES.values()))
+    number, before, after = with_and_without_all()
     for name, what in after.items():
         print(f"{name}: {what}" + ("" if name in before else " (with the patches only)"))
-    print(f"of {len(before)} idioms that lose something on transformers {transformers.__version__}, ", end="")
+    print(f"of {number} idioms {len(before)} lose something on transformers {transformers.__version__}; ", end="")
     print(f"the patches put {len(before.keys() - after.keys())} right, and harm {len(after.keys() - before.keys())}")
     return int(bool(after.keys() - before.keys()))
 

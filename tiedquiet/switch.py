@@ -15,6 +15,7 @@ DOORS = {
     "transformers.quantizers.base": "tiedquiet.doors.from_pretrained",
     "transformers.trainer": "tiedquiet.doors.trainer",
     "transformers.integrations.deepspeed": "tiedquiet.doors.trainer",
+    "transformers.models.wav2vec2.modeling_wav2vec2": "tiedquiet.doors.languages",
     "peft.peft_model": "tiedquiet.doors.adapters",
 }
 

@@ -161,16 +161,12 @@ def few(names: Iterable[str], fold: Fold = list) -> str:
     return _first(list(fold(sorted(set(names)))))
 
 
-def say(level: int, message: str) -> None:
-    """Log on `tiedquiet`, on rank 0; to stderr unless logging is configured for it.
+def say(level: int, message: str, on_each_rank: bool = False) -> None:
+    """Log on `tiedquiet`, on rank 0 unless ranks differ; to stderr unless logging is configured for it.
 
     Unless a level is set for it, silencing transformers' warnings silences these lines too.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        if distributed.get_rank() != 0:
-            return
-    elif not is_main_process():
+    if not (on_each_rank or _is_first_rank()):
         return
     if log.level == logging.NOTSET and not _theirs.isEnabledFor(logging.WARNING):
         return
@@ -184,6 +180,13 @@ def say(level: int, message: str) -> None:
         record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
         if log.filter(record):
             handler.handle(record)
+
+
+def _is_first_rank() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    return is_main_process()
 
 
 def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:

@@ -44,6 +44,7 @@ DOORS = [
     "copies",
     "from_pretrained",
     "kept_out",
+    "languages",
     "modes",
     "other_names",
     "records",

@@ -1,4 +1,7 @@
-"""Run by `torchrun`, two processes on CPUs: loads under tensor parallelism or FSDP2. Prints JSON, a line a class, on rank 0."""
+"""Run by `torchrun`, two processes on CPUs: loads under tensor parallelism, FSDP2 or pipeline parallelism.
+
+Prints JSON: a line a class, on rank 0; under pipeline parallelism a line a process.
+"""
 
 import json
 import sys
@@ -30,15 +33,42 @@ def how(kind: str) -> dict[str, Any]:
         return {"tp_plan": "auto"}
     from transformers.distributed import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(fsdp_size=2)}
+    sizes = {"pp_size": 2} if kind == "pipeline parallel" else {"fsdp_size": 2}
+    return {"distributed_config": DistributedConfig(**sizes)}
+
+
+def verdicts(model: Any) -> dict[str, str]:
+    return {finding.key: finding.verdict.value for finding in tiedquiet.check(model).findings}
+
+
+def each_stage(path: str, mode: str, kind: str) -> None:
+    """What each process says of its own layers."""
+    with tiedquiet.enable(mode):
+        model = LlamaForCausalLM.from_pretrained(path, **how(kind))
+    line = {"rank": torch.distributed.get_rank(), "total": tiedquiet.check(model).total, "verdicts": verdicts(model)}
+    for rank in range(2):  # one after the other: what two processes print at once may stand in one line
+        torch.distributed.barrier()
+        if rank == line["rank"]:
+            print(json.dumps(line), flush=True)
+
+
+def saved_by_each(model: Any, path: str, mode: str, kind: str) -> None:
+    """What is said where transformers reads what each process has saved of its part."""
+    model.save_pretrained(path, distributed_checkpoint=True)
+    with tiedquiet.enable(mode):
+        again = LlamaForCausalLM.from_pretrained(path, **how(kind))
+    (finding,) = tiedquiet.check(again).findings
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"verdict": finding.verdict.value, "why": finding.why}), flush=True)
 
 
 def main(path: str, mode: str, kind: str) -> None:
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.distributed.init_process_group("gloo")
-    for cls in (LlamaForCausalLM, MasksInInit):
+    if kind == "pipeline parallel":
+        each_stage(path, mode, kind)
+    for cls in () if kind == "pipeline parallel" else (LlamaForCausalLM, MasksInInit):
         with tiedquiet.enable(mode):
             model = cls.from_pretrained(path, **how(kind))
         weight = model.get_parameter(KEY)
@@ -49,8 +79,11 @@ def main(path: str, mode: str, kind: str) -> None:
             "type": type(weight).__name__,
             "holds": torch.equal(whole, load_file(f"{path}/model.safetensors")[KEY]),
             "stored": proof.stored,
-            "verdicts": {finding.key: finding.verdict.value for finding in proof.findings},
+            "verdicts": verdicts(model),
         }
+        if cls is LlamaForCausalLM and kind == "distributed checkpoint":
+            saved_by_each(model, f"{path}/parts", mode, kind)
+            break
         model.to(torch.bfloat16)  # of a DTensor torch swaps the content, which a weak reference to it would forbid
         if torch.distributed.get_rank() == 0:
             print(json.dumps(line), flush=True)

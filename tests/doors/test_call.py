@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import wrapt
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import GPT2LMHeadModel, MixtralForCausalLM
@@ -33,6 +34,24 @@ class Leaves(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
+
+
+class ReadsByItself(Tiny):
+    @classmethod
+    def from_pretrained(cls, path: Path, **_: Any) -> Any:
+        model = cls(IdiomConfig())
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        return model
+
+
+@pytest.mark.parametrize("mode", ["on", "repair", "strict"])
+def test_what_a_class_reads_by_itself_is_unproven(mode: str, tmp_path: Path) -> None:
+    with tiedquiet.enable(mode):
+        model = ReadsByItself.from_pretrained(saved(tmp_path))
+    (finding,) = tiedquiet.check(model).findings
+    assert (finding.key, finding.verdict) == ("", Verdict.UNPROVEN)
+    assert "code of its class" in finding.why
+    assert not tiedquiet.check(model).ok
 
 
 class ReadsUnderAMode(Tiny):

@@ -91,6 +91,27 @@ def test_of_two_copies_under_another_name_the_one_inside_another_prefix_is_not_r
     assert tiedquiet.check(model).ok is not bool(by)
 
 
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("build", [bert, mixtral])
+def test_of_two_copies_under_two_prefixes_the_whole_one_need_not_be_the_right_one(
+    build: Any, by: int, tmp_path: Path
+) -> None:
+    kind, truth = type(build()), written(build(), tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        student = {f"student.{name}": value for name, value in tensors.items()}
+        teacher = {f"teacher.{name}": value + by for name, value in tensors.items()}
+        student.popitem()
+        return student | teacher
+
+    rewritten(tmp_path, change)
+    assert ("is there as well, and has other values" in stopped(kind, tmp_path)) is bool(by)
+    model = repaired(kind, tmp_path)
+    assert not any(torch.equal(value, truth[key] + 1) for key, value in model.state_dict().items())
+    assert bool(wrong(model, truth)) is bool(by)
+    assert tiedquiet.check(model).ok is not bool(by)
+
+
 @pytest.mark.skipif(transformers.__version__ == "5.0.0", reason="it cannot sort names that begin with a number")
 def test_a_layer_of_another_copy_is_not_read_beside_layers_of_this_one(tmp_path: Path) -> None:
     """Each layer has its own prefix, and the teacher's first is whole, the student's is not."""

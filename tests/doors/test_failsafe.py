@@ -118,6 +118,7 @@ ELSEWHERE |= {"_put_in", "is_in_peft_s", "_parents"}  # of layers that are put i
 ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
+ELSEWHERE |= {"take", "note_read"}  # of adapters for a language
 HOOKS = {
     "_on_load",
     "run",
@@ -130,6 +131,7 @@ HOOKS = {
     "includes",
     "_see_to_another",
     "_see_to_copy",
+    "_see_to_unseen",
     "end",
     "_on_subclass",
     "wrap_overrides",
@@ -142,6 +144,7 @@ HOOKS = {
     "_close",
     "carry_out",
     "say",
+    "_is_first_rank",
     "escaped",
     "bind",
     "add",

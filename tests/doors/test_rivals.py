@@ -41,7 +41,7 @@ def load(case: str, folder: Path, mode: str = "on") -> Any:
         return type(TWO_NAMES[case][0]()).from_pretrained(folder, **how)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "shards"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "bin before torch 1.6", "shards"])
 @pytest.mark.parametrize("case", TWO_NAMES)
 def test_two_names_of_one_tensor(case: str, form: str, tmp_path: Path, printed: Printed) -> None:
     make, key, other = TWO_NAMES[case]
@@ -58,7 +58,8 @@ def test_two_names_of_one_tensor(case: str, form: str, tmp_path: Path, printed: 
             save_file({**tensors, other: more}, path, {"format": "pt"})
         else:
             path.unlink()
-            torch.save({**tensors, other: more}, tmp_path / "pytorch_model.bin")
+            is_new = form == "bin"
+            torch.save({**tensors, other: more}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
 
     put(value.clone())
     assert tiedquiet.check(load(case, tmp_path, "strict")).ok, "the same twice is well"
@@ -123,15 +124,26 @@ def test_two_names_in_a_state_dict() -> None:
     assert verdicts(model) == {f"bert.{DENSE}": Verdict.AMBIGUOUS}
 
 
-def test_a_file_of_several_types_is_not_counted_by_its_elements(tmp_path: Path) -> None:
-    """Merged and single in two types: only if something else calls for the headers is that seen."""
+def test_experts_merged_and_single_in_two_types(tmp_path: Path) -> None:
+    """The size of such a file does not tell how many elements it has."""
     written(mixtral(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     value = MixtralForCausalLM.from_pretrained(tmp_path).state_dict()[EXPERTS]
     save_file({**tensors, EXPERTS: value.bfloat16()}, tmp_path / "model.safetensors", {"format": "pt"})
-    assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {}
-    save_file({**tensors, EXPERTS: value.bfloat16(), "x": value}, tmp_path / "model.safetensors", {"format": "pt"})
     assert verdicts(MixtralForCausalLM.from_pretrained(tmp_path)) == {EXPERTS: Verdict.AMBIGUOUS}
+
+
+def test_a_second_name_that_a_header_writes_with_an_escape(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.safetensors", f"{LAYER_NORM}.gamma"
+    written(bert(), tmp_path, **{other: torch.ones(BERT["hidden_size"])})
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].replace(b'"%b":{"dtype"' % other.encode(), b'"%b":{"\\u0064type"' % other.encode())
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    assert len(header) > end - 8, "it is written with one"
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="ambiguous"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
 
 
 def beside_a_shard(folder: Path, tensors: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:

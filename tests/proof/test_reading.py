@@ -62,7 +62,9 @@ def test_of_many_names_in_two_pickles_each_is_opened_once(tmp_path: Path, monkey
     checkpoint = Checkpoint(None, paths)
     assert len(checkpoint.names) == 150
     opened: list[str] = []
-    monkeypatch.setattr(files, "unpickled", lambda path, really=files.unpickled: (opened.append(path), really(path))[1])
+    monkeypatch.setattr(
+        files, "unpickled", lambda path, *_, really=files.unpickled: (opened.append(path), really(path))[1]
+    )
     assert list(checkpoint.twice()) == []
     assert sorted(opened) == paths
 
@@ -96,7 +98,8 @@ def test_a_pickle_whose_tensors_are_compressed_is_not_read(tmp_path: Path) -> No
 def test_how_much_there_is_is_known_without_reading_it(form: str, tmp_path: Path) -> None:
     one, two = {"a": torch.ones(2, 3), "b": torch.tensor(1.5)}, {"c": torch.ones(5)}
     if form == "safetensors":
-        assert shards(tmp_path, one, {"c": torch.ones(5).half()}).elements == 0, "by size: of two types it is not known"
+        of_two_types = shards(tmp_path, one, {"c": torch.ones(5).half()})
+        assert (of_two_types.count, of_two_types.elements) == (3, 12)
         checkpoint = shards(tmp_path, one, two)
     elif form == "state dict":
         checkpoint = Checkpoint({**one, **two, "step": 3})
@@ -105,7 +108,18 @@ def test_how_much_there_is_is_known_without_reading_it(form: str, tmp_path: Path
         for path, tensors in zip(paths, (one, two), strict=True):
             torch.save(tensors, path, _use_new_zipfile_serialization=form == "bin")
         checkpoint = Checkpoint(None, paths)
-    assert (checkpoint.count, checkpoint.elements) == ((0, 0) if form == "bin before torch 1.6" else (3, 12))
+    assert (checkpoint.count, checkpoint.elements, checkpoint.dtypes) == (3, 12, {torch.float32})
+
+
+def test_of_a_pickle_that_cannot_be_mapped_no_value_is_read_for_its_names_and_types(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(50), "b": torch.ones(2).half()}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-4])
+    checkpoint = Checkpoint(None, [str(path)])
+    assert {name: header.shape for name, header in checkpoint.headers.items()} == {"a": (50,), "b": (2,)}
+    assert [name for name, _ in checkpoint.names] == ["a", "b"]
+    with pytest.raises(RuntimeError):
+        _ = checkpoint.tensors
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter_model"])

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
 
+from torch.nn import Module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
 from tiedquiet import words
@@ -17,8 +18,14 @@ from tiedquiet.doors.outcome import conclude, say
 from tiedquiet.doors.wrapping import guarded, stand_aside
 from tiedquiet.proof import record
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
-from tiedquiet.verdict import LoadError
+from tiedquiet.verdict import Finding, LoadError, Verdict
+
+_UNSEEN = (
+    "its from_pretrained did not read it the way that tiedquiet watches: code of its class did, or "
+    "torch.distributed.checkpoint"
+)
 
 
 class Call:
@@ -29,12 +36,14 @@ class Call:
 
     Attributes:
         arguments: those of the load, where they are known.
+        was_read: whether transformers read anything in it the way that is watched.
         thread: the one that it is made in.
     """
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
         self.arguments: tuple[Any, ...] = ()
+        self.was_read = False
         self._open: list[tuple[Load, Any]] = []
         self._modes = _modes()
         self.thread = get_ident()
@@ -63,6 +72,7 @@ class Call:
         failures = [failure, *(end(load, model) for load, model in self._open)]
         with suppress(Exception):
             self._see_to_copy(returned)
+            self._see_to_unseen(returned)
         if (failure := next(filter(None, failures), None)) is not None:
             result = returned = None  # who keeps the error keeps this frame, and is not to keep the model
             self._open.clear()
@@ -85,6 +95,12 @@ class Call:
             if own is load is not None and (known := record.of(original)) is not None:
                 load.close(model)
                 record.leave(model, known.renewed(survey(model).state))
+
+    def _see_to_unseen(self, model: Any) -> None:
+        """Leave word on what the call returns that nobody saw how it was read."""
+        if not self.was_read and isinstance(model, Module) and not any(map(record.of, model.modules())):
+            finding = Finding("", Verdict.UNPROVEN, None, _UNSEEN)
+            record.leave(model, Record(set(), set(), 0, lasting={"": finding}))
 
     def attempt(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call in it, after which another may follow: if it fails, what it read is neither judged nor kept."""

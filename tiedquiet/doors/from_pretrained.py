@@ -56,6 +56,7 @@ def _on_read(wrapped: Callable[..., Any], _: object, args: tuple[Any, ...], kwar
     """Around `_load_pretrained_model`: note what was read, and where it lies, before anything is initialised."""
     around = call.current()
     if around is not None:
+        around.was_read = True
         around.end_earlier(bind(wrapped, args, kwargs).get("model"))
     result = wrapped(*args, **kwargs)
     # What cannot be watched afterwards is not judged.
@@ -229,6 +230,9 @@ def _read(
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened
             unread = {}
         note_unlisted(model, reading, conversions)
+    if elsewhere := getattr(info, "skipped_pp_keys", None):  # what other processes of a pipeline have read
+        known_as = names.renamed(model, unread, conversions, and_merged=True)
+        unread = {name: header for name, header in unread.items() if known_as[name] not in elsewhere}
     return reading, unread
 
 

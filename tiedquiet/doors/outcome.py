@@ -24,12 +24,14 @@ class Outcome:
         lines: what to say, with its level.
         failure: what to raise after that.
         arguments: what to call the wrapped function with, if it is called again.
+        is_of_stage: whether each process has layers of its own, so that no other says what is said here.
     """
 
     missing: set[str] = field(default_factory=set)
     lines: list[tuple[int, str]] = field(default_factory=list)
     failure: LoadError | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    is_of_stage: bool = False
 
 
 def conclude(load: Load, model: Any) -> Outcome:
@@ -46,7 +48,8 @@ def left_missing(load: Load, model: Any) -> set[str]:
     """The keys about to be reported that are not in the model, as far as can be known before the load has ended."""
     with load.watch.aside():
         findings = _judge_and_repair(load, model)
-    left = _left(findings, load.mended, load.reported)
+    read_since = load.reading.beside.keys() - {finding.key for finding in findings}
+    left = _left(findings, load.mended, load.reported) - read_since
     load.watch.go_on()
     load.dropped = load.reported - left
     return left
@@ -85,7 +88,8 @@ def outcome_of(
     if broken:
         failure = LoadError(f"{name}: {'; '.join(words.explanations(broken, fold, total))}", tuple(broken))
     left = _left(findings, repaired, missing)
-    return Outcome(left, [(level, f"{name}: {line}") for level, line in lines], failure)
+    is_of_stage = hasattr(model, "_pp_stage")  # transformers' pipeline parallelism, from 5.24 on
+    return Outcome(left, [(level, f"{name}: {line}") for level, line in lines], failure, is_of_stage=is_of_stage)
 
 
 def carry_out(decide: Callable[[], Outcome | None], wrapped: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +118,7 @@ def carry_out(decide: Callable[[], Outcome | None], wrapped: Callable[..., Any],
 def say(outcome: Outcome) -> None:
     """Say its lines."""
     for level, line in outcome.lines:
-        guarded(partial(words.say, level, line))
+        guarded(partial(words.say, level, line, outcome.is_of_stage))
 
 
 def fold(names: list[str]) -> Iterable[str]:

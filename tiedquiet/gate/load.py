@@ -22,6 +22,7 @@ from tiedquiet.gate.weights import (
     of_variant,
     only_of_variants,
     pickles_are_unsafe,
+    refuse_distributed,
     variants_in,
     weights_of,
 )
@@ -79,7 +80,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     model, info = _load(part, loader, how)
     known = record.of(model)
     name = type(model).__name__
-    if known is None:
+    if known is None or not known.total:
         raise CannotCheck(
             f"{part.label}: {name} was not loaded by transformers' `from_pretrained`, so nothing is known about it"
         )
@@ -148,6 +149,8 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
 def _forms(part: Part, how: How) -> list[list[Weights]]:
     """The forms in which the folders hold weights, those that are read first; raises if they must not be opened."""
     for source in filter(None, (part.source, part.base)):
+        if not source.gguf:
+            refuse_distributed(source, part.name)
         path = source.file("generation_config.json", part.name) if source.is_local else None
         if path is not None:
             check_length(path)

@@ -25,6 +25,8 @@ OF_DIFFUSERS = (
 )
 _OF_MODELS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\b.*\.(?:safetensors|bin)$")
 _SHARD = re.compile(r"-\d+-of-\d+$")
+# Of each process a part (transformers/distributed/checkpoint.py), which `from_pretrained` reads before all others.
+_OF_PROCESSES = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
 _MOST_SHARDS = 10_000  # each is looked for several times, and the largest published checkpoints have a few hundred
 OF_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -104,6 +106,23 @@ def weights_of(source: Source, part: str, names: tuple[str, ...], trust: bool) -
     if found and found[0].is_pickle and not trust and (reason := pickles_are_unsafe()):
         raise CannotCheck(f"{source.folder(part)}: {found[0].name} is a pickle, and {reason}")
     return found
+
+
+def refuse_distributed(source: Source, part: str) -> None:
+    """Raise CannotCheck if the installed transformers would read the parts that processes have saved by themselves."""
+    from transformers import distributed
+
+    if not source.is_local or not hasattr(distributed, "consolidate_distributed_checkpoint"):
+        return
+    folder = source.folder(part)
+    if (
+        shard := next((path.name for path in folder.glob("shard-*") if _OF_PROCESSES.match(path.name)), None)
+    ) is not None:
+        raise CannotCheck(
+            f"{folder}: {shard} is a part of a distributed checkpoint, which tiedquiet does not inspect; make it whole "
+            "with transformers.distributed.consolidate_distributed_checkpoint, in a folder with its config.json, and "
+            "check that"
+        )
 
 
 def pickles_are_unsafe() -> str:

@@ -1,6 +1,6 @@
 """Whether what a rule of names leads to some keys may be another's: of a second copy of the model, most often."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 from tiedquiet.proof import names
 from tiedquiet.proof.memory import equals, identical
@@ -36,21 +36,25 @@ def _leads_others_to_what_was_read(reading: Reading, made: names.Made) -> str:
 
 
 def _there_once_more(reading: Reading, made: names.Made, unread: names.Headers) -> dict[str, str]:
-    """Most of what the rule takes is there once more, with other values, without the first parts of its names."""
+    """Most of what the rule takes from under a prefix is there once more, with other values, under another or none."""
     files, taken = reading.checkpoint.tensors, made.key_of
-    sizes, again = Counter[str](), defaultdict[str, list[str]](list)
-    for name in taken:
-        for start in starts(name):
-            sizes[start] += 1
-            short = name[len(start) :]
-            if short in unread and short not in taken and unread[short].shape == unread[name].shape:
-                again[start].append(short)
+    others = defaultdict[str, list[str]](list)
+    for name in unread.keys() - taken.keys() if made.prefixes else ():
+        for start in ("", *starts(name)):
+            others[name[len(start) :]].append(start)
     found: dict[str, str] = {}
-    for start, some in again.items():
-        differ = (short for short in some if not identical(files[short](), files[start + short]()))
-        if 2 * len(some) > sizes[start] and (one := next(differ, None)) is not None:
-            keys = [key for key, origin in made.origins.items() if origin.names[0].startswith(start)]
-            found |= dict.fromkeys(keys, f"and {one} is there as well, and has other values")
+    for old in made.prefixes:
+        ends = [name[len(old) :] for name in taken if name.startswith(old)]
+        again = defaultdict[str, list[str]](list)
+        for end in ends:
+            for start in others.get(end, ()):
+                if unread[start + end].shape == unread[old + end].shape:
+                    again[start].append(end)
+        for start, some in again.items():
+            differ = (start + end for end in some if not identical(files[start + end](), files[old + end]()))
+            if 2 * len(some) > len(ends) and (one := next(differ, None)) is not None:
+                keys = [key for key, origin in made.origins.items() if origin.names[0].startswith(old)]
+                found |= dict.fromkeys(keys, f"and {one} is there as well, and has other values")
     return found
 
 

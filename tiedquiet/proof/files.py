@@ -4,6 +4,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -66,39 +67,45 @@ class Checkpoint:
         Raises:
             Exception: a file cannot be opened.
         """
-        if self.state_dict is not None or not self._is_safetensors:
-            return {key: header for key, read in self.tensors.items() for header in _on_meta(torch.empty_like, read())}
+        if self._is_unparsed:
+            return {key: header for key, read in self._shells.items() for header in _on_meta(torch.empty_like, read())}
         return {key: header for path in self.files for key, header in _headers(path)}
 
     @cached_property
     def count(self) -> int:
-        """How many tensors there are, as far as that is known without reading much of a file; else 0."""
-        if self.state_dict is not None or not self._is_safetensors:
-            return len(self.tensors) if self.is_mapped else 0
+        """How many tensors there are, as far as files may be asked; else 0."""
+        if self._is_unparsed:
+            return len(self._shells) if self.tells else 0
         return sum(map(len, self._types.values()))
 
     @cached_property
     def elements(self) -> int:
-        """How many elements they have, in the same way; else 0. Of files with one type their size tells it."""
-        if self.state_dict is not None or not self._is_safetensors:
-            return sum(read().numel() for read in self.tensors.values()) if self.is_mapped else 0
+        """How many elements they have, in the same way; else 0. Of files with one type their size tells it at once."""
+        if self._is_unparsed:
+            return sum(read().numel() for read in self._shells.values()) if self.tells else 0
         if len(self.dtypes) != 1:
-            return 0
+            return sum(header.numel() for header in self.headers.values())
         (dtype,) = self.dtypes
         return sum(map(_bytes_in, self.files)) // dtype.itemsize
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
-        """The types of the tensors, as far as they are known without reading much of a file."""
-        if self.state_dict is not None:
-            return {value.dtype for value in self.state_dict.values() if torch.is_tensor(value)}
-        if self._is_safetensors:
-            return {_TYPES.get(name.decode(), torch.uint8) for names in self._types.values() for name in set(names)}
-        return {header.dtype for header in self.headers.values()} if self.is_mapped else set()
+        """The types of the tensors, as far as files may be asked."""
+        if self._is_unparsed:
+            return {read().dtype for read in self._shells.values()} if self.tells else set()
+        return {_TYPES.get(name.decode(), torch.uint8) for names in self._types.values() for name in set(names)}
 
     @property
-    def _is_safetensors(self) -> bool:
-        return all(path.endswith(".safetensors") for path in self.files)
+    def _is_unparsed(self) -> bool:
+        """Whether there is more to this than headers of safetensors files."""
+        return self.state_dict is not None or not all(path.endswith(".safetensors") for path in self.files)
+
+    @cached_property
+    def _shells(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """The same as `tensors`, of which nobody may ask more than shape and type: no values are read."""
+        if self.state_dict is not None:
+            return self.tensors
+        return dict(pair for path in self.files for pair in _open(path, and_values=False))
 
     @cached_property
     def _types(self) -> dict[str, list[bytes]]:
@@ -110,9 +117,9 @@ class Checkpoint:
         return len(self.files) > 1 or any(map(_SHARD.search, self.files))
 
     @cached_property
-    def is_mapped(self) -> bool:
-        """Whether names and types are known without reading whole files, unlike those of pickles before torch 1.6."""
-        return not self.closed and all(path.endswith(".safetensors") or zipfile.is_zipfile(path) for path in self.files)
+    def tells(self) -> bool:
+        """Whether names and types can be had: not of what must not be opened, nor of a GGUF file."""
+        return not self.closed and not any(path.endswith(".gguf") for path in self.files)
 
     @cached_property
     def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
@@ -212,9 +219,12 @@ def found_in(folder: str, base: str = "", kind: str = "model") -> Checkpoint:
 
 
 def _names_of_types(path: str) -> list[bytes]:
-    """What a safetensors header calls the type of each tensor: only the header is read, and it is not parsed."""
+    """What a safetensors header calls the type of each tensor: only that is read, and parsed if it has an escape."""
     with open(path, "rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
+    if b"\\" in header:  # `"\u0064type"` is `"dtype"` as well
+        with safe_open(path, "pt") as opened:
+            return [opened.get_slice(key).get_dtype().encode() for key in opened.keys()]  # noqa: SIM118 (no mapping)
     return re.findall(rb'"dtype"\s*:\s*"(\w+)"', header)
 
 
@@ -226,7 +236,7 @@ def _bytes_in(path: str) -> int:
 
 def _names(path: str) -> list[str]:
     if not path.endswith(".safetensors"):
-        return [key for key, _ in _open(path)]
+        return [key for key, _ in _open(path, and_values=False)]
     with safe_open(path, "pt") as file:
         return list(file.keys())
 
@@ -247,7 +257,7 @@ def _on_meta(make: Callable[..., torch.Tensor], given: Any, **more: Any) -> list
         return []
 
 
-def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def _open(path: str, and_values: bool = True) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     if path.endswith(".safetensors"):
         file: Any = safe_open(path, "pt")  # mapped until the last reference to it goes
         yield from ((key, partial(file.get_tensor, key)) for key in file.keys())  # noqa: SIM118 (it is no mapping)
@@ -256,7 +266,7 @@ def _open(path: str) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
         raise ValueError(f"{Path(path).name} is a GGUF file, whose values are changed while they are read")
     if reason := closed_because([path]):
         raise ValueError(reason)
-    for key, value in unpickled(path).items():
+    for key, value in unpickled(path, and_values).items():
         if torch.is_tensor(value):
             yield key, partial(_itself, value)
         elif isinstance(value, Mapping):  # a training script's `{"state_dict": ...}`, of which a loader reads nothing
@@ -274,8 +284,12 @@ def is_compressed(path: str) -> bool:
         return False
 
 
-def unpickled(path: str) -> Any:
+def unpickled(path: str, and_values: bool = True) -> Any:
     """What a pickle holds, mapped where its form allows that.
+
+    Args:
+        path: the file.
+        and_values: whether to read the values, where they cannot be mapped; else only shapes and types are right.
 
     Raises:
         Exception: it cannot be read, or wants to run code.
@@ -285,7 +299,12 @@ def unpickled(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the form before torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with nullcontext() if and_values else _without_values():
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _without_values() -> Any:
+    return getattr(torch.serialization, "skip_data", nullcontext)()  # torch calls it a prototype: it may go again
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

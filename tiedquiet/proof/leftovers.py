@@ -202,7 +202,8 @@ class Leftovers(NamedTuple):
         found: dict[frozenset[tuple[str, names.Origin]], tuple[names.Made, Prefixes]] = {}
         for _, change, known_as in (one for one in tried if one[0] == most):  # to convert takes longer than names do
             leads = self._leads(known_as, self.conversions)
-            made = names.Made(self._converted(known_as), change.why, self.conversions, known_as, leads=leads)
+            origins = self._converted(known_as)
+            made = names.Made(origins, change.why, self.conversions, known_as, leads=leads, prefixes=change.olds)
             whole = known_as.keys() if change.old in wrappers else self.unread.keys()
             # What is just added or removed may lead to keys of another shape as well, but to fewer of these.
             leads_all = most >= len(whole) < 2 * len(made.key_of) and not (change.old and change.new)
@@ -290,7 +291,8 @@ def _ends(name: str) -> list[str]:
 
 def _straight(change: Prefixes) -> names.Made:
     """What is made of the files' tensors if nothing but their names is another."""
-    return names.Made({key: names.Origin((name,), False) for key, name in change.names.items()}, change.why)
+    origins = {key: names.Origin((name,), False) for key, name in change.names.items()}
+    return names.Made(origins, change.why, prefixes=change.olds)
 
 
 def _mappings_of(change: Prefixes | None) -> list[dict[str, str]]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.casts import is_at_limit
+from tiedquiet.proof.likely import most_alike
 from tiedquiet.proof.memory import Memory, by_object, equals, holds, is_copy, plain, same
-from tiedquiet.proof.names import is_in, most_alike
+from tiedquiet.proof.names import is_in
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, embeddings, is_denied, only, survey
 from tiedquiet.proof.ties import Group

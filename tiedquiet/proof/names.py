@@ -4,7 +4,7 @@ Nothing here reads a value: tensors are headers on meta.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ class Made(NamedTuple):
         known_as: for each of the files' names the one that the conversions know, where that is another.
         cure: how to have `from_pretrained` read them, as a clause; empty where nothing is known.
         leads: for all of the files' names that the rules lead to one of the model's, missing or not, that one.
+        prefixes: what these names of the files begin with, where the model has another prefix, or none.
     """
 
     origins: dict[str, Origin]
@@ -49,6 +50,7 @@ class Made(NamedTuple):
     known_as: Mapping[str, str] = MappingProxyType({})
     cure: str = ""
     leads: Mapping[str, str] = MappingProxyType({})
+    prefixes: Collection[str] = ()
 
     @property
     def key_of(self) -> dict[str, str]:
@@ -273,20 +275,6 @@ def _machinery(conversions: Sequence[Any]) -> tuple[Any, list[Any], list[Any], A
 def of_models(unread: Headers) -> Headers:
     """Without the names that are longer than any in a model, whatever is around it: over them rules take hours."""
     return {name: header for name, header in unread.items() if len(name) <= _LONGEST}
-
-
-def in_common(key: str, name: str) -> tuple[int, int]:
-    """How many parts at the end of two names are the same; and how many wherever they are."""
-    ours, theirs = key.split(".")[::-1], name.split(".")[::-1]
-    end = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), len(ours))
-    return end, len(set(ours) & set(theirs))
-
-
-def most_alike(name: str, others: Iterable[str]) -> list[str]:
-    """Those of several names that have as much in common with one as any."""
-    common = {other: in_common(other, name) for other in others}
-    most = max(common.values())
-    return [other for other, one in common.items() if one == most]
 
 
 def is_in(base: str, name: str) -> bool:

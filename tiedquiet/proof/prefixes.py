@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tiedquiet.proof.names import MOST_TRIED, Headers, in_common, most_alike
+from tiedquiet.proof.likely import in_common, most_alike
+from tiedquiet.proof.names import MOST_TRIED, Headers
 
 _MOST_PARTNERS = 1_000  # of one tensor: who has more is junk
 MOST_PARTS = 16  # of a name that may be a prefix
@@ -48,6 +49,11 @@ class Prefixes:
         ]
         more = [f"{len(pairs) - _MOST_NAMED} more such prefixes"] if len(pairs) > _MOST_NAMED else []
         return f"because the checkpoint has {' and '.join(pairs[:_MOST_NAMED] + more)}"
+
+    @property
+    def olds(self) -> list[str]:
+        """Those that names in the files begin with."""
+        return [old for one in self.parts or [self] for old in [one.old] if old]
 
     def known_as(self, of: Collection[str]) -> dict[str, str]:
         """What becomes of the files' names, without those that do not begin with this prefix."""

@@ -36,6 +36,7 @@ class Reading:
         crossed: keys that another name of the files was read into, and their own name there.
         likely: for each missing key that unread tensors of the files fit by their shape, which one it most likely is;
             None if none is likely.
+        beside: what reads the values of tensors that a file beside the checkpoint has given since: an adapter's.
         offloaded: transformers' index of what stays on disk: for each key, a file and the name in it.
         buffers: names of the buffers that are in no state dict.
         has_loose: whether a module has a tensor on meta that it does not register.
@@ -56,6 +57,7 @@ class Reading:
     found: dict[str, Finding] = field(default_factory=dict)
     crossed: dict[str, str] = field(default_factory=dict)
     likely: dict[str, str | None] = field(default_factory=dict)
+    beside: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     offloaded: dict[str, Any] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     has_loose: bool = False
@@ -73,6 +75,8 @@ class Reading:
     def values(self, name: str) -> torch.Tensor | None:
         """The checkpoint's values of one of the model's tensors; None where they cannot be told or were converted."""
         try:
+            if name in self.beside:
+                return self.beside[name]()
             own = self._name_of(name)
             return None if own is None else self.checkpoint.tensors[own]()
         except Exception:
@@ -81,6 +85,8 @@ class Reading:
     def sources(self, name: str) -> list[Callable[[], torch.Tensor]] | None:
         """What reads each tensor of the files that one of the model's was made of; None where that is not known."""
         try:
+            if name in self.beside:
+                return [self.beside[name]]
             origin = self._origin(name)
             return [self.checkpoint.tensors[own] for own in origin.names] if origin is not None else None
         except Exception:
@@ -92,9 +98,23 @@ class Reading:
         Not for a state dict that the caller handed over: it may change, and the model may hold these very tensors.
         """
         try:
-            return self.checkpoint.state_dict is None and self._name_of(name) is not None
+            return name in self.beside or (self.checkpoint.state_dict is None and self._name_of(name) is not None)
         except Exception:
             return False
+
+    def take(
+        self, key: str, tensor: torch.Tensor, read: Callable[[], torch.Tensor] | None, finding: Finding | None
+    ) -> None:
+        """Note that a tensor has its values from another file by now; the arguments are those of `Load.take`."""
+        self.held[key] = tensor
+        (self.read_to[key],) = aliases([tensor])
+        self.missing.discard(key)
+        for known in (self.found, self.likely, self.crossed):
+            known.pop(key, None)
+        if read is not None:
+            self.beside[key] = read
+        if finding is not None:
+            self.found[key] = finding
 
     @cached_property
     def narrowed(self) -> set[str]:

@@ -16,6 +16,7 @@ from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.doubts import doubts_of
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers, is_ignored
+from tiedquiet.proof.likely import by_shape, likely, most_alike
 from tiedquiet.proof.memory import equals, same, types_of
 from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.reading import Reading
@@ -37,7 +38,7 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     if unexpected or reading.missing - reading.free - reading.tied:
         return True
     checkpoint = reading.checkpoint
-    if checkpoint.is_parted and checkpoint.is_mapped:
+    if checkpoint.is_parted and checkpoint.tells:
         return True
     if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
@@ -232,29 +233,8 @@ def _note_likely(
     for shape, keys in by_shape(missing).items():
         alike = rest.get(shape, [])
         if len(alike) <= names.MOST_TRIED and not ends.keys().isdisjoint(keys):
-            alike = [name for name in alike if not all(is_held(key, name) for key in names.most_alike(name, keys))]
+            alike = [name for name in alike if not all(is_held(key, name) for key in most_alike(name, keys))]
         reading.likely |= {key: likely(key, alike) for key in keys if alike}
-
-
-def by_shape(unread: names.Headers) -> dict[torch.Size, list[str]]:
-    """The names of all tensors of each shape."""
-    found: dict[torch.Size, list[str]] = {}
-    for name, header in unread.items():
-        found.setdefault(header.shape, []).append(name)
-    return found
-
-
-def likely(key: str, alike: Sequence[str]) -> str | None:
-    """The unread tensor of the files that a missing key most likely is: the one with the longest common end.
-
-    Args:
-        key: the missing key.
-        alike: those of its shape.
-    """
-    if not alike or len(alike) > names.MOST_TRIED:
-        return None  # one of very many is not likely
-    best = names.most_alike(key, alike)[0]
-    return best if names.in_common(key, best)[0] else None
 
 
 def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> None:

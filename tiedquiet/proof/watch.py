@@ -179,6 +179,14 @@ class Watch(TorchDispatchMode):
         addresses = addresses_of(tensor)  # none on meta, where nothing can be lost
         return bool(addresses) and self._changed.isdisjoint(addresses)
 
+    def note_read(self, name: str) -> None:
+        """Take what lies there now, if anything of it is stored, for what was read: a loader has just read it anew."""
+        for known in (self.writes, self._versions):
+            known.pop(name, None)
+        self._elsewhere.discard(name)
+        self._memory = None
+        self._versions = {own: self._versions.get(own, version_of(place)) for own, place in self._stored.items()}
+
     def give_up(self, error: Exception) -> None:
         """From here on nothing is known; the program goes on."""
         self.open, self.error = False, error
