@@ -27,6 +27,7 @@ WELL = (Verdict.TIED, Verdict.COPIED)
 BUFFER = "a buffer"
 LOOSE = "a tensor on meta, which its module does not register"
 KEPT_OUT = "a parameter on meta, which its class keeps out of its state dict"
+ONE_OF_TWO = "Find out which one the model was trained with, and store only that one"
 IN_FILES = (Verdict.UNREAD, Verdict.MISSING)  # the source of these is a name that the files have
 LOUD = (Verdict.UNREAD, Verdict.UNTIED, Verdict.OVERWRITTEN, Verdict.UNWRITTEN, Verdict.AMBIGUOUS)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from tiedquiet.mode import current, is_main_process
-from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, LOUD, Finding, Verdict, escaped
+from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, LOUD, ONE_OF_TWO, Finding, Verdict, escaped
 
 log = logging.getLogger("tiedquiet")
 _theirs = logging.getLogger("transformers")
@@ -36,7 +36,7 @@ def confirmation(findings: list[Finding], repaired: list[Finding], fold: Fold) -
     tied = [f for f in repaired if f.verdict in (Verdict.UNTIED, Verdict.COPIED)]
     parts.append(("not tied by transformers, repaired: ", _pairs(tied, "is now", fold)))
     for by, some in _by_cause(f for f in repaired if f.verdict is Verdict.OVERWRITTEN):
-        parts.append((f"kept as stored, although written to {by}: ", _keys(some, fold)))
+        parts.append((f"kept as stored, although overwritten {by}: ", _keys(some, fold)))
     unwritten = [f for f in repaired if f.verdict is Verdict.UNWRITTEN]
     parts.append(("never written by transformers, repaired with what __init__ computes: ", _keys(unwritten, fold)))
     return "; ".join(start + names for start, names in parts if names)
@@ -61,8 +61,8 @@ def explanations(findings: Iterable[Finding], fold: Fold, total: int = 0) -> lis
                     f"overwritten, stored values were LOST after they were read: {where}. {_left_to_do(cure or _SKIP)}"
                 )
         else:
-            for broken in (True, False):
-                causes = _by_cause(finding for finding in some if finding.broken is broken)
+            for broken, cure in sorted({(finding.broken, finding.cure): None for finding in some}, key=_is_passed):
+                causes = _by_cause(f for f in some if (f.broken, f.cure) == (broken, cure))
                 lines += [_explain(verdict, why, alike, fold, total) for why, alike in causes]
     return lines
 
@@ -106,11 +106,12 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
             f"ambiguous, two files of the checkpoint have different values: {_keys(findings, fold)}: {why}. "
             "Find out which file is right, and delete these keys from the other"
         )
+    if verdict is Verdict.AMBIGUOUS and cure:
+        return f"ambiguous, {_pairs(findings, 'is not', fold)}: {why}. {cure}"
     if verdict is Verdict.AMBIGUOUS:
         return (
             "ambiguous, the checkpoint stores two different tensors where the model has one: "
-            f"{_pairs(findings, 'has the values of', fold)}, {why}. "
-            "Find out which one the model was trained with, and store only that one"
+            f"{_pairs(findings, 'has the values of', fold)}{why and ': ' + why}. {ONE_OF_TWO}"
         )
     if why == BUFFER:
         return (
@@ -121,7 +122,7 @@ def _explain(verdict: Verdict, why: str, findings: list[Finding], fold: Fold, to
         return (
             f"unwritten, on meta, where nothing has values: {_keys(findings, fold)}. transformers 5 builds a model on "
             "meta and moves only what a module registers; with the rest torch may compute garbage without an error. "
-            f"{_left_to_do(_REGISTER)}"
+            f"{cure or _left_to_do(_REGISTER)}"
         )
     if why == KEPT_OUT:
         return (
@@ -138,9 +139,10 @@ def hints(findings: list[Finding], fold: Fold) -> list[str]:
     """What is missing and may be in the checkpoint under another name: likely, but not claimed."""
     if not findings:
         return []
+    it = "it" if len(findings) == 1 else "them"
     return [
-        f"missing, but perhaps in the checkpoint under another name: {_pairs(findings, 'may be', fold)}, which was not "
-        "read. If so, pass from_pretrained a key_mapping that maps it"
+        f"missing, but perhaps in the checkpoint under another name: {_pairs(findings, 'may be', fold)}, which nothing "
+        f"read. If so, rename {it} in the file, or load this checkpoint by from_pretrained with a key_mapping for {it}"
     ]
 
 
@@ -190,8 +192,23 @@ def _is_first_rank() -> bool:
 def _by_cause(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
     causes: dict[str, list[Finding]] = {}
     for finding in findings:
-        causes.setdefault(finding.why, []).append(finding)
+        causes.setdefault(_lost_to(finding)[1] if _is_of_two(finding) else finding.why, []).append(finding)
     return list(causes.items())
+
+
+def _is_of_two(finding: Finding) -> bool:
+    """Whether the files have two tensors for one of the model's: what it lost to differs from key to key."""
+    return finding.verdict is Verdict.AMBIGUOUS and bool(finding.key and finding.source and not finding.cure)
+
+
+def _lost_to(finding: Finding) -> tuple[str, str]:
+    """What the reason says of this key alone, and the rest of it."""
+    own, _, rest = finding.why.partition(": ")
+    return own, rest
+
+
+def _is_passed(kind: tuple[bool, str]) -> bool:
+    return not kind[0]
 
 
 def _first(items: list[str]) -> str:
@@ -201,7 +218,10 @@ def _first(items: list[str]) -> str:
 
 def _pairs(findings: list[Finding], verb: str, fold: Fold) -> str:
     """Each key with its source; of many that differ in the same prefix, the first, and how many are like it."""
-    pairs = {f"{f.key} {verb} {f.source}": _prefixes(f.key, str(f.source)) for f in findings}
+    pairs = {
+        f"{f.key} {verb} {f.source}" + (f", {_lost_to(f)[0]}" if _is_of_two(f) else ""): _prefixes(f.key, str(f.source))
+        for f in findings
+    }
     if len(items := list(fold(sorted(pairs)))) <= _AT_MOST:
         return ", ".join(items)
     alike: dict[tuple[str, str], list[str]] = {}

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
+    conversion_mapping,
 )
 
 import tiedquiet
@@ -84,7 +85,18 @@ def verdicts(model: Any) -> dict[str, Verdict]:
 
 def mapping_of(line: str) -> dict[str, str]:
     """The `key_mapping` that a line advises, as somebody would paste it."""
-    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to from_pretrained", line)[0]))
+    return dict(ast.literal_eval(re.findall(r"key_mapping=(\{.*?\}) to \w+\.from_pretrained", line)[0]))
+
+
+def register_as(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the call that a line advises, as somebody would paste it; the test's end undoes it."""
+    get, register = conversion_mapping.get_checkpoint_conversion_mapping, "register_checkpoint_conversion_mapping"
+    get("legacy")  # the cache is made at the first call
+    for name in ("_checkpoint_conversion_mapping_cache", "USER_REGISTERED_MAPPINGS"):
+        if hasattr(conversion_mapping, name):
+            monkeypatch.setattr(conversion_mapping, name, getattr(conversion_mapping, name).copy())
+    (call,) = re.findall(rf"call ({register}\(.*\)) of transformers\.conversion_mapping first", line)
+    eval(call, {register: getattr(conversion_mapping, register), "get_checkpoint_conversion_mapping": get})
 
 
 def llava() -> Any:

@@ -22,6 +22,7 @@ from tiedquiet.doors import call, from_pretrained, outcome
 from tiedquiet.doors import trainer as door
 from tiedquiet.proof import (
     casts,
+    crossing,
     files,
     judge,
     load,
@@ -43,6 +44,7 @@ from tiedquiet.proof import (
 MODULES = (
     call,
     casts,
+    crossing,
     files,
     from_pretrained,
     judge,

@@ -21,7 +21,7 @@ from transformers import (
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import CLIP, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.renamed import CLIP, mapping_of, register_as, stopped_and_repaired, verdicts, written, wrong
 from tests.doors.training import trainer_of
 from tiedquiet import LoadError, Verdict
 
@@ -163,7 +163,7 @@ def test_two_that_are_mixed_up_on_disk(tmp_path: Path, printed: Printed) -> None
         found = {key for key, verdict in verdicts(model).items() if verdict is Verdict.UNREAD}
         assert found == left
         assert not tiedquiet.check(model).ok
-    assert "Rename one of the two modules" in printed.loud[-1]
+    assert "Rename one of the two modules, and its tensors in the file" in printed.loud[-1]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
         WithNorm.from_pretrained(tmp_path / "files", **places)
 
@@ -187,7 +187,7 @@ def test_one_that_is_missing_because_it_was_read_into_the_other(
             model = WithNorm.from_pretrained(tmp_path)
         assert verdicts(model) == {other: Verdict.UNREAD, lacking: Verdict.MISSING}
         assert f"it was given what is {other} there" in str(tiedquiet.check(model))
-    assert "Rename one of the two modules" in printed.loud[0]
+    assert "Rename one of the two modules, and its tensors in the file" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread, 1 of 4"):
         WithNorm.from_pretrained(tmp_path)
 
@@ -288,7 +288,9 @@ def test_a_base_model_s_file_has_no_norm_of_the_head(tmp_path: Path, printed: Pr
     assert not printed.loud
 
 
-def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path, printed: Printed) -> None:
+def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(
+    tmp_path: Path, printed: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Transformers 5.9 to 5.13 read nothing of it but the embeddings: there a ViT starts from noise."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     saved = DeiTModel(DeiTConfig(**small, image_size=16, patch_size=8))
@@ -302,7 +304,11 @@ def test_a_base_model_s_file_gets_the_renaming_of_the_base_model(tmp_path: Path,
     found = verdicts(model)
     assert {key for key, verdict in found.items() if verdict is Verdict.UNREAD} == found.keys() - heads
     assert "renames what it reads for DeiTModel, but not for DeiTForImageClassification around it" in printed.loud[0]
-    assert "register the conversion of DeiTModel for DeiTForImageClassification" in printed.loud[0]
+    line = printed.loud[0]
     model = stopped_and_repaired(DeiTForImageClassification, tmp_path)
+    assert not wrong(model, truth)
+    assert verdicts(model) == heads
+    register_as(line, monkeypatch)
+    model = DeiTForImageClassification.from_pretrained(tmp_path)
     assert not wrong(model, truth)
     assert verdicts(model) == heads

@@ -230,7 +230,7 @@ def test_what_is_claimed_for_one_key_is_no_likely_one_of_another(runs: Any, tmp_
     assert differing(model, right(tied_llava, folder / "checkpoint-2")) == set()
 
 
-def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
+def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path, printed: Printed) -> None:
     """Transformers saves it under the names that the mapping undoes; the class alone does not know them."""
     GPT2LMHeadModel(gpt2()).save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
@@ -252,6 +252,13 @@ def test_a_model_loaded_with_a_key_mapping_of_its_own(tmp_path: Path) -> None:
         pytest.skip("this release saves it under the model's own names")
     truth, model = state(trained), load()
     with tiedquiet.enable("repair"):
+        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert differing(model, truth) == set()
+    trainer_of(load(), tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    (line,) = printed.loud
+    assert line.endswith(" that from_pretrained loaded from this checkpoint, with the same key_mapping")
+    with tiedquiet.enable("strict"):
+        model = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-1", key_mapping=mapping)
         trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     assert differing(model, truth) == set()
 

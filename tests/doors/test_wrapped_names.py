@@ -57,7 +57,8 @@ def assert_cured(kind: Any, folder: Path, truth: dict[str, Any], printed: Printe
     repaired.save_pretrained(folder / "repaired")
     models = [repaired, kind.from_pretrained(folder / "repaired")]
     if "key_mapping" in line:
-        assert line.endswith(" to from_pretrained, and save_original_format=False to save_pretrained")
+        to = f"{kind.__name__}.from_pretrained"
+        assert line.endswith(f" to {to}, and save_original_format=False to save_pretrained")
         models.append(kind.from_pretrained(folder, key_mapping=mapping_of(line)))
         models[-1].save_pretrained(folder / "mapped", save_original_format=False)
         models.append(kind.from_pretrained(folder / "mapped"))

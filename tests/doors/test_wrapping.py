@@ -326,3 +326,12 @@ def test_a_bound_method_is_copied_with_what_it_is_bound_to(tmp_path: Path) -> No
     holder.load = holder.trainer._load_best_model
     again = copy.deepcopy(holder)
     assert again.load.__self__ is again.trainer is not holder.trainer
+
+
+def test_two_functions_of_one_name_have_arguments_of_their_own() -> None:
+    peft = pytest.importorskip("peft")
+    from transformers.models.wav2vec2 import modeling_wav2vec2 as speech  # its door is the later one
+
+    given = {"model_id": "folder", "adapter_name": "mine"}
+    assert wrapping.bind(peft.PeftModel.load_adapter, ("folder", "mine"), {}) == given
+    assert wrapping.bind(speech.Wav2Vec2ForCTC.load_adapter, ("eng",), {}) == {"target_lang": "eng"}

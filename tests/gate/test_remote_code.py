@@ -114,6 +114,25 @@ def test_a_modelling_file_of_transformers_4_is_told_what_to_change(
     assert error.count("\n") == 1
 
 
+def test_what_a_list_of_transformers_4_ties_is_told_tensor_by_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BERT's list had a bias and the end of a name: to tie the bias to the embedding would give it that matrix."""
+    keys, right = '["predictions.bias", "decoder.weight", "(odd"]', '"predictions.decoder.weight": "embed.weight"'
+    more = """self.predictions = torch.nn.Module()
+        self.predictions.decoder = torch.nn.Linear(4, 8)
+        self.predictions.bias = %s
+        self.post_init()"""
+    tied = "self.predictions.decoder.bias"
+    for bias, said in ((tied, f'"predictions.bias": "{tied[5:]}"'), ("torch.nn.Parameter(torch.zeros(8))", None)):
+        said = said or '"predictions.bias": "NAME_OF_WHAT_IT_IS_TIED_TO"'
+        folder = remote(tmp_path / str(len(bias)), "self.post_init()", more % bias)
+        text = (folder / "modeling_my.py").read_text().replace('{"head.weight": "embed.weight"}', keys)
+        (folder / "modeling_my.py").write_text(text)
+        assert check(folder, "--trust-remote-code") == 2
+        assert f"write _tied_weights_keys = {{{said}, {right}}}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", ["0", "3", "", "None", "'bye'"])
 @pytest.mark.parametrize("way", ["--trust-remote-code", "--class"])
 def test_code_that_is_let_run_does_not_choose_the_status(

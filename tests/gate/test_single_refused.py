@@ -79,7 +79,7 @@ def test_a_config_that_does_not_fit(
     [
         ("", (), "WanPipeline is not a pipeline of diffusers that has from_single_file; choose one of its parts: --class WanTransformer3DModel"),
         ("", ("--class", "FluxTransformer2DModel"), "is a pipeline without a FluxTransformer2DModel"),
-        ("text_encoder", (), "['UMT5EncoderModel'] is not a class of diffusers that has from_single_file; put the file"),
+        ("text_encoder", (), "UMT5EncoderModel is not a class of diffusers that has from_single_file; put the file"),
         ("", ("--class", "UMT5EncoderModel"), "UMT5EncoderModel is not a class of diffusers that has from_single_file"),
         ("transformer", ("--class", "UNet2DModel"), "UNet2DModel is not a class of diffusers that has from_single_file"),
         ("absent", (), "has neither config.json nor model_index.json"),

@@ -242,7 +242,7 @@ def test_what_cannot_be_copied_in_place_is_left() -> None:
 def test_a_file_whose_names_cannot_be_asked_for_tells_nothing() -> None:
     model = torch.nn.Linear(2, 1, bias=False)
     info = SimpleNamespace(missing_keys=set(), mismatched_keys=set(), unexpected_keys={"x"})
-    config: Any = SimpleNamespace(weight_mapping=None, hf_quantizer=None)
+    config: Any = SimpleNamespace(weight_mapping=None, hf_quantizer=None, device_map=None)
     reading, unread = from_pretrained._read(model, info, Checkpoint(None, ["a.gguf"]), None, config)
     assert (reading.stored, unread) == ({"weight"}, {})
 

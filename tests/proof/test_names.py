@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertModel
 
 from tests.doors.renamed import BERT
+from tiedquiet.proof.crossing import crossed, may_cross
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.likely import by_shape, likely
-from tiedquiet.proof.names import Origin, _sorted, conversions_of, crossed, may_cross, native_class, sources
+from tiedquiet.proof.names import Origin, _sorted, conversions_of, native_class, sources
 from tiedquiet.proof.prefixes import Prefixes, by_prefix, without
 
 Shapes = dict[str, tuple[int, ...]]

@@ -227,7 +227,8 @@ def test_a_stored_tensor_that_another_thread_wrote_to(tmp_path: Path, printed: P
     assert same(model.part.weight.detach(), file["part.weight"])
     assert tiedquiet.check(model).ok
     assert (
-        "kept as stored, although written to by another thread or by compiled code: part.weight" in printed.confirmed[0]
+        "kept as stored, although overwritten by another thread or by compiled code: part.weight"
+        in printed.confirmed[0]
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -259,7 +260,8 @@ def _lost_in_casts(
         if equals(tensor, values) is not False:
             continue
         if values.dtype != tensor.dtype:
-            yield cast_finding(key, values.dtype, tensor.dtype)
+            found = cast_finding(key, values.dtype, tensor.dtype)
+            yield replace(found, cure=found.cure.replace("Load it", "Load the base model"))  # whose type peft takes
             continue
         through = next((kind for kind in types if equals(tensor, values.to(kind).to(values.dtype))), None)
         by = f"by a cast to {str(through).removeprefix('torch.')} and back" if through else "by what read it"

@@ -11,7 +11,7 @@ from tiedquiet import mode
 from tiedquiet.doors import adapters, call
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, left_missing
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, is_wrapped, wrap_overrides
-from tiedquiet.proof import names, record
+from tiedquiet.proof import crossing, names, record
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.reading import Reading, read
@@ -160,12 +160,7 @@ def _note(wrapped: Callable[..., Any], bound: dict[str, Any], result: Any) -> No
     # peft's names for them say more than what else may be in names.
     rest = adapters.note_names(model, reading, unread) if adapters.is_loading(model) else unread
     others = find_unread(model, reading, rest, config.weight_mapping or ())
-    if (
-        others
-        and mode.current() == "repair"
-        and not reading.is_quantised
-        and "disk" not in (config.device_map or {}).values()
-    ):
+    if others and mode.current() == "repair" and reading.may_grow:
         before = reading.found
         also: dict[str, str] = {}
         for made in others:
@@ -222,13 +217,14 @@ def _read(
         return of(model, checkpoint.headers, survey(model).state, conversions)
 
     reading = read(model, missing, checkpoint, offloaded, made_of, is_converted, config.hf_quantizer is not None)
+    reading.may_grow = not reading.is_quantised and "disk" not in (config.device_map or {}).values()
     # The files have values for these, so neither a tie nor what their class computes may pass for them.
     reading.likely.update((key, key) for key in reading.tied & in_other_shapes)
     reading.free -= in_other_shapes
     if adapters.is_loading(model):
         adapters.leave_out_others(model, reading)
     unread: names.Headers = {}
-    if also or names.may_cross(model) or needs_headers(reading, info.unexpected_keys):
+    if also or crossing.may_cross(model) or needs_headers(reading, info.unexpected_keys):
         try:
             unread = ask_headers(model, reading, conversions, also)
         except (ValueError, OSError):  # GGUF, whose names are none of the model's; or what must not be opened

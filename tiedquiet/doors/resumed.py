@@ -84,7 +84,11 @@ class _Resumed:
     def take_converted(self, by_hand: str) -> None:
         """Take what `from_pretrained` would have renamed and converted."""
         for made in self._converted:
-            note_unread(self._reading, made, f"{_REPAIR}, or {by_hand}")
+            # That of the call that loaded the model, of which its class knows nothing.
+            mapping = names.mapping_besides(made.conversions, names.conversions_of(self._folder.core))
+            note_unread(
+                self._reading, made, f"{_REPAIR}, or {by_hand}{', with the same key_mapping' if mapping else ''}"
+            )
             self._take(made)
 
     def note_other_shapes(self, by_hand: str) -> None:

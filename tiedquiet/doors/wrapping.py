@@ -212,7 +212,9 @@ def _wrap(seam: Seam) -> bool:
     if seam.has_overrides:
         for kind in _subclasses(owner):
             wrap_overrides(kind, owner, name, seam.hook)
-    _parameters[name] = [p for p in inspect.signature(getattr(owner, name)).parameters if p != "self"]
+    function = getattr(owner, name)
+    parameters = [p for p in inspect.signature(function).parameters if p != "self"]
+    _parameters[name] = _parameters[getattr(function, "__qualname__", name)] = parameters
     if not seam.owner:
         _swap_copies(name, original, wrapper)
     return True
@@ -236,7 +238,9 @@ def _maker(function: object) -> str:
 
 def bind(wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
-    return {**dict(zip(_parameters[wrapped.__name__], args, strict=False)), **kwargs}
+    # Two doors may have a function of one name; an override of either goes by that.
+    parameters = _parameters.get(getattr(wrapped, "__qualname__", "")) or _parameters[wrapped.__name__]
+    return {**dict(zip(parameters, args, strict=False)), **kwargs}
 
 
 def guarded(ours: Callable[[], _T]) -> tuple[_T | None, LoadError | None]:

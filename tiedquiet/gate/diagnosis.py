@@ -251,10 +251,28 @@ def _place(owner: type, name: str) -> str:
 
 
 def _as_dictionary(model: Any, keys: Iterable[str]) -> str:
-    """What the list should be: each key tied to the input embedding, of which the model knows the name."""
+    """What the list should be: each tensor that it means, tied to what it is one with already, or to the embedding.
+
+    A bias is not the embedding: of what has another shape, nobody can tell what it is to be tied to.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    targets = dict.fromkeys(name for key in keys for name in own if _means(key, name))
     try:
         embedding = model.get_input_embeddings().weight
-        source = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+        source = next(name for name, parameter in own.items() if parameter is embedding)
     except (AttributeError, NotImplementedError, StopIteration):
-        source = "NAME_OF_THE_INPUT_EMBEDDING.weight"
-    return json.dumps({key: source for key in keys if key != source})
+        embedding, source = None, "NAME_OF_THE_INPUT_EMBEDDING.weight"
+    ties: dict[str, str] = {}
+    for name in targets:
+        same = [other for other, tensor in own.items() if tensor is own[name] and other not in targets]
+        fits = embedding is None or own[name].shape == embedding.shape
+        ties[name] = same[0] if same else source if fits else "NAME_OF_WHAT_IT_IS_TIED_TO"
+    return json.dumps({name: other for name, other in ties.items() if name != other})
+
+
+def _means(key: str, name: str) -> bool:
+    """Whether an entry of such a list, a pattern to transformers 4, means a tensor."""
+    try:
+        return re.search(key, name) is not None
+    except re.error:
+        return key == name

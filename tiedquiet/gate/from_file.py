@@ -49,8 +49,9 @@ def check(
         part, kind = _part_of_class(source, cls, how)
     if not is_convertible(kind):
         named = cls or part.config.get("_class_name") or part.config.get("architectures")
+        what = ", ".join(map(str, named[:3])) if isinstance(named, list) else named
         raise CannotCheck(
-            f"{name}: {named} is not a class of diffusers that has from_single_file; "
+            f"{name}: {what} is not a class of diffusers that has from_single_file; "
             "put the file into a folder with its config.json, under the name that its library reads, and check that"
         )
     folder = _config_of(source, part.name).parent

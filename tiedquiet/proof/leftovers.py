@@ -277,7 +277,9 @@ class Leftovers(NamedTuple):
             cures = all(read_to.get(name) in made.origins for name in made.key_of)
             if cures and all(read_to.get(name) == key for name, key in was_read.items()):
                 # Else they are saved under the names that the files had, and up to 5.3 under names that nothing has.
-                return f"pass key_mapping={whole} to from_pretrained, and save_original_format=False to save_pretrained"
+                # A pipeline or a composite, which loads it, takes none for it.
+                to = f"{type(self.model).__name__}.from_pretrained"
+                return f"pass key_mapping={whole} to {to}, and save_original_format=False to save_pretrained"
         return ""
 
 

@@ -14,10 +14,10 @@ from tiedquiet.proof.names import is_in
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import Survey, embeddings, is_denied, only, survey
 from tiedquiet.proof.ties import Group
-from tiedquiet.verdict import Finding, Verdict
+from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 
 Values = Callable[[str], "torch.Tensor | None"]
-_REPAIR = "If it should be one tensor, set TIEDQUIET=repair"
+_REPAIR = "set TIEDQUIET=repair"
 
 
 def judge_missing(
@@ -101,8 +101,8 @@ def _judge_follower(
     if known.place(source) != known.place(key):
         # One tensor, without values: accelerate reads them again for each name, and up to 5.12.1 it is not told
         # where those of a tied one are.
-        why, cure = "because accelerate finds nothing on disk under its name", "load it without disk offload"
-        return Finding(key, Verdict.UNTIED, source, why, True, f"{_REPAIR} or {cure}")
+        why = "because accelerate finds nothing on disk under its name"
+        return Finding(key, Verdict.UNTIED, source, why, True, _to_tie(_REPAIR, "load it without disk offload"))
     return Finding(key, Verdict.TIED, source)
 
 
@@ -141,12 +141,18 @@ def _judge_parted(
     flag = group.flags.get(key, "")
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
-    cure = f"{_REPAIR} or {cure}" if cure else _REPAIR
+    # What differs in more than its values, `repair` leaves.
+    fits = not cure or (tensor.shape, tensor.dtype) == (stored[source].shape, stored[source].dtype)
+    cure = _to_tie(_REPAIR if fits else "", cure)
     if known.likely.get(key) == key:
         cure = "Check config.json: the checkpoint has this tensor in another shape"
     elif key in known.likely:
-        cure = f"Check whether it is {_unread(key, known)}"
+        cure = f"Check whether it is {_unread(key, known)}, and rename that in the file if so"
     return Finding(key, Verdict.UNTIED, source, why, broken, cure)
+
+
+def _to_tie(*ways: str) -> str:
+    return f"If it should be one tensor, {' or '.join(filter(None, ways))}"
 
 
 def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: Values) -> Iterator[Finding]:
@@ -156,6 +162,9 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
     `judge_missing`.
     """
     stored = known.stored & now.state.keys() - known.lasting.keys() if tied else set()
+    # Not where the same flag ties what the checkpoint does not have.
+    is_needed = any(key in tied and not tied[key].flags.get(key) for key in known.missing)
+    both = "" if is_needed else "; or, if with both, set tie_word_embeddings to false throughout config.json"
     for key, group in tied.items():
         source = group.source_of(key, stored)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
@@ -165,10 +174,11 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
         if ends[0] is None or ends[1] is None or ({key, source} & known.altered and holds(ends[0], ends[1])):
             continue  # the class turned one of them
         if equals(ends[0], ends[1]) is False:
-            if not _are_inputs(now, key, source) and any(is_denied(model) for _, model in now.models):
+            is_of_inputs = _are_inputs(now, key, source)
+            if not is_of_inputs and any(is_denied(model) for _, model in now.models):
                 continue
-            why = "its own: the config ties them, but the checkpoint has both, and they differ"
-            yield Finding(key, Verdict.AMBIGUOUS, source, why, True)
+            why = "the config ties them, but the checkpoint has both, and they differ"
+            yield Finding(key, Verdict.AMBIGUOUS, source, why, True, ONE_OF_TWO + ("" if is_of_inputs else both))
 
 
 def _are_inputs(now: Survey, *keys: str) -> bool:

@@ -106,11 +106,13 @@ def own_mapping(model: Any) -> dict[str, str]:
 
 
 def conversions_of_native(model: Any) -> list[Any]:
-    """What transformers would rename and convert for the class that the model's class is made from."""
-    native = native_class(model)
+    """What transformers would rename and convert for the class that the model's class is, or is made from."""
+    native = native_class(model) or type(model)
     try:
+        config = copy.deepcopy(model.config)
+        config.model_type = native.config_class.model_type  # transformers goes by that, and a user's may have its own
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return conversions_of(native(copy.deepcopy(model.config)))
+            return conversions_of(native(config))
     except Exception:
         return []  # it cannot be built from this config alone
 
@@ -129,14 +131,30 @@ def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
             rules = conversions_of(model, own)
         yield f"because transformers does not read {ours}.{_OWN}", "", rules
     if (native := native_class(model)) is not None:
-        yield *_of_another(native.__name__, f"its subclass {ours}", ours), conversions_of_native(model)
+        yield *_of_another(native, f"its subclass {ours}", model), conversions_of_native(model)
     if (base := getattr(model, "base_model", model)) is not model:
-        yield *_of_another(type(base).__name__, f"{ours} around it", ours), conversions_of(base)
+        rules = conversions_of(base) if len({*_types(type(base), base)}) == 1 else conversions_of_native(base)
+        yield *_of_another(type(base), f"{ours} around it", model), rules
 
 
-def _of_another(other: str, around: str, ours: str) -> tuple[str, str]:
-    why = f"because transformers renames what it reads for {other}, but not for {around}"
-    return why, f"register the conversion of {other} for {ours} (register_checkpoint_conversion_mapping)"
+def _of_another(other: Any, around: str, model: Any) -> tuple[str, str]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping as get
+
+    why = f"because transformers renames what it reads for {other.__name__}, but not for {around}"
+    # By a class's name, or by the type of its config: what is registered for one is not found by the other.
+    for source, target in ((other.__name__, type(model).__name__), _types(other, model)):
+        if source and target and get(source) is not None:
+            given = f"{target!r}, get_checkpoint_conversion_mapping({source!r}), overwrite=True"
+            call = f"call register_checkpoint_conversion_mapping({given}) of transformers.conversion_mapping first"
+            return why, call
+    return why, ""
+
+
+def _types(kind: Any, model: Any) -> tuple[str, str]:
+    """The type that the configs of a class have, and that of a model's."""
+    configs = getattr(kind, "config_class", None), getattr(model, "config", None)
+    theirs, ours = (getattr(config, "model_type", "") for config in configs)
+    return theirs, ours
 
 
 def has_converter(conversions: Sequence[Any]) -> bool:
@@ -252,65 +270,6 @@ def _machinery(conversions: Sequence[Any]) -> tuple[Any, list[Any], list[Any], A
     renamings = [one for one in conversions if isinstance(one, theirs.WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, theirs.WeightConverter)]
     return theirs.rename_source_key, renamings, converters, theirs.dot_natural_key
-
-
-def may_cross(model: Any) -> bool:
-    """Whether a model and its base model have tensors under one name: adding a prefix or taking it off, both exist."""
-    base = getattr(model, "_modules", {}).get(getattr(model, "base_model_prefix", ""))
-    if base is None:
-        return False
-    own = model._parameters.keys() & base._parameters.keys() | model._buffers.keys() & base._buffers.keys()
-    modules = (model._modules[name] for name in model._modules.keys() & base._modules.keys())
-    return bool(own) or any(next(module.parameters(), None) is not None for module in modules if module is not None)
-
-
-def crossed(
-    model: Any, headers: Headers, state: Headers, made: Mapping[str, Origin], conversions: Sequence[Any]
-) -> dict[str, str | None]:
-    """The keys that transformers reads into another one, or another one into them.
-
-    It adds the prefix of the base model to a name, or takes it off, wherever the result is a name of the model. But
-    where one of the files' names has that prefix, as they are or as they are renamed for the class that may have saved
-    them, none of them needs another. And where all that the base model needs has it, what has none is the head's.
-
-    Args:
-        model: the model.
-        headers: what the files hold.
-        state: the model's tensors by name.
-        made: what each of them is read from.
-        conversions: what the loader renames and converts.
-
-    Returns:
-        For each of these keys the name that the files have for it; None where they have none.
-    """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if not may_cross(model):
-        if all(origin.ways == 1 for origin in made.values()):
-            return {}
-        named = {own: name for name, own in renamed(model, headers, conversions).items()}
-        is_whole = has_all_with(prefix, state, named)
-        return {key: named[prefix + key] for key in state if key in named} if is_whole else {}
-    for rules in (conversions, *(rules for _, _, rules in conversions_of_others(model))):
-        straight = renamed(model, headers, rules)
-        meant_for = {own: name for name, own in straight.items() if own in state}
-        if any(own.startswith(prefix) for own in meant_for):
-            break
-    else:
-        return {}
-    given = _strayed(made, straight, state)
-    would = {} if rules is conversions else _strayed(sources(model, headers, state, rules), straight, state)
-    return {key: meant_for.get(key) for key in (*(straight[name] for name in (*given, *would)), *given.values())}
-
-
-def has_all_with(prefix: str, own: Collection[str], there: Collection[str]) -> bool:
-    """Whether names have all that there is for a model with a prefix, and only some without: those are another's."""
-    return {key for key in own if key in there} < {key for key in own if prefix + key in there}
-
-
-def _strayed(made: Mapping[str, Origin], straight: Mapping[str, str], state: Headers) -> dict[str, str]:
-    """The names that are read into another key than they say, and that key."""
-    plainly = {name: key for key, origin in made.items() if not origin.is_converted for name in origin.names}
-    return {name: key for name, key in plainly.items() if straight[name] in state and straight[name] != key}
 
 
 def of_models(unread: Headers) -> Headers:

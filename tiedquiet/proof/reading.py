@@ -44,6 +44,7 @@ class Reading:
         is_converted: whether it may have merged or split tensors: what `made_of` leaves out is then in no file as such.
         is_quantised: whether a quantiser has changed them, so that nothing of the kind is known.
         is_of_adapter: whether an adapter was read into a model that is there already.
+        may_grow: whether `repair` may read more: not where values stay on disk, or a quantiser has changed them.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +65,7 @@ class Reading:
     is_converted: bool = False
     is_quantised: bool = False
     is_of_adapter: bool = False
+    may_grow: bool = True
 
     @property
     def stored(self) -> set[str]:

@@ -1,6 +1,6 @@
 """The verdict on what was read: whether it is still there; and on memory that was allocated but never written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from operator import attrgetter
 from typing import Any, Literal
@@ -165,8 +165,17 @@ def judge_placeholders(
     }
     # A base's were told when that was loaded, a quantiser makes its layers' later, and a model on meta is told as such.
     if not (reading.is_of_adapter or reading.is_quantised or all(are_on_meta)):
-        unwritten.update((name, Finding(name, Verdict.UNWRITTEN, None, LOOSE, True)) for name in now.loose)
+        unwritten.update((finding.key, finding) for finding in _judge_loose(model, now))
     return unwritten
+
+
+def _judge_loose(model: torch.nn.Module, now: Survey) -> Iterator[Finding]:
+    """Findings on what no module registers; `repair` fills what is an attribute by itself, and no list of them."""
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)} if now.loose else ()
+    for name in now.loose:
+        is_by_itself = name.rpartition(".")[0] in paths
+        cure = "" if is_by_itself else "Register them as buffers and compute them in _init_weights too"
+        yield Finding(name, Verdict.UNWRITTEN, None, LOOSE, True, cure)
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiedquiet.proof import names
+from tiedquiet.proof import crossing, names
 from tiedquiet.proof.casts import cast_finding, may_lose
 from tiedquiet.proof.codes import CODES, Scales, without_scale
 from tiedquiet.proof.doubts import doubts_of
@@ -66,7 +66,7 @@ def ask_headers(
     state = survey(model).state
     made = names.sources(model, headers, state, conversions)
     came_from = {name: key for key, origin in made.items() for name in origin.names} | dict(also or {})
-    crossed = names.crossed(model, headers, state, made, conversions)
+    crossed = crossing.crossed(model, headers, state, made, conversions)
     left = {key: name for key, name in crossed.items() if name is None or came_from.get(name) != key}
     _note_crossed(model, reading, made, left)
     twice = list(reading.checkpoint.twice())
@@ -113,7 +113,10 @@ def _note_crossed(
 
 def _mixed_up(model: Any, reading: Reading, key: str, name: str) -> Finding:
     """The finding on a key that has another's values, or none; what can be put right is noted."""
-    prefix, cure = f"{getattr(model, 'base_model_prefix', '')}.", "Rename one of the two modules"
+    prefix, cure = (
+        f"{getattr(model, 'base_model_prefix', '')}.",
+        "Rename one of the two modules, and its tensors in the file",
+    )
     if key in reading.held and not reading.is_quantised and not reading.held[key].is_meta:
         reading.crossed[key], cure = name, _REPAIR
     why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
@@ -189,9 +192,16 @@ def find_unread(
             note_unread(reading, made._replace(origins={key: lost.pop(key)}, why=f"{made.why}, {why}"), _DOUBT)
         if lost:
             found.append(made._replace(origins=lost))
-            note_unread(reading, found[-1], cure or ", or ".join(filter(None, (_REPAIR, made.cure))))
+            note_unread(reading, found[-1], cure or _to_read(reading, made))
     _note_likely(reading, left.missing, left.not_ignored(), reading.checkpoint, ends)
     return found
+
+
+def _to_read(reading: Reading, made: names.Made) -> str:
+    """How to have `from_pretrained` read what it left, as a sentence."""
+    way = made.cure if reading.may_grow else made.cure or "rename them in the file"
+    cure = ", or ".join(filter(None, (_REPAIR if reading.may_grow else "", way)))
+    return cure[0].upper() + cure[1:]
 
 
 def _ends(reading: Reading, now: Survey) -> dict[str, list[torch.Tensor]]:
@@ -237,7 +247,7 @@ def note_unlisted(model: Any, reading: Reading, conversions: Sequence[Any]) -> N
         ends = _ends(reading, now)
         made = names.origins(model, headers, now.state, conversions)
         shards = ", ".join(Path(path).name for path in others.files)
-        cure = "Add its tensors to the weight_map of the index, or save the checkpoint again"
+        cure = "Add these tensors to the weight_map of the index"
         found = {k: o for k, o in made.items() if k in wanted and not _is_held(ends.get(k, ()), o, others)}
         note_unread(reading, names.Made(found, f"because the index does not name {shards}"), cure)
         rest = {name: header for name, header in headers.items() if name not in own and not is_ignored(model, name)}
