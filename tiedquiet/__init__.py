@@ -48,9 +48,9 @@ def check(model: "torch.nn.Module", path: "str | os.PathLike[str] | None" = None
             return live.check(model, os.fspath(path))
         except CannotCheck as error:
             raise ValueError(str(error)) from error
-    from tiedquiet.proof import judge
+    from tiedquiet.proof import since
 
-    return judge.proof(model, wrapping.inert_because())
+    return since.proof(model, wrapping.inert_because())
 
 
 try:

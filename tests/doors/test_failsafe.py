@@ -97,7 +97,7 @@ ELSEWHERE |= {"judge", "writes_elsewhere"}  # looked up in load.py
 ELSEWHERE |= {"unpickled", "is_compressed"}  # of a `.bin`, too, and of single files
 ELSEWHERE |= {"renewed", "_is_last_step_seen"}  # of quantised models
 ELSEWHERE |= {"is_padding", "_other_tokens"}  # of releases before 5.9
-ELSEWHERE |= {"_as_loaded", "cast_finding", "cure_of_cast"}  # of adapters, and of casts that lose something
+ELSEWHERE |= {"as_loaded", "cast_finding", "cure_of_cast"}  # of adapters, and of casts that lose something
 ELSEWHERE |= {
     "_uncross",
     "_strayed",
@@ -119,7 +119,7 @@ ELSEWHERE |= {
     "_changes",
 }  # of what is converted under a prefix
 ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
-ELSEWHERE |= {"_put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
+ELSEWHERE |= {"put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
 ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor

@@ -9,9 +9,9 @@ import torch
 
 from tests.checkpoints import loading
 from tiedquiet import Finding, Verdict
-from tiedquiet.proof.judge import proof
 from tiedquiet.proof.operations import operation_of
 from tiedquiet.proof.repair import repair
+from tiedquiet.proof.since import proof
 from tiedquiet.proof.stored import is_padding
 
 

@@ -16,11 +16,11 @@ from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import names_in_files, saved
-from tiedquiet.proof.judge import untied_since
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
+from tiedquiet.proof.since import untied_since
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Finding, Verdict
 

@@ -12,11 +12,11 @@ from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.codes import is_whole
 from tiedquiet.proof.crossing import has_all_with
 from tiedquiet.proof.files import Checkpoint
-from tiedquiet.proof.judge import proof_of
 from tiedquiet.proof.memory import differing, holds, plain, same
 from tiedquiet.proof.missing import is_of_another_class
 from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
+from tiedquiet.proof.since import proof_of
 from tiedquiet.proof.stored import is_padding
 from tiedquiet.proof.survey import is_moved, survey
 from tiedquiet.verdict import WELL, Finding, Verdict
