@@ -41,7 +41,8 @@ class Resumed(NamedTuple):
         rows: the missing keys that the Trainer printed.
         loud: the warnings that tiedquiet printed.
         failure: what the resume raised.
-        unwritten: names of what nobody had written to when the base model was loaded.
+        unwritten: names of buffers that nobody had written to when the base model was loaded; of booleans, which do not
+            show it, all.
     """
 
     tensors: Tensors
@@ -154,7 +155,8 @@ def resume(cls: type[Any], base: Path, checkpoint: Path, mode: str, is_best: boo
         # What `strict` says of the base model is the business of the other ways.
         with tiedquiet.enable("on" if mode == "strict" else mode), dirty_memory():
             model = cls.from_pretrained(base)
-        unwritten = {name for name, buffer in model.named_buffers(remove_duplicate=False) if never_written(buffer)}
+        buffers = model.named_buffers(remove_duplicate=False)
+        unwritten = {name for name, buffer in buffers if never_written(buffer) or buffer.dtype is torch.bool}
         before = dict(model.state_dict(keep_vars=True))
         trainer = trainer_of(model, checkpoint.parent)
         with tiedquiet.enable(mode):

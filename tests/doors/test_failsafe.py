@@ -66,21 +66,7 @@ MODULES = (
     words,
 )
 # What runs when a model is loaded is broken one by one. These do not run then, or are what the test breaks them with.
-ELSEWHERE = {"proof", "proof_of", "_judge_since", "is_moved", "_is_managed", "loaded_name", "is_at_limit"}  # of `check`
-ELSEWHERE |= {
-    "_followed",
-    "_were_tied",
-    "_has_values",
-    "_as_change",
-    "_put_in_and_read",
-    "_without",
-    "is_same_place",
-    "_is_within",
-    "replaced",
-    "_as_it_is",
-    "_judge_ties_now",
-    "untied_since",
-}  # of `check`, too
+ELSEWHERE = {"is_moved", "_is_managed", "loaded_name", "is_at_limit", "is_same_place", "_is_within"}  # of `check`
 # Of a `.bin`, of the other doors, and of values that are asked for when two tensors cannot be compared.
 ELSEWHERE |= {
     "_itself",
@@ -110,15 +96,7 @@ ELSEWHERE |= {"put_in_place"}  # of adapters on meta
 ELSEWHERE |= {"move"}  # of a model that its class makes anew
 ELSEWHERE |= {"stored_name", "without_wrappers"}  # of models whose layers are in wrappers
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
-ELSEWHERE |= {
-    "common_prefixes",
-    "under_other_names",
-    "known_as",
-    "_hits",
-    "_converted",
-    "_changes",
-}  # of what is converted under a prefix
-ELSEWHERE |= {"out_of_date", "_is_equal", "_beside"}  # of the other doors, and of `check`
+ELSEWHERE |= {"out_of_date", "_is_equal"}  # of the other doors, and of `check`
 ELSEWHERE |= {"put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
 ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
