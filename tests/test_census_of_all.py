@@ -34,7 +34,7 @@ def test_two_tensors_that_transformers_mixes_up_are_unread_and_not_overwritten(m
     for line in lines:
         assert line["verdicts"]["unread"] >= 2
     assert not wrong(lines)
-    monkeypatch.setattr(unread, "crossed", lambda *_: {})
+    monkeypatch.setattr(unread.crossing, "crossed", lambda *_: {})
     for line in loads.census_of_class(pixio.PixioBackbone, needs_ties=False):
         assert line["missed"]
 
