@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tiedquiet.proof import names
-from tiedquiet.proof.crossing import crossed
+from tiedquiet.proof import crossing, names
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.leftovers import Leftovers
 from tiedquiet.proof.memory import equals, holds
@@ -96,7 +95,7 @@ class Folder:
             unfit: dict[str, names.Origin] = {}
             made = names.origins(core, headers, self._core, conversions, unfit)
             self.unfit |= {self._key_of[name]: own for name, own in unfit.items() if unexpected >= set(own.names)}
-            for name, own in crossed(core, headers, self._core, made, conversions).items():
+            for name, own in crossing.crossed(core, headers, self._core, made, conversions).items():
                 made.pop(name, None)  # Trainer reads each under its own name alone
                 if own is not None:
                     made[name] = names.Origin((own,), False)
