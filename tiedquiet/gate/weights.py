@@ -115,13 +115,11 @@ def refuse_distributed(source: Source, part: str) -> None:
     if not source.is_local or not hasattr(distributed, "consolidate_distributed_checkpoint"):
         return
     folder = source.folder(part)
-    if (
-        shard := next((path.name for path in folder.glob("shard-*") if _OF_PROCESSES.match(path.name)), None)
-    ) is not None:
+    if shards := sorted(path.name for path in folder.glob("shard-*") if _OF_PROCESSES.match(path.name)):
         raise CannotCheck(
-            f"{folder}: {shard} is a part of a distributed checkpoint, which tiedquiet does not inspect; make it whole "
-            "with transformers.distributed.consolidate_distributed_checkpoint, in a folder with its config.json, and "
-            "check that"
+            f"{folder}: {shards[0]} is a part of a distributed checkpoint, which tiedquiet does not inspect; make it "
+            "whole with transformers.distributed.consolidate_distributed_checkpoint, in a folder with its config.json, "
+            "and check that"
         )
 
 
