@@ -91,17 +91,19 @@ def test_of_two_copies_under_another_name_the_one_inside_another_prefix_is_not_r
     assert tiedquiet.check(model).ok is not bool(by)
 
 
+@pytest.mark.parametrize("are_both_whole", [False, True])
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize("build", [bert, mixtral])
-def test_of_two_copies_under_two_prefixes_the_whole_one_need_not_be_the_right_one(
-    build: Any, by: int, tmp_path: Path
+def test_of_two_copies_under_two_prefixes_none_need_be_the_right_one(
+    build: Any, by: int, are_both_whole: bool, tmp_path: Path
 ) -> None:
     kind, truth = type(build()), written(build(), tmp_path)
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         student = {f"student.{name}": value for name, value in tensors.items()}
         teacher = {f"teacher.{name}": value + by for name, value in tensors.items()}
-        student.popitem()
+        if not are_both_whole:
+            student.popitem()
         return student | teacher
 
     rewritten(tmp_path, change)

@@ -168,7 +168,9 @@ def test_of_two_models_that_fit_neither_is_read(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with tiedquiet.enable("repair"):
         proof = tiedquiet.check(MixtralForCausalLM.from_pretrained(tmp_path))
-    assert (proof.stored, proof.unread, proof.missing) == (0, 0, len(truth))
+    assert (proof.stored, proof.unread, proof.missing) == (0, len(truth), 0)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="is there as well, and has other values"):
+        MixtralForCausalLM.from_pretrained(tmp_path)
 
 
 def test_of_two_wrappers_that_both_fit_neither_is_read(tmp_path: Path) -> None:

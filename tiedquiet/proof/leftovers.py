@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tiedquiet.proof import names, prefixes
 from tiedquiet.proof.missing import is_of_another_class, saved_by
-from tiedquiet.proof.prefixes import Prefixes, candidates, is_elsewhere, is_enough
+from tiedquiet.proof.prefixes import Prefixes, are_copies, candidates, is_elsewhere, is_enough
 from tiedquiet.proof.survey import asks_for_ties, declared, survey
 from tiedquiet.proof.ties import Declaration, groups
 
@@ -212,9 +212,9 @@ class Leftovers(NamedTuple):
             among = self.missing if self._may_move_one(change.old, change.new) else None
             if is_enough(first, is_whole, self.needed, among):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
-        if len(found) != 1:
+        if not found or not are_copies([(made.origins, change.new) for made, change in found.values()]):
             return None
-        ((made, change),) = found.values()
+        made, change = next(iter(found.values()))
         return made, replace(change, names={key: name for name, key in made.key_of.items()})
 
     def _leads(self, known_as: dict[str, str], conversions: Sequence[Any] = ()) -> dict[str, str]:

@@ -6,7 +6,7 @@ reads a value: tensors are headers on meta.
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +89,9 @@ def by_prefix(
 ) -> Prefixes | None:
     """The one prefix that, put in place of another, makes every unread name a missing one of the same shape.
 
-    It has to fit all of the files' unread tensors, or all that the model needs; to be the only one; and, where it is
-    not just added or removed, to move more than one module: `classifier` is not `score` because both have a weight.
+    It has to fit all of the files' unread tensors, or all that the model needs; to lead to the same keys as any other
+    that does; and, where it is not just added or removed, to move more than one module: `classifier` is not `score`
+    because both have a weight.
     It replaces no number by another, and nothing under which the model has such tensors itself: layer 2 is not layer 0.
     If none does, one that is just added or removed may lead to keys of another shape as well, but to fewer of these.
 
@@ -120,8 +121,19 @@ def by_prefix(
         one for one in found.values() if not any(one.names.items() < other.names.items() for other in found.values())
     ]
     if whole:
-        return whole[0] if len(whole) == 1 else None
+        # Of two copies of all that is missing, somebody else says whether they differ.
+        return whole[0] if are_copies([(one.names, one.new) for one in whole]) else None
     return _by_parts(unread, missing, needed, own) or _by_subtrees(unread, missing, needed, own)
+
+
+def are_copies(ways: Sequence[tuple[Collection[str], str]]) -> bool:
+    """Whether ways to find something lead to the same keys, under the same prefix of the model's.
+
+    Args:
+        ways: of each, the model's names, and the prefix that they have there.
+    """
+    (first, new), *others = ways
+    return all(set(keys) == set(first) and other == new for keys, other in others)
 
 
 def is_enough(names: Mapping[str, str], is_whole: bool, needed: Collection[str], among: Headers | None = None) -> bool:
