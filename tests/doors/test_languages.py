@@ -112,6 +112,13 @@ def test_numbers_that_are_too_large_for_the_model(folder: Path) -> None:
     assert verdicts(load(folder, "eng", dtype=torch.float16)) == {"lm_head.bias": Verdict.OVERWRITTEN}
 
 
+def test_a_number_at_the_limit_of_its_type_that_the_adapter_has(folder: Path) -> None:
+    adapter = adapter_of(folder, "eng")
+    adapter["lm_head.bias"].fill_(torch.finfo(torch.float16).max)
+    save_file(adapter, folder / "adapter.eng.safetensors", {"format": "pt"})
+    assert tiedquiet.check(load(folder, "eng", "strict", dtype=torch.float16)).ok
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("is_read", [True, False])
 def test_a_pickle_is_read_and_where_it_must_not_be_nothing_is_put_back(

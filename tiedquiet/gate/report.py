@@ -73,7 +73,7 @@ class Result:
             "held": self.held,
             "tensors": self.total,
             "buffers": self.buffers,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [_said(finding) for finding in self.findings],
             "missing": self.missing,
             "missing_allowed": self.allowed,
             "unexpected": self.unexpected,
@@ -181,3 +181,8 @@ def _why(finding: Finding) -> str:
     if finding.verdict is Verdict.MISSING:
         return finding.why or _ABSENT
     return f"{finding.why}: uninitialised memory" if finding.verdict is Verdict.UNWRITTEN else finding.why
+
+
+def _said(finding: Finding) -> dict[str, Any]:
+    """A finding in the JSON: of what was loaded for this alone, nothing has changed since."""
+    return {name: value for name, value in asdict(finding).items() if name != "since"}
