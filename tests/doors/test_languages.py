@@ -112,6 +112,18 @@ def test_numbers_that_are_too_large_for_the_model(folder: Path) -> None:
     assert verdicts(load(folder, "eng", dtype=torch.float16)) == {"lm_head.bias": Verdict.OVERWRITTEN}
 
 
+def test_numbers_that_are_too_large_are_told_of_an_adapter_that_is_read_later(folder: Path, printed: Printed) -> None:
+    adapter = adapter_of(folder, "eng")
+    adapter["lm_head.bias"].fill_(1e6)
+    save_file(adapter, folder / "adapter.eng.safetensors", {"format": "pt"})
+    model = Wav2Vec2ForCTC.from_pretrained(folder, dtype=torch.float16)
+    model.load_adapter("eng")
+    assert verdicts(model) == {"lm_head.bias": Verdict.OVERWRITTEN}
+    assert any("lm_head.bias by the cast to float16" in line for line in printed.loud)
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"lm_head\.bias by the cast to float16"):
+        model.load_adapter("eng")
+
+
 def test_a_number_at_the_limit_of_its_type_that_the_adapter_has(folder: Path) -> None:
     adapter = adapter_of(folder, "eng")
     adapter["lm_head.bias"].fill_(torch.finfo(torch.float16).max)
@@ -159,7 +171,7 @@ def test_if_the_guard_fails_the_adapter_is_read_all_the_same(
     def broken(*_: object) -> None:
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(languages, "_note", broken)
+    monkeypatch.setattr(languages, "_files_of", broken)
     model = Wav2Vec2ForCTC.from_pretrained(folder) if is_later else None
 
     def run() -> Any:

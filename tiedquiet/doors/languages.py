@@ -6,15 +6,15 @@ loaded, if `from_pretrained` is given a `target_lang`; `tie_weights` calls it th
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tiedquiet import mode, words
-from tiedquiet.doors.outcome import fold
-from tiedquiet.doors.wrapping import Seam, add, bind, stand_aside
+from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
+from tiedquiet.doors.wrapping import Seam, add, bind
 from tiedquiet.proof import record
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint
@@ -22,7 +22,7 @@ from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import equals
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.survey import survey
-from tiedquiet.verdict import Finding, LoadError, Verdict
+from tiedquiet.verdict import Finding, Verdict
 
 _FORMS = (".safetensors", ".bin")
 _WHERE = ("cache_dir", "token", "revision")  # what of the call's arguments says where a file of the hub lies
@@ -32,48 +32,69 @@ def _on_load(wrapped: Callable[..., Any], model: Any, args: tuple[Any, ...], kwa
     """Around `load_adapter`: what it reads has its values from that file now, in place of the checkpoint's."""
     if mode.current() == "off":
         return wrapped(*args, **kwargs)
-    load = Load.of(model)
-    failure: LoadError | None = None
-    with load.watch.aside() if load is not None else nullcontext():
+    if (load := Load.of(model)) is None:
+        result = wrapped(*args, **kwargs)
+        return carry_out(lambda: _judge(model, _Read(model, bind(wrapped, args, kwargs))), lambda: result)
+    with load.watch.aside():
         result = wrapped(*args, **kwargs)
         try:
-            _note(model, load, bind(wrapped, args, kwargs))
+            _take(load, model, _Read(model, bind(wrapped, args, kwargs)))
         except Exception as error:
-            if load is not None:
-                load.watch.give_up(error)  # said when the load is judged
-            else:
-                failure = stand_aside(error)
-    if failure is not None:
-        raise failure
+            load.watch.give_up(error)  # said when the load is judged
     return result
 
 
-def _note(model: Any, load: Load | None, given: dict[str, Any]) -> None:
-    """Note what was read, in the load that is in progress or in a record of its own."""
-    checkpoint = _files_of(model, given)
-    tensors = {} if checkpoint.closed else checkpoint.tensors
-    file, state = Path(checkpoint.files[0]).name if checkpoint.files else "its adapter", survey(model).state
-    read = {key: state[key] for key in model._get_adapters()}
-    held = {key for key, tensor in read.items() if key in tensors and equals(tensor, tensors[key]())}
-    lost = {key: _lost(key, read[key], tensors.get(key), checkpoint.closed, file) for key in read.keys() - held}
-    if load is None:
-        earlier, known = record.of(model), Record(set(read), set(), len(read), lasting=lost, files=checkpoint.files)
-        known.tensors = record.refs_to(read)
-        record.leave(model, known if earlier is None else known.after(earlier))
-        return
-    if was_missing := held & load.reading.missing:
-        line = f"{words.name_of(model, model.config._name_or_path)}: reported missing but read from {file}: "
+class _Read:
+    """What was just read.
+
+    Args:
+        model: the model.
+        given: the arguments of the call.
+
+    Attributes:
+        checkpoint: the file.
+        tensors: what reads each of its tensors; none if it must not be opened.
+        file: its name.
+        into: what the model has under the names of the adapter.
+        lost: findings on those that are not known to have the file's values.
+    """
+
+    def __init__(self, model: Any, given: dict[str, Any]) -> None:
+        self.checkpoint = _files_of(model, given)
+        self.tensors = {} if self.checkpoint.closed else self.checkpoint.tensors
+        self.file = Path(self.checkpoint.files[0]).name if self.checkpoint.files else "its adapter"
+        state = survey(model).state
+        self.into = {key: state[key] for key in model._get_adapters()}
+        lost = {key: self._lost(key, tensor) for key, tensor in self.into.items()}
+        self.lost = {key: finding for key, finding in lost.items() if finding is not None}
+
+    def _lost(self, key: str, tensor: torch.Tensor) -> Finding | None:
+        values = self.tensors[key]() if key in self.tensors else None
+        if values is not None and equals(tensor, values):
+            return None
+        if values is not None and values.dtype != tensor.dtype:
+            return cast_finding(key, values.dtype, tensor.dtype, is_too_large=True)
+        why = f"load_adapter read {self.file} into it, and it is not known to have that file's values"
+        return Finding(key, Verdict.UNPROVEN, None, self.checkpoint.closed or why)
+
+
+def _take(load: Load, model: Any, read: _Read) -> None:
+    """Note what was read in the load that is in progress."""
+    if was_missing := load.reading.missing & read.into.keys() - read.lost.keys():
+        line = f"{words.name_of(model, model.config._name_or_path)}: reported missing but read from {read.file}: "
         words.say(logging.INFO, line + words.few(was_missing, fold))
-    for key in read:
-        load.take(key, read[key], tensors.get(key), lost.get(key))
+    for key, tensor in read.into.items():
+        load.reading.take(key, tensor, read.tensors.get(key), read.lost.get(key))
+    load.watch.note_read(read.into)
 
 
-def _lost(key: str, tensor: torch.Tensor, values: Any, closed: str, file: str) -> Finding:
-    """The finding on a tensor that is not known to have the values that the file has for it."""
-    if values is not None and values().dtype != tensor.dtype:
-        return cast_finding(key, values().dtype, tensor.dtype, is_too_large=True)
-    why = closed or f"load_adapter read {file} into it, and it is not known to have that file's values"
-    return Finding(key, Verdict.UNPROVEN, None, why)
+def _judge(model: Any, read: _Read) -> Outcome:
+    """Judge what was read by itself, and leave its record."""
+    known = Record(set(read.into), set(), len(read.into), lasting=read.lost, files=read.checkpoint.files)
+    known.tensors = record.refs_to(read.into)
+    earlier = record.of(model)
+    record.leave(model, known if earlier is None else known.after(earlier))
+    return outcome_of(model, model.config._name_or_path, list(read.lost.values()), [], set(), len(read.into))
 
 
 def _files_of(model: Any, given: dict[str, Any]) -> Checkpoint:

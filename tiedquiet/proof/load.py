@@ -2,7 +2,6 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,20 +75,6 @@ class Load:
         """Go on as the load of another model, which was made of this one."""
         del vars(model)[_ATTRIBUTE]
         vars(other)[_ATTRIBUTE] = self
-
-    def take(
-        self, key: str, tensor: torch.Tensor, read: Callable[[], torch.Tensor] | None, finding: Finding | None
-    ) -> None:
-        """Go on with the values that another file has just given to a tensor.
-
-        Args:
-            key: its name.
-            tensor: what the model has under it.
-            read: reads them; None if nothing can.
-            finding: what is wrong with them; None if nothing is.
-        """
-        self.reading.take(key, tensor, read, finding)
-        self.watch.note_read(key)
 
     def may_be_replaced(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The tensors in place of which others may be allocated, by name: buffers, and what was not read."""

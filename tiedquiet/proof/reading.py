@@ -105,7 +105,14 @@ class Reading:
     def take(
         self, key: str, tensor: torch.Tensor, read: Callable[[], torch.Tensor] | None, finding: Finding | None
     ) -> None:
-        """Note that a tensor has its values from another file by now; the arguments are those of `Load.take`."""
+        """Note that another file has just given a tensor its values.
+
+        Args:
+            key: its name.
+            tensor: what the model has under it.
+            read: reads them; None if nothing can.
+            finding: what is wrong with them; None if nothing is.
+        """
         self.held[key] = tensor
         (self.read_to[key],) = aliases([tensor])
         self.missing.discard(key)

@@ -6,7 +6,7 @@ it behind torch's back, so it is compared at the end: with the file, or with a c
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -179,13 +179,14 @@ class Watch(TorchDispatchMode):
         addresses = addresses_of(tensor)  # none on meta, where nothing can be lost
         return bool(addresses) and self._changed.isdisjoint(addresses)
 
-    def note_read(self, name: str) -> None:
-        """Take what lies there now, if anything of it is stored, for what was read: a loader has just read it anew."""
-        for known in (self.writes, self._versions):
-            known.pop(name, None)
-        self._elsewhere.discard(name)
+    def note_read(self, names: Collection[str]) -> None:
+        """Take what lies under these names now for what was read: a loader has just read it anew."""
+        self._versions |= {name: version_of(self._stored[name]) for name in names}
+        self._versions = {name: self._versions[name] for name in self._stored}  # in their order
+        for name in names:
+            self.writes.pop(name, None)
+        self._elsewhere.difference_update(names)
         self._memory = None
-        self._versions = {own: self._versions.get(own, version_of(place)) for own, place in self._stored.items()}
 
     def give_up(self, error: Exception) -> None:
         """From here on nothing is known; the program goes on."""
