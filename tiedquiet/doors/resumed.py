@@ -86,9 +86,8 @@ class _Resumed:
         for made in self._converted:
             # That of the call that loaded the model, of which its class knows nothing.
             mapping = names.mapping_besides(made.conversions, names.conversions_of(self._folder.core))
-            note_unread(
-                self._reading, made, f"{_REPAIR}, or {by_hand}{', with the same key_mapping' if mapping else ''}"
-            )
+            with_it = ", with the same key_mapping" if mapping else ""
+            note_unread(self._reading, made, f"{_REPAIR}, or {by_hand}{with_it}")
             self._take(made)
 
     def note_other_shapes(self, by_hand: str) -> None:

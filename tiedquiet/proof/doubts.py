@@ -46,9 +46,9 @@ def _there_once_more(reading: Reading, made: names.Made, unread: names.Headers) 
     for old in made.prefixes:
         ends = [name[len(old) :] for name in taken if name.startswith(old)]
         again = defaultdict[str, list[str]](list)
-        there = ((start, end) for end in ends for start in others.get(end, ()))
-        for start, end in there:
-            again[start] += [end] if unread[start + end].shape == unread[old + end].shape else []
+        pairs = ((start, end) for end in ends for start in others.get(end, ()))
+        for start, end in (pair for pair in pairs if unread["".join(pair)].shape == unread[old + pair[1]].shape):
+            again[start].append(end)
         for start, some in again.items():
             differ = (start + end for end in some if not identical(files[start + end](), files[old + end]()))
             if 2 * len(some) > len(ends) and (one := next(differ, None)) is not None:

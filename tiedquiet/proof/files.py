@@ -103,8 +103,8 @@ class Checkpoint:
     @cached_property
     def _shells(self) -> dict[str, Callable[[], torch.Tensor]]:
         """The same as `tensors`, of which nobody may ask more than shape and type: no values are read."""
-        if self.state_dict is not None:
-            return self.tensors
+        if self.state_dict is not None or all(map(zipfile.is_zipfile, self.files)):
+            return self.tensors  # they are there already, or mapped
         return dict(pair for path in self.files for pair in _open(path, and_values=False))
 
     @cached_property

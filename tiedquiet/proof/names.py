@@ -133,7 +133,8 @@ def conversions_of_others(model: Any) -> Iterator[tuple[str, str, list[Any]]]:
     if (native := native_class(model)) is not None:
         yield *_of_another(native, f"its subclass {ours}", model), conversions_of_native(model)
     if (base := getattr(model, "base_model", model)) is not model:
-        rules = conversions_of(base) if len({*_types(type(base), base)}) == 1 else conversions_of_native(base)
+        theirs, own_type = _types(type(base), base)
+        rules = conversions_of(base) if theirs == own_type else conversions_of_native(base)
         yield *_of_another(type(base), f"{ours} around it", model), rules
 
 

@@ -53,7 +53,7 @@ class Prefixes:
     @property
     def olds(self) -> list[str]:
         """Those that names in the files begin with."""
-        return [old for one in self.parts or [self] for old in [one.old] if old]
+        return [one.old for one in self.parts or [self] if one.old]
 
     def known_as(self, of: Collection[str]) -> dict[str, str]:
         """What becomes of the files' names, without those that do not begin with this prefix."""

@@ -160,11 +160,11 @@ def _were_tied(known: Record, key: str, source: str) -> bool:
 def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
-    put_in, objects = cache(partial(_put_in_and_read, now)), cache(partial(by_object, now.state))
+    read_inside, objects = cache(partial(_put_in_and_read, now)), cache(partial(by_object, now.state))
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is None:
-            if name in put_in():
+            if name in read_inside():
                 continue  # it has another name since
             is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
             became = "moved to another place in the model" if is_elsewhere else "removed from the model"
@@ -176,7 +176,7 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
             # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
             # as good, but an optimizer may hold the other one.
             is_free = then is None or not isinstance(tensor, torch.nn.Parameter)
-            if name in put_in() or (is_free and _has_values(tensor, sources(name))):
+            if name in read_inside() or (is_free and _has_values(tensor, sources(name))):
                 continue
             became = "replaced by another tensor"
         elif name in known.narrowed and is_at_limit(tensor):

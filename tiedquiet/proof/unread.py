@@ -113,10 +113,8 @@ def _note_crossed(
 
 def _mixed_up(model: Any, reading: Reading, key: str, name: str) -> Finding:
     """The finding on a key that has another's values, or none; what can be put right is noted."""
-    prefix, cure = (
-        f"{getattr(model, 'base_model_prefix', '')}.",
-        "Rename one of the two modules, and its tensors in the file",
-    )
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    cure = "Rename one of the two modules, and its tensors in the file"
     if key in reading.held and not reading.is_quantised and not reading.held[key].is_meta:
         reading.crossed[key], cure = name, _REPAIR
     why = f"because transformers adds {prefix} to some names, takes it off others, and so mixes up these tensors"
