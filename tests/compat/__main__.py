@@ -41,6 +41,7 @@ DOORS = [
     "adapters",
     "adapters_kinds",
     "adapters_larger",
+    "aside",
     "copies",
     "from_pretrained",
     "kept_out",

@@ -16,12 +16,13 @@ from tests.checkpoints import loading
 from tiedquiet import LoadError, Verdict
 from tiedquiet.doors import from_pretrained
 from tiedquiet.proof import judge, names
+from tiedquiet.proof.aside import is_moved
 from tiedquiet.proof.codes import Scales
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import plain
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place
-from tiedquiet.proof.survey import denial, embeddings, is_denied, is_moved, tensor_at
+from tiedquiet.proof.survey import denial, embeddings, is_denied, tensor_at
 from tiedquiet.proof.unread import ask_headers, find_unread
 from tiedquiet.verdict import Finding
 

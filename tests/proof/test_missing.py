@@ -13,7 +13,7 @@ from tiedquiet.proof.survey import Survey
 from tiedquiet.proof.ties import Group
 
 A, B, C = torch.arange(1.0, 4.0), torch.arange(2.0, 5.0), torch.arange(3.0, 6.0)
-MODEL: Any = SimpleNamespace()
+MODEL: Any = torch.nn.Module()
 
 
 def judged(state: dict[str, Any], stored: set[str], tie: Group | None = None, **known: Any) -> dict[str, Finding]:

@@ -9,6 +9,7 @@ import torch
 from tiedquiet.gate import progress
 from tiedquiet.gate.lacking import without_scale
 from tiedquiet.gate.threads import Pair, Threads
+from tiedquiet.proof.aside import is_served
 from tiedquiet.proof.codes import is_whole
 from tiedquiet.proof.crossing import has_all_with
 from tiedquiet.proof.files import Checkpoint
@@ -18,7 +19,7 @@ from tiedquiet.proof.names import converted
 from tiedquiet.proof.record import Record, loaded_name
 from tiedquiet.proof.since import proof_of
 from tiedquiet.proof.stored import is_padding
-from tiedquiet.proof.survey import is_moved, survey
+from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import WELL, Finding, Verdict
 
 Tensors = dict[str, torch.Tensor]
@@ -84,7 +85,7 @@ def compare(
     }
     open_ = {name: state[name] for name in names if name not in lost and name not in settled}
     empty = [name for name, tensor in open_.items() if tensor.is_meta]
-    on_disk = {name for name in empty if known.place(name) is not None or is_moved(model, name)}
+    on_disk = {name for name in empty if known.place(name) is not None or is_served(model, name)}
     progress.comparing(sum(map(_size, open_.values())))
     with Threads() as threads:
         comparing = _Comparing(model, open_, checkpoint, undos, on_disk, known.altered, threads)

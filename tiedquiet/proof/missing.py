@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tiedquiet.proof.aside import with_aside
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.likely import most_alike
 from tiedquiet.proof.memory import Memory, by_object, equals, holds, is_copy, plain, same
@@ -35,12 +36,13 @@ def judge_missing(
     missing = [key for key in known.missing if key in now.state]
     if not missing:
         return
-    stored = only(now.state, known.stored)
+    state = with_aside(model, now.state)
+    stored = only(state, known.stored)
     memory: Memory | None = None
-    wanted = {id(now.state[key]) for key in missing}
+    wanted = {id(state[key]) for key in missing}
     names_of = by_object(dict(compress(stored.items(), map(wanted.__contains__, map(id, stored.values())))))
     for key in missing:
-        tensor, group = now.state[key], tied.get(key)
+        tensor, group = state[key], tied.get(key)
         if tensor.is_meta and key in known.findings:
             yield known.findings[key]  # moved to disk since then
             continue
@@ -51,7 +53,7 @@ def judge_missing(
         if followed:
             yield _judge_follower(key, followed, group or Group(), stored, known)
             continue
-        finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
+        finding = _judge_parted(model, key, now, tensor, group, stored, known, values) if group else None
         if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
             why = "neither end of its tie is in the checkpoint" if group else ""
             if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
@@ -109,6 +111,7 @@ def _judge_follower(
 def _judge_parted(
     model: Any,
     key: str,
+    now: Survey,
     tensor: torch.Tensor,
     group: Group,
     stored: dict[str, torch.Tensor],
@@ -139,7 +142,7 @@ def _judge_parted(
             # Unless the files may have values of its own for it, which nothing read.
             return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
     flag = group.flags.get(key, "")
-    broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
+    broken = not flag or (key not in known.free and not _is_new_head(model, now.state[key], known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     # What differs in more than its values, `repair` leaves.
     fits = not cure or (tensor.shape, tensor.dtype) == (stored[source].shape, stored[source].dtype)

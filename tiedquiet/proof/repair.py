@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from tiedquiet.proof.aside import is_moved
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.memory import equals, plain, same
 from tiedquiet.proof.missing import rival_of
 from tiedquiet.proof.stored import before_writing
-from tiedquiet.proof.survey import Survey, is_moved, only, survey, ties
+from tiedquiet.proof.survey import Survey, only, survey, ties
 from tiedquiet.proof.watch import Watch
 from tiedquiet.verdict import BUFFER, LOOSE, Finding, Verdict
 
@@ -135,7 +136,7 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
         return
     if source_key in reading.offloaded:  # what is to stay on disk is looked for there
         reading.offloaded[key] = reading.offloaded[source_key]
-    if ours is source:
+    if ours is source or (ours.is_meta and is_moved(model, key)):  # its values are elsewhere already
         return
     if source.is_meta and not ours.is_meta:
         if (values := reading.values(source_key)) is not None:
@@ -157,7 +158,7 @@ def _fill(load: Load, model: Any, key: str, values: torch.Tensor | None, now: Su
     buffer = tensors[key]
     if values is None or (values.shape, values.dtype) != (buffer.shape, buffer.dtype):
         return
-    if put_in_place(model, tensors, key, values):
+    if put_in_place(model, tensors, key, values) or buffer.is_meta:
         return
     buffer.copy_(values)
     load.watch.placeholders.note_written(buffer)

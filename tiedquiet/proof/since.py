@@ -9,12 +9,13 @@ import torch
 
 from tiedquiet.proof import record
 from tiedquiet.proof.adapted import replaced
+from tiedquiet.proof.aside import is_moved, is_served
 from tiedquiet.proof.casts import is_at_limit
 from tiedquiet.proof.judge import as_loaded, judge_now, put_in
 from tiedquiet.proof.memory import ORDINARY, by_object, equals
 from tiedquiet.proof.record import Record
 from tiedquiet.proof.stored import Sources, judge_casts, sources_since
-from tiedquiet.proof.survey import Survey, is_moved, survey, ties
+from tiedquiet.proof.survey import Survey, survey, ties
 from tiedquiet.verdict import IN_FILES, WELL, Finding, Proof, Verdict
 
 _TO_META = "moved to meta, where nothing has values"
@@ -103,7 +104,7 @@ def _as_change(model: torch.nn.Module, known: Record, now: Survey, finding: Find
     key, then = finding.key, known.findings.get(finding.key)
     if then is None or then.verdict not in WELL:
         return finding
-    if now.state[key].is_meta and not is_moved(model, key):
+    if now.state[key].is_meta and not is_served(model, key):
         return Finding(key, Verdict.UNPROVEN, None, f"it was {then.verdict}, and has since been {_TO_META}", since=True)
     if finding.verdict in WELL:
         return finding
@@ -168,10 +169,10 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
                 continue  # it has another name since
             is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
             became = "moved to another place in the model" if is_elsewhere else "removed from the model"
+        elif tensor.is_meta and not is_served(model, name):
+            became = _TO_META
         elif is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate or FSDP holds the values elsewhere, or has parted them
-        elif tensor.is_meta:
-            became = _TO_META
         elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
             # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
             # as good, but an optimizer may hold the other one.

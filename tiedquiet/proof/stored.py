@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 
 from tiedquiet.proof import names
+from tiedquiet.proof.aside import is_served, with_aside
 from tiedquiet.proof.casts import cast_finding, is_at_limit, is_beyond
 from tiedquiet.proof.files import Checkpoint, stamp
 from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, lies_at, plain, same
 from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record
-from tiedquiet.proof.survey import Survey, is_moved, survey
+from tiedquiet.proof.survey import Survey, survey
 from tiedquiet.proof.watch import TRANSFORMERS, Watch, Write
 from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, Finding, Verdict
 
@@ -44,7 +45,7 @@ def judge_stored(
     what: Finding | _Kept | None
     for name, tensor in reading.held.items():
         current, write = now.state.get(name), writes.get(name)
-        if current is not None and current.is_meta and name not in reading.offloaded and is_moved(model, name):
+        if current is not None and current.is_meta and name not in reading.offloaded and is_served(model, name):
             current = tensor  # accelerate put its values aside, where they were read to
         if current is tensor and write is None and lies_at(current, reading.read_to[name]):
             what = _without_values(model, reading, name, is_over) if current.is_meta else None
@@ -63,7 +64,7 @@ def _without_values(model: torch.nn.Module, reading: Reading, name: str, is_over
     """The finding on a stored tensor that is on meta, as it was when it was read; None if something will read it."""
     if name not in reading.offloaded:
         return Finding(name, Verdict.UNPROVEN, None, "it is on meta, where nothing has values")
-    if is_over and not is_moved(model, name):  # up to 5.3.0, where all of a model is
+    if is_over and not is_served(model, name):  # up to 5.3.0, where all of a model is
         return Finding(name, Verdict.UNPROVEN, None, "its values stay on disk, and nothing reads them")
     return None
 
@@ -159,9 +160,9 @@ def judge_placeholders(
     on_disk = any(are_on_meta)
     unwritten = {
         name: Finding(name, Verdict.UNWRITTEN, None, _kind(tensor), True)
-        for name, tensor in tensors.items()
+        for name, tensor in with_aside(model, tensors).items()
         if watch.placeholders.has(tensor)
-        or (tensor.is_meta and not on_disk and name not in missing and not is_moved(model, name))
+        or (tensor.is_meta and not on_disk and name not in missing and not is_served(model, name))
     }
     # A base's were told when that was loaded, a quantiser makes its layers' later, and a model on meta is told as such.
     if not (reading.is_of_adapter or reading.is_quantised or all(are_on_meta)):

@@ -123,23 +123,6 @@ def _at(parts: Any, name: str) -> Any:
     return parts[name] if name in parts else None  # noqa: SIM401 (torch.jit's has no `get`)
 
 
-def is_moved(model: torch.nn.Module, name: str) -> bool:
-    """Whether accelerate or FSDP holds the values of a tensor elsewhere until they are needed."""
-    module: Any = model
-    for part in name.split(".")[:-1]:
-        if _is_managed(module):
-            return True
-        module = _at(module._modules, part)
-        if module is None:
-            return False
-    return _is_managed(module)
-
-
-def _is_managed(module: torch.nn.Module) -> bool:
-    # To ask the module takes ten times as long where it has neither. Of the second, FSDP2 makes it a class of its own.
-    return "_hf_hook" in vars(module) or hasattr(type(module), "set_reshard_after_forward")
-
-
 def asks_for_ties(model: Any) -> bool:
     """Whether the config wants the output embedding to be the input embedding."""
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
