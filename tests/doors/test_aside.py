@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -154,3 +155,24 @@ def test_a_parameter_that_stays_on_disk_by_itself_has_nothing_that_reads_it(tmp_
     assert model.inner.lin.weight.is_meta
     found = {finding.key: (finding.verdict, finding.why) for finding in tiedquiet.check(model).findings}
     assert found == {"inner.row": (Verdict.UNPROVEN, "its values stay on disk, and nothing reads them")}
+
+
+def test_what_stays_on_disk_in_another_shape_is_told(tmp_path: Path, printed: Printed) -> None:
+    save(GPT2LMHeadModel(gpt2()), tmp_path)
+    places = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"), "cpu")
+    how: dict[str, Any] = {"device_map": {**places, "transformer.h": "disk"}, "offload_folder": tmp_path / "disk"}
+    with tiedquiet.enable("strict"):
+        assert tiedquiet.check(GPT2LMHeadModel.from_pretrained(tmp_path, **how)).ok
+    key = "transformer.h.0.mlp.c_fc.bias"
+    file = load_file(tmp_path / "model.safetensors")
+    right, file[key] = tuple(file[key].shape), torch.ones(3)
+    save_file(file, tmp_path / "model.safetensors", {"format": "pt"})
+    model = GPT2LMHeadModel.from_pretrained(tmp_path, **how)
+    with pytest.raises(ValueError, match="Trying to set a tensor of shape"):
+        model(torch.arange(3)[None])  # so late
+    proof = tiedquiet.check(model)
+    assert (proof.ok, proof.unread) == (False, 1)
+    why = f"{key}: what lies on disk for it has the shape (3,), and not {right}"
+    assert f"unread, {why}. Load it without disk offload" in "".join(printed.of("tiedquiet", logging.WARNING))
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="what lies on disk for it"):
+        GPT2LMHeadModel.from_pretrained(tmp_path, **how)

@@ -6,7 +6,7 @@ What was read is kept by tensor and by memory, so that what happens to it afterw
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -201,6 +201,8 @@ def read(
         unknown = missing - reading.free - reading.tied
         reading.found.update({key: Finding(key, Verdict.UNPROVEN, None, reading.checkpoint.closed) for key in unknown})
     reading.found.update(_clashes(reading))
+    if not is_quantised:
+        reading.found.update((finding.key, finding) for finding in _misfits(reading))
     return reading
 
 
@@ -221,6 +223,18 @@ def _clashes(reading: Reading) -> Iterator[tuple[str, Finding]]:
                 else:
                     why = "two stored keys share one tensor, and under these names the file does not have them"
                     yield name, Finding(name, Verdict.UNPROVEN, None, why)
+
+
+def _misfits(reading: Reading) -> Iterator[Finding]:
+    """Findings on what stays on disk in another shape than the model's: transformers compares only what it reads."""
+    headers = cache(lambda path: Checkpoint(None, [path]).headers)
+    for key, entry in reading.offloaded.items():
+        tensor, path = reading.held.get(key), entry.get("safetensors_file")
+        there = headers(path).get(entry.get("weight_name", key)) if path and tensor is not None else None
+        if there is not None and tensor is not None and there.shape != tensor.shape:
+            why = f"what lies on disk for it has the shape {tuple(there.shape)}, and not {tuple(tensor.shape)}"
+            cure = "Load it without disk offload, and transformers says what does not fit"
+            yield Finding(key, Verdict.UNREAD, None, why, True, cure)
 
 
 def _is_free(model: Any, name: str) -> bool:
