@@ -89,7 +89,9 @@ def check_gguf(path: Path) -> None:
         return  # to open a pipe would never end
     torn = (struct.error, ValueError, OSError, RecursionError)  # the load says what is wrong
     with suppress(*torn), path.open("rb") as file:
-        tensors, entries = _numbers_of(file, "<8xQQ")
+        magic, tensors, entries = _numbers_of(file, "<4s4xQQ")
+        if magic != b"GGUF":
+            return
         left = _MOST_VALUES
         if tensors > _MOST_TENSORS:
             raise CannotCheck(f"{path} has more than {_MOST_TENSORS:,} tensors")

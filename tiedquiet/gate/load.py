@@ -1,5 +1,6 @@
 """Compares a transformers model, loaded as users load it, with its files."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from tiedquiet.gate import progress
 from tiedquiet.gate.bounds import bounded
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.confined import without_hub
-from tiedquiet.gate.diagnosis import damage, explain, nested
+from tiedquiet.gate.diagnosis import damage, damage_of, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
@@ -28,6 +29,7 @@ from tiedquiet.gate.weights import (
 )
 from tiedquiet.verdict import Finding, Verdict
 
+_NOT_THERE = re.compile(r"does not appear to have (?:a file|files) named (.+?)(?:\. Checkout|\.?$)", re.MULTILINE)
 _VOICES = "spk_dict.pt"  # which Qwen2.5-Omni's `from_pretrained` reads besides
 
 
@@ -248,8 +250,10 @@ def _options(part: Part, how: How) -> dict[str, Any]:
 
 def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if part.source.gguf:
-        kind = f"{Path(part.source.name, part.source.gguf)} is a GGUF file, which cannot be loaded here"
-        return f"{kind}: {explain(error, None, how.trust)}"
+        path = Path(part.source.name, part.source.gguf)
+        if path.is_file() and (problem := damage_of(path)):  # to open a pipe would never end
+            return f"{path} {problem}"
+        return f"{path} is a GGUF file, which cannot be loaded here: {explain(error, None, how.trust)}"
     folder = next(folders_of(part), None)
     if folder is None and (config := part.source.file("config.json", part.name)):
         folder = config.parent
@@ -259,6 +263,8 @@ def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if folder is not None and not damaged:
         damaged = nested(folder)
     reason = explain(error, folder, how.trust, damaged)
+    if (absent := _NOT_THERE.search(str(error))) and not damaged and (why := (part.base or part.source).unreachable()):
+        reason = f"the local cache has no {absent[1].replace(' or ', ' and no ')}, and {why}"
     if "use_safetensors" in _options(part, how) and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
     if part.source.is_local and any(
