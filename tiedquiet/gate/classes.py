@@ -110,6 +110,23 @@ def of_adapter(adapter: dict[str, Any]) -> Any:
     return found if is_of_transformers(found) else None
 
 
+def native(auto: str, model_type: object) -> Any:
+    """What one of transformers' `Auto` classes makes of a type where no code may run; None where it makes nothing.
+
+    Args:
+        auto: the name of the `Auto` class.
+        model_type: any value of a config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = automatic(auto)
+    if kind is None or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    found = getattr(kind, "_model_mapping", {}).get(CONFIG_MAPPING[model_type], None)
+    found = found[0] if isinstance(found, tuple) else found
+    return found if is_of_transformers(found) else None
+
+
 def by_user(name: str) -> Any:
     """What the user named: a class of transformers, or any other with its module, also from the current folder.
 

@@ -291,9 +291,11 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
         return found, ""
     if auto:
         code = str(own[auto]).rpartition("--")[2].rpartition(".")[0]
+        own_name = getattr(classes.native(auto, part.config.get("model_type")), "__name__", "")
+        other = f", and without it {auto} makes {own_name} of this type: --class {own_name}"
         raise CannotCheck(
             f"{part.label}: its class {name} is code that ships with it ({code}.py); "
-            "--trust-remote-code allows it to run"
+            f"--trust-remote-code allows it to run{other * bool(own_name)}"
         )
     if part.cls is not None:
         return _by_user(part, name), ""
