@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -19,6 +20,8 @@ from transformers import (
     DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
     GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from tests.checkpoints import gpt2
@@ -46,10 +49,10 @@ def adapter_of(base: Any, made_for: Any, folder: Path, task: str | None, target:
     return folder / "adapter"
 
 
-def is_read(made_for: Any, folder: Path) -> bool:
+def is_read(made_for: Any, folder: Path, **options: Any) -> bool:
     """Whether `from_pretrained` reads all of an adapter: some releases do not read the heads that peft saves."""
     stored = load_file(folder / "adapter_model.safetensors").values()
-    read = made_for.from_pretrained(folder).state_dict().values()
+    read = made_for.from_pretrained(folder, **options).state_dict().values()
     return all(any(torch.equal(tensor, own) for own in read) for tensor in stored)
 
 
@@ -76,9 +79,7 @@ def test_an_adapter_with_a_head_of_its_own(
     assert not any("has no place" in finding["why"] for finding in found["findings"])
 
 
-def test_an_adapter_that_names_its_class(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: Callable[..., str]
-) -> None:
+def test_an_adapter_that_names_its_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = DistilBertForMaskedLM(DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=64))
     kind = DistilBertForSequenceClassification
     folder = adapter_of(base, kind, tmp_path, None, "q_lin")
@@ -93,9 +94,25 @@ def test_an_adapter_that_names_its_class(
         (folder / "adapter_config.json").write_text(json.dumps(config))
         assert check(folder, "--json") == 1
         assert components(capsys)["."]["class"] == "DistilBertForMaskedLM"
-    if not status:
-        adapter = adapter_of(base, kind, tmp_path / "three", None, "q_lin", num_labels=3)
-        assert "classifier.modules_to_save.default.bias is 3 in the file and 2 in the model" in line(adapter)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
+def test_as_many_labels_as_the_adapter_has(config: Any, labels: int, tmp_path: Path, line: Callable[..., str]) -> None:
+    """A reward model's has one, and the config of its base model says nothing, which means two."""
+    small = config(**SMALL, vocab_size=64, max_position_embeddings=16)
+    head = RobertaForSequenceClassification if config is RobertaConfig else BertForTokenClassification
+    task = "SEQ_CLS" if config is RobertaConfig else "TOKEN_CLS"
+    folder = adapter_of(AutoModel.from_config(small), head, tmp_path, task, "query", num_labels=labels)
+    status = 0 if is_read(head, folder, num_labels=labels) else 1
+    assert check(folder) == status
+    if status:
+        return
+    name = "adapter_model.safetensors"
+    stored = load_file(folder / name)
+    last = max(key for key in stored if "classifier" in key and key.endswith("weight"))
+    save_file({**stored, last: torch.zeros(1_000_001, 1)}, folder / name, {"format": "pt"})
+    assert "is 1000001 by 1 in the file and 2 by 16 in the model" in line(folder)
 
 
 def test_a_language_model_s_adapter_goes_by_the_base_s_class(
