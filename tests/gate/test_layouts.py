@@ -88,7 +88,13 @@ def test_a_folder_that_may_not_be_listed(good: Path, monkeypatch: pytest.MonkeyP
     def refuse(_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
+    def gone(_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
     assert instead.of_weights(good) == "its largest file is model.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", gone)  # as another process deletes it
+        assert instead.of_weights(good) == "its largest file is config.json"
     monkeypatch.setattr("os.scandir", refuse)
     assert instead.of_weights(good) == "there is no file in it"
 

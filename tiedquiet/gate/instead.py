@@ -9,7 +9,7 @@ from pathlib import Path
 from tiedquiet.gate.printing import few
 from tiedquiet.gate.source import CONFIGS, outside
 
-_MOST = 10_000  # entries that are looked at: somebody may name a home directory
+_MOST = 3_000  # entries that are looked at: somebody may name a home directory
 _DEEP = 3  # as a download that has not finished (`.cache/huggingface/download/...incomplete`)
 _SHARD = re.compile(r"-\d+-of-\d+\.(?:safetensors|bin)$")
 
@@ -32,7 +32,7 @@ def of_weights(folder: Path) -> str:
 
 
 def _largest(folder: Path, files: list[Path]) -> str:
-    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    largest = max(files, key=_size, default=None)
     if largest is None:
         return "there is no file in it"
     kind = ", a shard, and no index names it" if _SHARD.search(largest.name) else ""
@@ -40,9 +40,17 @@ def _largest(folder: Path, files: list[Path]) -> str:
     return f"its largest file is {largest.relative_to(folder)}{kind}"
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # it is gone
+        return 0
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """The files of a folder and of those inside, the nearest first; none to which a link leads outside."""
-    entries = (path for path in islice(_entries(folder), _MOST) if path.is_file())
+    # `Path.is_file` would raise where a link may not be followed.
+    entries = (path for path in islice(_entries(folder), _MOST) if os.path.isfile(path))
     return (path for path in entries if None in (outside(folder, path), outside(path.parent, path)))
 
 
