@@ -66,3 +66,17 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return folder
 
     return made
+
+
+@pytest.fixture
+def line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The line that says why a folder cannot be checked."""
+
+    def said(folder: Path | str, *options: str) -> str:
+        capsys.readouterr()
+        assert check(folder, *options) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        return err.removeprefix("tiedquiet: ").rstrip("\n")
+
+    return said

@@ -85,7 +85,7 @@ def changed(folder: Path, **changes: Any) -> Path:
     ("make", "says"),
     [
         (lambda g: g.parent / "nowhere" / "at" / "all", "is not a folder, and not a valid name for a model on the hub"),
-        (lambda g: "some/model", "is neither a folder nor in the local cache, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
+        (lambda g: "some/model", "is no folder, the local cache has no config.json of it, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (lambda g: g.parent, "has neither config.json nor model_index.json"),
         (lambda g: g / "model.safetensors", "is a file; pass the folder that it is in"),
         (lambda g: write(g / "config.json", "{"), "cannot be read"),
@@ -113,7 +113,7 @@ def changed(folder: Path, **changes: Any) -> Path:
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)), "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "gguf" / "m.gguf", b"GGUF" + bytes(50)) / "m.gguf", "m.gguf is a GGUF file, which cannot be loaded here: "),
         (lambda g: write(g.parent / "two" / "a.gguf", b"") and write(g.parent / "two" / "b.gguf", b""), "holds 2 GGUF files; name one of them"),
-        (lambda g: write(g.parent / "lora" / "adapter_config.json", '{"base_model_name_or_path": "no/base"}'), "lora is an adapter, and its base model is not available: no/base is neither"),
+        (lambda g: write(g.parent / "lora" / "adapter_config.json", '{"base_model_name_or_path": "no/base"}'), "lora is an adapter, and its base model is not available: no/base is no folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_gets_one_line(

@@ -234,4 +234,4 @@ def test_a_config_in_the_hub_s_cache(
     assert check(tmp_path / "sd.safetensors", "--config", "some/sd") == 0
     assert check(tmp_path / "sd.safetensors", "--config", "some/sd", "--class", "AutoencoderKL") == 0
     assert check(tmp_path / "sd.safetensors", "--config", "some/other") == 2
-    assert "some/other is neither a folder nor in the local cache" in capsys.readouterr().err
+    assert "some/other is no folder, the local cache has no config.json of it" in capsys.readouterr().err

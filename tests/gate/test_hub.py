@@ -108,7 +108,7 @@ def hub() -> Iterator[str]:
         ("some/empty", "some/empty has neither config.json nor model_index.json\n"),
         (
             "no/connection",
-            "no/connection is neither a folder nor in the local cache, and the hub cannot be reached: there",
+            "no/connection is no folder, the local cache has no config.json of it, and the hub cannot be reached: there",
         ),
     ],
 )

@@ -258,7 +258,7 @@ def test_a_pipeline_that_loads_none(name: Any, shown: str, says: str, tmp_path: 
 
 @pytest.mark.parametrize("part", ["transformer", ""])
 def test_components_that_cannot_be_made(part: str, wan: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"num_layers": "one"}')
     (tmp_path / "model_index.json").write_text((wan / "model_index.json").read_text())
     source, file = lora.Source(str(tmp_path), None), lora.File(Path("x"), {}, None)
     if part:

@@ -79,7 +79,10 @@ def test_a_part_whose_weights_are_junk_is_red(
 def test_a_part_without_weights_is_red(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file_of(wan / "vae").unlink()
     assert check(wan, "--json") == 1
-    assert "no file named diffusion_pytorch_model" in components(capsys)["vae"]["error"]
+    assert (
+        "it has no diffusion_pytorch_model.safetensors or .bin; its largest file is config.json"
+        in components(capsys)["vae"]["error"]
+    )
 
 
 @pytest.mark.parametrize("form", ["shards", "bin", "half"])
@@ -234,7 +237,8 @@ def test_a_class_of_the_pipeline_s_own_module(tmp_path: Path, capsys: pytest.Cap
         (["torch.nn", "Linear"], "names Linear of torch.nn, which is not an installed class"),
         (["shap_e", "VoidNeRFModel"], "is neither a model of transformers nor one of diffusers"),
         (["os", "system"], "names system of os, which is not an installed class"),
-        (["diffusers", "StableDiffusionPipeline"], "but it is missing"),
+        (["diffusers", "StableDiffusionPipeline"], "neither a model that can be compared nor a scheduler"),
+        (["diffusers", "DDIMScheduler"], "but it is missing"),
         (["diffusers", None], "names None of diffusers"),
         ([{}, "x"], "names x of {}"),
         (["transformers", "GPT2LMHeadModel"], "it has no config.json"),

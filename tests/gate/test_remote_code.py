@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from tests.gate.test_broken import write
 from tests.gate.test_check import check, config_of
@@ -173,3 +174,23 @@ def test_a_class_of_the_user_s_that_is_not_to_be_had(
         (tmp_path / f"{module}.py").write_text(source)
     assert check(good, "--class", name) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoTokenizer"])
+def test_code_for_which_transformers_has_its_own(key: str, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MPT's first class: by `AutoModelForCausalLM` transformers takes its own, and asks nobody."""
+    write(good / "modeling_mine.py", "raise SystemExit(9)")
+    auto = {"AutoConfig": "modeling_mine.Config", key: "modeling_mine.MyOwnLM"}
+    config_of(good, architectures=["MyOwnLM"], auto_map=auto)
+    says = "its class MyOwnLM is code that ships with it (modeling_mine.py); --trust-remote-code allows it to run"
+    for kind in ("gpt2", "nobody_has_it", 7):
+        config_of(good, model_type=kind)
+        capsys.readouterr()
+        assert check(good) == 2
+        is_known = key == "AutoModelForCausalLM" and kind == "gpt2"
+        other = f", and without it {key} makes GPT2LMHeadModel of this type: --class GPT2LMHeadModel" * is_known
+        assert capsys.readouterr().err == f"tiedquiet: {good}: {says}{other}\n"
+    config_of(good, model_type="gpt2")
+    assert check(good, "--class", "GPT2LMHeadModel") == 0
+    if key == "AutoModelForCausalLM":
+        assert type(AutoModelForCausalLM.from_pretrained(good)).__name__ == "GPT2LMHeadModel"

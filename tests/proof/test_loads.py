@@ -234,6 +234,11 @@ def test_whose_scale_a_tensor_may_be(unread: str, name: str, of_bytes: bool, of_
         assert Scales([unread]).of(name, dtype) == (unread if expected else None)
 
 
+def test_the_scale_of_the_codes_comes_before_that_of_what_they_are_multiplied_with() -> None:
+    for scales in (["a.b.input_scale", "a.b.weight_scale"], ["a.b.act.scale", "a.b.weight.scale"]):
+        assert Scales(scales).of("a.b.weight", torch.float8_e4m3fn) == scales[1]
+
+
 def test_what_cannot_be_copied_in_place_is_left() -> None:
     assert not copy_in_place(torch.zeros(2), torch.ones(3))
     assert not copy_in_place(torch.zeros(2, device="meta"), torch.ones(2))

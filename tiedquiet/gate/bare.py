@@ -29,22 +29,24 @@ def check(source: Source, entry: Entry, kind: Any) -> None:
     Raises:
         CannotCheck: why.
     """
-    if source.is_local and not source.folder(entry.name).is_dir():
+    folder, is_dummy = source.folder(entry.name), hasattr(kind, "_backends")
+    names = () if is_dummy else _files_of(kind)
+    place = source.place_of(entry.name, *names)
+    found = next((name for name in names if source.file(name, place) is not None), None)
+    if source.is_local and not place and found is None:
         raise CannotCheck("model_index.json names it, but it is missing")
-    if hasattr(kind, "_backends"):
+    if is_dummy:
         # It stands for a class whose package is not installed, which may be another on the machine that uses it.
-        weights = own_files(source.folder(entry.name), *_WEIGHTS) if source.is_local else []
+        weights = own_files(folder, *_WEIGHTS) if source.is_local else []
         if weights:
             needs = " and ".join(kind._backends)
             raise CannotCheck(f"it has {weights[0].name}, and {entry.cls} needs {needs}, which cannot be imported here")
         return
-    names = _files_of(kind)
-    found = next((name for name in names if source.file(name, entry.name) is not None), None)
     if names and found is None:
         raise CannotCheck(f"it has none of {', '.join(names)}" if names[1:] else f"it has no {names[0]}")
     for name in (found, "tokenizer_config.json"):
         if name is not None and name.endswith(".json"):
-            source.read(name, entry.name)
+            source.read(name, place)
 
 
 def _files_of(kind: Any) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ _MOST_PARTS = 100  # each is loaded, also where several are in one folder
 _MOST_LAYERS = 10_000
 _MOST_REPLICATED = 1_000  # layers, by an adapter: that takes the square of their number
 _MOST_DIGITS = 3  # of the iterations of a singular value decomposition (`pissa_niter_16`)
-_MOST_LABELS = 1_000_000  # transformers makes a name for each
+MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
 _MOST_OF_A_BYTE = 64
 _MOST_VALUES = 3_000_000  # the largest vocabularies, with scores, types and merges, are half as many
@@ -49,8 +49,8 @@ def check_size(label: str, file: str, config: dict[str, Any]) -> None:
         add_up = sum if _NUMBERS.search(key) else max
         if _LAYERS.search(key) and add_up([0, *_numbers(value)]) > _MOST_LAYERS:
             raise CannotCheck(f"{asks} {_MOST_LAYERS:,} layers ({key})")
-        if key == "num_labels" and max([0, *_numbers(value)]) > _MOST_LABELS:
-            raise CannotCheck(f"{asks} {_MOST_LABELS:,} labels ({key})")
+        if key == "num_labels" and max([0, *_numbers(value)]) > MOST_LABELS:
+            raise CannotCheck(f"{asks} {MOST_LABELS:,} labels ({key})")
 
 
 def check_adapter(label: str, file: str, adapter: dict[str, Any]) -> None:
@@ -89,7 +89,9 @@ def check_gguf(path: Path) -> None:
         return  # to open a pipe would never end
     torn = (struct.error, ValueError, OSError, RecursionError)  # the load says what is wrong
     with suppress(*torn), path.open("rb") as file:
-        tensors, entries = _numbers_of(file, "<8xQQ")
+        magic, tensors, entries = _numbers_of(file, "<4s4xQQ")
+        if magic != b"GGUF":
+            return
         left = _MOST_VALUES
         if tensors > _MOST_TENSORS:
             raise CannotCheck(f"{path} has more than {_MOST_TENSORS:,} tensors")

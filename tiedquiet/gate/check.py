@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate import bare, classes, components, diffusion, from_file, load, lora, sentences
@@ -82,6 +83,8 @@ def _beside_index(source: Source, results: list[Result], how: How) -> list[Resul
     """The model that lies beside an index of others: transformers reads it from the same folder, and no index."""
     if any(result.component == "." for result in results) or not source.is_local:
         return []
+    if any(Path(file).parent == source.folder() for result in results for file in result.files):
+        return []  # a component was read from there
     if source.file("config.json") is None or not has_weights(source.folder()):
         return []
     how = how if how.variant and has_variant(source, "", how.variant) else replace(how, variant="")
@@ -108,7 +111,8 @@ def _by_variant(source: Source, entries: list[Entry], how: How) -> dict[str, How
     """How each component is loaded: those that lack a variant are loaded without it, as diffusers does."""
     if not how.variant:
         return {entry.name: how for entry in entries}
-    having = {entry.name for entry in entries if has_variant(source, entry.name, how.variant)}
+    places = {entry.name: source.place_of(entry.name, "config.json") for entry in entries}
+    having = {name for name, place in places.items() if has_variant(source, place, how.variant)}
     if not having:
         raise CannotCheck(f"{source.name}: no component of this pipeline has weights of variant {how.variant}")
     return {entry.name: how if entry.name in having else replace(how, variant="") for entry in entries}
@@ -120,12 +124,15 @@ def _component(source: Source, entry: Entry, how: How) -> Result:
     try:
         kind = components.class_of(entry)
         if classes.is_of_diffusers(kind):
-            return diffusion.check_model(components.part_of(source, entry, how.trust), kind, how)
+            result = diffusion.check_model(components.part_of(source, entry, how.trust), kind, how)
+            return replace(result, component=entry.name)
         if classes.is_of_transformers(kind):
-            return load.check_model(components.part_of(source, entry, how.trust), how, kind)
+            result = load.check_model(components.part_of(source, entry, how.trust), how, kind)
+            return replace(result, component=entry.name)
         if classes.is_module(kind):
             raise CannotCheck(f"{name} is neither a model of transformers nor one of diffusers")
         bare.check(source, entry, kind)
     except CannotCheck as error:
-        return Result(entry.name, name, error=str(error).removeprefix(f"{source.name}/{entry.name} "))
+        said = str(error).removeprefix(f"{source.name}/{entry.name} ").removeprefix(f"{source.name} ")
+        return Result(entry.name, name, error=said)
     return Result(entry.name, name, has_tensors=False)

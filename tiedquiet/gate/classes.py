@@ -8,6 +8,13 @@ from typing import Any
 
 from tiedquiet.gate.refusal import CannotCheck
 
+# Of what peft calls the tasks of adapters, those that bring a head of their own.
+_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
 
 def named(library: str, name: object) -> Any:
     """The class that a library of models has under a name; None if it has none.
@@ -84,6 +91,40 @@ def automatic(name: object) -> Any:
     """One of transformers' `Auto` classes by its name; None for any other."""
     found = named("transformers", name)
     return found if found is not None and found.__module__.startswith("transformers.models.auto.") else None
+
+
+def of_adapter(adapter: dict[str, Any]) -> Any:
+    """The class that an adapter was made for, if that has a head; None where its base model's own class will do.
+
+    Args:
+        adapter: what its config holds.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    task, mapping = adapter.get("task_type"), adapter.get("auto_mapping")
+    if isinstance(task, str) and task in _TASKS:
+        return named("transformers", _TASKS[task])
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    without_head = (names if isinstance(names, tuple) else (names,) for names in MODEL_MAPPING_NAMES.values())
+    found = None if any(name in names for names in without_head) else named("transformers", name)
+    return found if is_of_transformers(found) else None
+
+
+def native(auto: str, model_type: object) -> Any:
+    """What one of transformers' `Auto` classes makes of a type where no code may run; None where it makes nothing.
+
+    Args:
+        auto: the name of the `Auto` class.
+        model_type: any value of a config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = automatic(auto)
+    if kind is None or not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    found = getattr(kind, "_model_mapping", {}).get(CONFIG_MAPPING[model_type], None)
+    found = found[0] if isinstance(found, tuple) else found
+    return found if is_of_transformers(found) else None
 
 
 def by_user(name: str) -> Any:

@@ -6,7 +6,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiedquiet.gate import classes
+from tiedquiet.gate import classes, instead
 from tiedquiet.gate.bounds import check_adapter, check_gguf, check_size, parts_of
 from tiedquiet.gate.config import as_read
 from tiedquiet.gate.patterns import ENDLESS, endless
@@ -32,6 +32,7 @@ class Part(NamedTuple):
         config: what its config holds; that of its base model where it is an adapter.
         cls: the name of the class that the user gave to load it as.
         base: the base model of an adapter.
+        made_for: the class that the adapter was made for, if its head is another than that of its base model.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Part(NamedTuple):
     config: dict[str, Any]
     cls: str | None
     base: Source | None = None
+    made_for: Any = None
 
     @property
     def label(self) -> str:
@@ -78,9 +80,10 @@ def entries_of(source: Source) -> list[Entry]:
 def _singly(source: Source, entry: Entry) -> Iterator[Entry]:
     single = _SEVERAL.get(entry.cls) if entry.library == "diffusers" and isinstance(entry.cls, str) else None
     yield entry if single is None else entry._replace(cls=single)
-    if single is not None and source.is_local:
+    if single is not None:
         names = (f"{entry.name}_{number}" for number in count(1))
-        yield from (Entry(n, entry.library, single) for n in takewhile(lambda n: source.folder(n).is_dir(), names))
+        there = takewhile(lambda name: source.place_of(name, "config.json") == name, names)
+        yield from (Entry(name, entry.library, single) for name in there)
 
 
 def lacking(source: Source) -> Iterator[tuple[str, str, str, bool]]:
@@ -147,8 +150,8 @@ def part_of(source: Source, entry: Entry, trust: bool) -> Part:
     Raises:
         CannotCheck: it is missing, or its config cannot be read.
     """
-    part = Part(source, entry.name, {}, None)
-    if (config := source.read("config.json", entry.name)) is None:
+    part = Part(source, source.place_of(entry.name, "config.json"), {}, None)
+    if (config := source.read("config.json", part.name)) is None:
         raise CannotCheck("model_index.json names it, but it is missing: it has no config.json")
     return _with_config(part, config, trust)
 
@@ -178,7 +181,8 @@ def the_part(source: Source, cls: str | None, trust: bool) -> Part:
     if own is None and (adapter := _adapter_of(part, trust)) is not None:
         return _with_base(part, adapter, trust)
     if own is None:
-        raise CannotCheck(source.absence())
+        said = source.absence()
+        raise CannotCheck(f"{said}; {instead.of_config(source.folder())}" if source.is_local else said)
     return _with_config(part, own, trust)
 
 
@@ -240,10 +244,10 @@ def _with_base(part: Part, adapter: dict[str, Any], trust: bool) -> Part:
     try:
         origin = Source(base, None)
         if (config := origin.read("config.json")) is None:
-            raise CannotCheck(origin.absence())
+            raise CannotCheck(f"{base} is a pipeline of several models" if is_pipeline(origin) else origin.absence())
     except CannotCheck as error:
         raise CannotCheck(f"{part.label} is an adapter, and its base model is not available: {error}") from error
-    return _with_config(part._replace(base=origin), config, trust)
+    return _with_config(part._replace(base=origin, made_for=classes.of_adapter(adapter)), config, trust)
 
 
 def _with_config(part: Part, config: dict[str, Any], trust: bool) -> Part:
@@ -268,6 +272,8 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
     own = part.config.get("auto_map")
     own = own if isinstance(own, dict) else {}
     name = part.cls
+    if name is None and part.made_for is not None:
+        return part.made_for, ""
     if name is None:
         listed = part.config.get("architectures")
         if not listed and part.source.gguf:
@@ -285,9 +291,11 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
         return found, ""
     if auto:
         code = str(own[auto]).rpartition("--")[2].rpartition(".")[0]
+        own_name = getattr(classes.native(auto, part.config.get("model_type")), "__name__", "")
+        other = f", and without it {auto} makes {own_name} of this type: --class {own_name}"
         raise CannotCheck(
             f"{part.label}: its class {name} is code that ships with it ({code}.py); "
-            "--trust-remote-code allows it to run"
+            f"--trust-remote-code allows it to run{other * bool(own_name)}"
         )
     if part.cls is not None:
         return _by_user(part, name), ""

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tiedquiet.gate import instead
 from tiedquiet.gate.refusal import CannotCheck
-from tiedquiet.gate.source import MOST, own_files, read_json
+from tiedquiet.gate.source import MOST, POINTER, own_files, read_json
 
+_OF_DIFFUSERS = "diffusion_pytorch_model.safetensors or .bin"  # of which its message names the second alone
 _FEW = 3  # names in a line, which is cut where it is too long, and its end says what is wrong
-_POINTER = b"version https://git-lfs"
+_NO_WEIGHTS = re.compile(r"Error no file named (?P<names>.+?),? found in directory (?P<folder>.+?)\.?$")
 
 
 def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str = "") -> str:
@@ -45,6 +47,9 @@ def explain(error: BaseException, folder: Path | None, trust: bool, damaged: str
         return (
             "transformers reads adapters of safetensors files only, and it has adapter_model.bin; PeftModel reads that"
         )
+    if (absent := _NO_WEIGHTS.search(message)) and folder is not None and absent["folder"] == str(folder):
+        names = absent["names"].replace(", or ", " or ").replace("diffusion_pytorch_model.bin", _OF_DIFFUSERS)
+        return f"it has no {names}; {instead.of_weights(folder)}"
     if "trust_remote_code" in message and not trust:
         return "its class is code that ships with the checkpoint; --trust-remote-code allows it to run"
     lines = [" ".join(line.split()) for line in str(error).strip().splitlines()] or [""]
@@ -121,9 +126,11 @@ def damage_of(path: Path) -> str:
     """What is wrong with a file of weights, as the end of a sentence; empty where nothing is seen."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(_POINTER))
-        if start == _POINTER:
+        start = file.read(len(POINTER))
+        if start == POINTER.encode():
             return "is a Git LFS pointer instead of the file: run `git lfs pull`"
+        if path.suffix == ".gguf":
+            return "" if start[:4] == b"GGUF" else "is not a GGUF file"
         if path.suffix != ".safetensors":
             is_torn = start[:2] == b"PK" and not zipfile.is_zipfile(path)
             return "is empty" if not size else "is truncated: its end is missing" if is_torn else ""

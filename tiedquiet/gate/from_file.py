@@ -14,6 +14,7 @@ from tiedquiet.gate.report import Result
 from tiedquiet.gate.single import File, Way
 from tiedquiet.gate.source import Source
 
+_OF_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _OF_LDM = re.compile(r"model\.diffusion_model\.")  # what is nothing else, diffusers takes for Stable Diffusion 1
 
 
@@ -67,6 +68,8 @@ def no_config(name: str) -> str:
     """What to say of a file of weights that is named without a config; nothing is fetched."""
     if Path(name).parent.joinpath("config.json").is_file():
         return f"{name} is a file; pass the folder that it is in, with its config.json"
+    if Path(name).suffix not in _OF_WEIGHTS:
+        return f"{name} is not a file of weights that is read here; pass a folder, or one of {', '.join(_OF_WEIGHTS)}"
     return f"{name} is a single file: pass the folder, or the hub model, that has its config as --config{_likely(name)}"
 
 

@@ -1,15 +1,17 @@
 """Compares a transformers model, loaded as users load it, with its files."""
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate import progress
-from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.bounds import MOST_LABELS, bounded
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.confined import without_hub
-from tiedquiet.gate.diagnosis import damage, explain, nested
+from tiedquiet.gate.diagnosis import damage, damage_of, explain, nested
 from tiedquiet.gate.lacking import lacking_in
 from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
@@ -28,6 +30,8 @@ from tiedquiet.gate.weights import (
 )
 from tiedquiet.verdict import Finding, Verdict
 
+_HEAD = re.compile(r"\.(?:classifier|score)\.(?:[a-z_]+\.)?weight$")  # as peft takes them for those of its tasks
+_NOT_THERE = re.compile(r"does not appear to have (?:a file|files) named (.+?)(?:\. Checkout|\.?$)", re.MULTILINE)
 _VOICES = "spk_dict.pt"  # which Qwen2.5-Omni's `from_pretrained` reads besides
 
 
@@ -240,16 +244,31 @@ def _options(part: Part, how: How) -> dict[str, Any]:
         "gguf_file": part.source.gguf,
         "variant": how.variant,
     }
-    options |= {name: value for name, value in optional.items() if value}
+    options |= {name: value for name, value in (*optional.items(), ("num_labels", _labels_of(part))) if value}
     if not part.source.is_local and not how.trust_pickle and pickles_are_unsafe():
         options["use_safetensors"] = True
     return options
 
 
+def _labels_of(part: Part) -> int:
+    """How many labels the head of an adapter has, as whoever loads it says; its base model's config may have others."""
+    from tiedquiet.proof.files import Checkpoint
+
+    if part.made_for is None or (path := part.source.file(OF_ADAPTERS[0])) is None:
+        return 0
+    with suppress(Exception):  # which the load says
+        heads = {name: head for name, head in Checkpoint(None, [str(path)]).headers.items() if _HEAD.search(name)}
+        labels = heads[max(heads)].shape[0]  # of a head of two layers, `dense` comes before `out_proj`
+        return labels if labels <= MOST_LABELS else 0
+    return 0
+
+
 def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if part.source.gguf:
-        kind = f"{Path(part.source.name, part.source.gguf)} is a GGUF file, which cannot be loaded here"
-        return f"{kind}: {explain(error, None, how.trust)}"
+        path = Path(part.source.name, part.source.gguf)
+        if path.is_file() and (problem := damage_of(path)):  # to open a pipe would never end
+            return f"{path} {problem}"
+        return f"{path} is a GGUF file, which cannot be loaded here: {explain(error, None, how.trust)}"
     folder = next(folders_of(part), None)
     if folder is None and (config := part.source.file("config.json", part.name)):
         folder = config.parent
@@ -259,6 +278,8 @@ def _reason(part: Part, loader: Any, how: How, error: Exception) -> str:
     if folder is not None and not damaged:
         damaged = nested(folder)
     reason = explain(error, folder, how.trust, damaged)
+    if (absent := _NOT_THERE.search(str(error))) and not damaged and (why := (part.base or part.source).unreachable()):
+        reason = f"the local cache has no {absent[1].replace(' or ', ' and no ')}, and {why}"
     if "use_safetensors" in _options(part, how) and "use_safetensors" in str(error):
         reason = f"it has no safetensors file, and {pickles_are_unsafe()}"
     if part.source.is_local and any(

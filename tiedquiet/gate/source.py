@@ -13,6 +13,10 @@ from typing import Any
 from tiedquiet.gate.refusal import CannotCheck
 
 MOST = 100_000_000  # bytes of a header, by the format of safetensors; and of a JSON file
+POINTER = "version https://git-lfs"  # what a file begins with that git has in the place of a large one
+# Any of these says what a folder is: a GGUF file beside it is one more form of that.
+_OF_WHOLE = ("config.json", "model_index.json", "modules.json")
+CONFIGS = (*_OF_WHOLE, "adapter_config.json")
 # Under these, a config names code to be fetched from the hub and run: `{"_attn_implementation": "somebody/kernel"}`,
 # and in the first releases `_attn_implementation_internal`.
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -40,7 +44,7 @@ class Source:
             raise CannotCheck(f"{name} is a file, and no folder")
         elif self.is_local and not path.is_dir():
             raise CannotCheck(f"{name} is neither a folder nor a file")
-        elif path.is_dir() and not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
+        elif not any((path / config).is_file() for config in _OF_WHOLE) and (found := sorted(path.glob("*.gguf"))):
             self.gguf = found[0].name
             if len(found) > 1:
                 raise CannotCheck(f"{name} holds {len(found)} GGUF files; name one of them")
@@ -69,8 +73,12 @@ class Source:
         folder = self.folder(part)
         if self.is_local:
             path = folder / name
-            if not os.path.lexists(path):
+            try:
+                path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+            except OSError as error:
+                raise CannotCheck(f"{path} cannot be read: {error.strerror}") from error
             self._keep_inside(path)
             if not path.is_file():
                 raise CannotCheck(f"{path} is not a regular file")
@@ -91,14 +99,30 @@ class Source:
             reason = " ".join(str(error).strip().split("\n\n")[-1].split())
             raise CannotCheck(f"{self.name} is not a folder, and it cannot be downloaded: {reason}") from error
 
+    def place_of(self, part: str, *files: str) -> str:
+        """Where diffusers reads a part of a pipeline: in the folder of its name, or, where there is none, in its own.
+
+        Args:
+            part: its name.
+            files: of which the folder has one, for a pipeline on the hub, of which no folder can be listed.
+        """
+        if self.is_local:
+            return part if self.folder(part).is_dir() else ""
+        return part if any(self.file(file, part) is not None for file in files) else ""
+
     def absence(self) -> str:
         """Why there is no config to read."""
-        if not self._unreachable:
+        if not (why := self.unreachable()):
             return f"{self.name} has neither config.json nor model_index.json"
+        what = f"{self.name} at {self.revision}" if self.revision else self.name
+        return f"{what} is no folder, the local cache has no config.json of it, and {why}"
+
+    def unreachable(self) -> str:
+        """Why no more than the local cache could be asked for a file that it lacks, as a clause; empty if more was."""
         from huggingface_hub import constants
 
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there is no connection"
-        return f"{self.name} is neither a folder nor in the local cache, and the hub cannot be reached: {why}"
+        return f"the hub cannot be reached: {why}" if self._unreachable else ""
 
     def read(self, name: str, part: str = "", kind: type = dict) -> Any:
         """A JSON file of it, an object or another kind; None where it has none.
@@ -110,6 +134,8 @@ class Source:
         return None if path is None else read_json(path, kind)
 
     def _keep_inside(self, path: Path) -> None:
+        if path.is_symlink() and not path.exists():
+            raise CannotCheck(f"{path} is a link to {os.path.realpath(path)}, which is not there")
         if (target := outside(Path(self.name), path)) is not None:
             raise CannotCheck(f"{path} points outside the folder, to {target}; copy its target into the folder")
 
@@ -122,7 +148,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """
     try:
         check_length(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(POINTER):
+            raise CannotCheck(f"{path} is a Git LFS pointer instead of the file: run `git lfs pull`")
+        content = json.loads(text)
     except RecursionError as error:
         raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error
     except (OSError, ValueError) as error:

@@ -153,10 +153,18 @@ def _weights(source: Source, part: str, path: Path, name: str) -> Weights:
 
 
 def check_header(path: Path) -> None:
-    """Raise CannotCheck if a safetensors file has a header over the format's limit, or a pickle is compressed."""
+    """Raise CannotCheck where a file must not be read: its header is too long, it is compressed, or half there.
+
+    aria2 makes a file as long as it will be, and fills it in any order.
+    """
+    if path.with_name(f"{path.name}.aria2").exists():
+        raise CannotCheck(f"{path} has not been downloaded to its end: {path.name}.aria2 lies beside it")
     if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+        except OSError as error:
+            raise CannotCheck(f"{path} cannot be read: {error.strerror}") from error
         if MOST < length <= path.stat().st_size:
             raise CannotCheck(f"{path} has a header of {length:,} bytes, and the format allows {MOST:,}")
     elif is_compressed(str(path)):

@@ -37,9 +37,10 @@ class Scales:
         if not module:
             return None
         beside = list(self._beside(module))
-        scales = (n for n, end in beside if end[0] in "._" and "scale" in end and end.count(".") <= 2)
+        scales = [n for n, end in beside if end[0] in "._" and "scale" in end and end.count(".") <= 2]
+        scales.sort(key=lambda scale: not scale.startswith(name))  # `weight_scale` before `input_scale`
         inside = (n for n, end in beside if end[0] == "." and dtype in CODES)
-        return next(scales, None) or self._apart.get(module) or next(inside, None)
+        return next(iter(scales), None) or self._apart.get(module) or next(inside, None)
 
     def _beside(self, module: str) -> Iterator[tuple[str, str]]:
         """The names that begin as a module does, and what follows there."""

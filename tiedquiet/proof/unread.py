@@ -183,7 +183,8 @@ def find_unread(
         if not (left.unread and left.missing) or (made := left.made(is_resumed)) is None:
             break
         if any(map(reading.checkpoint.is_inside, made.key_of)):  # no key_mapping leads there
-            made = made._replace(cure="save these tensors by themselves, with no dict around them")
+            why = "because the file has them inside a dict, where no loader looks"
+            made = made._replace(why=why, cure="save these tensors by themselves, with no dict around them")
         left = left.without(made)
         lost = {k: o for k, o in made.origins.items() if not _is_held(ends.get(k, ()), o, reading.checkpoint)}
         for key, why in doubts_of(reading, made._replace(origins=lost), unread).items():
