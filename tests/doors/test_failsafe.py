@@ -102,6 +102,7 @@ ELSEWHERE |= {"_without_values"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 ELSEWHERE |= {"take", "note_read"}  # of adapters for a language
+ELSEWHERE |= {"_read_before"}  # of a resume
 HOOKS = {
     "_on_load",
     "run",

@@ -18,6 +18,13 @@ from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 
 Values = Callable[[str], "torch.Tensor | None"]
 _REPAIR = "set TIEDQUIET=repair"
+WHY_TWO_ENDS = "the config ties them, but the checkpoint has both, and they differ"
+_BOTH = "; or, if with both, set tie_word_embeddings to false throughout config.json"
+# The base model may have been stored without a head, which its flag would then leave random.
+BOTH_OF_RUN = (
+    "; or, if with both, set tie_word_embeddings to false throughout this checkpoint's config.json, and load the model "
+    "from there"
+)
 
 
 def judge_missing(
@@ -53,8 +60,9 @@ def judge_missing(
             continue
         finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
         if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
-            why = "neither end of its tie is in the checkpoint" if group else ""
-            if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
+            members = group.members if group and not group.flags.get(key) else ()
+            why = "neither end of its tie is in the checkpoint" if members else ""
+            if end := next((name for name in members if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
             elif known.likely.get(key):
                 why = f"it may be {_unread(key, known)}"
@@ -115,7 +123,10 @@ def _judge_parted(
     known: Record,
     values: Values | None,
 ) -> Finding | None:
-    """The verdict on a missing key of a tie that lies in memory of its own; None where no end of it was stored."""
+    """The verdict on a missing key of a tie that lies in memory of its own.
+
+    None where no end of it was stored, and where it is a tensor by itself.
+    """
     members = [name for name in group.members if name in stored]
     if not members:
         return None
@@ -139,11 +150,13 @@ def _judge_parted(
             # Unless the files may have values of its own for it, which nothing read.
             return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
     flag = group.flags.get(key, "")
+    if flag and key in known.had:
+        return None  # two tensors by the run's own config, and by what it was made from
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
-    # What differs in more than its values, `repair` leaves.
+    # What differs in more than its values, `repair` leaves, and what the config of the run itself denies.
     fits = not cure or (tensor.shape, tensor.dtype) == (stored[source].shape, stored[source].dtype)
-    cure = _to_tie(_REPAIR if fits else "", cure)
+    cure = _to_tie(_REPAIR if fits and not (flag and known.is_resumed) else "", cure)
     if known.likely.get(key) == key:
         cure = "Check config.json: the checkpoint has this tensor in another shape"
     elif key in known.likely:
@@ -164,7 +177,7 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
     stored = known.stored & now.state.keys() - known.lasting.keys() if tied else set()
     # Not where the same flag ties what the checkpoint does not have.
     is_needed = any(key in tied and not tied[key].flags.get(key) for key in known.missing)
-    both = "" if is_needed else "; or, if with both, set tie_word_embeddings to false throughout config.json"
+    both = "" if is_needed else BOTH_OF_RUN if known.is_resumed else _BOTH
     for key, group in tied.items():
         source = group.source_of(key, stored)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
@@ -177,8 +190,9 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
             is_of_inputs = _are_inputs(now, key, source)
             if not is_of_inputs and any(is_denied(model) for _, model in now.models):
                 continue
-            why = "the config ties them, but the checkpoint has both, and they differ"
-            yield Finding(key, Verdict.AMBIGUOUS, source, why, True, ONE_OF_TWO + ("" if is_of_inputs else both))
+            yield Finding(
+                key, Verdict.AMBIGUOUS, source, WHY_TWO_ENDS, True, ONE_OF_TWO + ("" if is_of_inputs else both)
+            )
 
 
 def _are_inputs(now: Survey, *keys: str) -> bool:
