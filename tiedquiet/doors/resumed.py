@@ -165,6 +165,12 @@ class _Resumed:
         return again, mended, set(self._held)
 
 
+def without_a_place(of: Inside, folder: str) -> set[str]:
+    """The names in a folder's files that a plain `load_state_dict` of the model has no place for."""
+    there = Folder(of, folder)
+    return there.in_files - there.key_at.keys()
+
+
 def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) -> bool:
     """Whether a folder's files have all that somebody's code was seen to read, each value to the bit.
 

@@ -18,7 +18,7 @@ from tiedquiet import mode, words
 from tiedquiet.doors.adapters import judged
 from tiedquiet.doors.folder import Inside, inside
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, outcome_of
-from tiedquiet.doors.resumed import came_from, read_folder
+from tiedquiet.doors.resumed import came_from, read_folder, without_a_place
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
 from tiedquiet.proof import record
@@ -196,7 +196,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
     def decide() -> Outcome | None:
         if mode.current() == "off":
             return None
-        model, loaded = resume.model(trainer), bind(wrapped, args, kwargs)["load_result"]
+        model, loaded = resume.model(trainer), (*args, *kwargs.values())[0]  # an override may call it by another name
         if resume.folder and not resume.is_by_trainer and not _is_of_folder(model, resume.folder, loaded):
             return None  # no more is known than what its `load_state_dict` has said
         resume.was_judged = True
@@ -205,7 +205,7 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
         return _judge(model, resume, loaded)
 
     def tell(*given: Any, load_result: Any = None) -> Any:
-        return wrapped(*(given or (load_result,)))  # an override may call it by another name
+        return wrapped(*(given or (load_result,)))
 
     before, resume.is_telling = _going_on.set(resume), True
     try:
@@ -252,14 +252,18 @@ def _is_of_folder(whole: Any, folder: str, loaded: Any) -> bool:
 
 def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     """What an override has left unread, by what `load_state_dict` said in it; of all else nothing is known."""
-    if resume.said is None or not all(resume.said):
+    if resume.said is None or not resume.said[0]:
         return None
     of = inside(whole)
     missing = {key.removeprefix(of.path) for key in resume.said[0]}
+    # Some take out what has no place before they call it.
+    unexpected = resume.said[1] | without_a_place(of, resume.folder)
     # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
-    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, resume.said[1])
-    reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1], may_write)
+    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, unexpected)
+    reading, mended, _ = read_folder(of, resume.folder, missing, unexpected, may_write)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+    if not resume.said[1]:  # a scale that has no place may have been put to use
+        unread = {key: found for key, found in unread.items() if key in missing}
     (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
     return outcome_of(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
 
