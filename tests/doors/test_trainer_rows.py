@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
@@ -18,7 +20,7 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, t5
 from tests.compat import cases
-from tests.doors.training import differing, llama, mixtral, resumed, right
+from tests.doors.training import SMALL, differing, llama, mixtral, resumed, right
 from tiedquiet import Finding, LoadError, Verdict
 
 
@@ -104,16 +106,28 @@ def test_a_resumed_model_whose_tie_came_apart_has_its_values_again(tmp_path: Pat
     assert "in a separate tensor" in printed.confirmed[-1]
 
 
+class TiesNothing(LlamaForCausalLM):
+    _tied_weights_keys = None
+
+
+def undeclared() -> Any:
+    return TiesNothing(LlamaConfig(**SMALL, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("build", [mixtral, undeclared])
 @pytest.mark.parametrize("frozen", ["lm_head.weight", "model.embed_tokens.weight"])
-def test_a_frozen_end_that_a_run_does_not_save(frozen: str, runs: Any, tmp_path: Path, printed: Printed) -> None:
-    """It has what the base model's file holds, and no config asks for the values of the other end."""
-    truth = right(mixtral, runs(mixtral) / "checkpoint-2")
+def test_a_frozen_end_that_a_run_does_not_save(
+    build: Any, frozen: str, runs: Any, tmp_path: Path, printed: Printed
+) -> None:
+    """It has what the base model's file holds; the config denies the tie, or the class does not know it."""
+    truth = right(build, runs(build) / "checkpoint-2")
+    printed.records.clear()
     saved = {key: value for key, value in truth.items() if key != frozen}
     save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
     for mode in ("strict", "repair"):
         with tiedquiet.enable(mode):
-            model = resumed(mixtral, runs(mixtral), tmp_path)
-            before = right(mixtral, runs(mixtral) / "base")[frozen]
+            model = resumed(build, runs(build), tmp_path)
+            before = right(build, runs(build) / "base")[frozen]
             trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path))  # once more: the best model, say
         assert not differing(model, {**truth, frozen: before})
         findings = tiedquiet.check(model).findings

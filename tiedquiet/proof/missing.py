@@ -58,6 +58,8 @@ def judge_missing(
         if followed:
             yield _judge_follower(key, followed, group or Group(), stored, known)
             continue
+        if group and key in known.had and (group.flags.get(key) or group.by_config):
+            group = None  # two tensors in the run, by its config or its class, and in what it was made from
         finding = _judge_parted(model, key, tensor, group, stored, known, values) if group else None
         if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
             members = group.members if group and not group.flags.get(key) else ()
@@ -123,10 +125,7 @@ def _judge_parted(
     known: Record,
     values: Values | None,
 ) -> Finding | None:
-    """The verdict on a missing key of a tie that lies in memory of its own.
-
-    None where no end of it was stored, and where it is a tensor by itself.
-    """
+    """The verdict on a missing key of a tie that lies in memory of its own; None where no end of it was stored."""
     members = [name for name in group.members if name in stored]
     if not members:
         return None
@@ -150,8 +149,6 @@ def _judge_parted(
             # Unless the files may have values of its own for it, which nothing read.
             return Finding(key, Verdict.COPIED, source) if key not in known.likely else None
     flag = group.flags.get(key, "")
-    if flag and key in known.had:
-        return None  # two tensors by the run's own config, and by what it was made from
     broken = not flag or (key not in known.free and not _is_new_head(model, tensor, known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
     # What differs in more than its values, `repair` leaves, and what the config of the run itself denies.
