@@ -155,6 +155,17 @@ def test_the_cure_for_a_head_that_was_trained_by_itself(runs: Any, tmp_path: Pat
     assert not printed.loud
 
 
+def test_two_input_embeddings_that_are_one_in_the_model(tmp_path: Path, printed: Printed) -> None:
+    """No flag of a config parts these two."""
+    model = T5ForConditionalGeneration(t5())
+    saved = {"shared.weight": model.shared.weight / 2, "encoder.embed_tokens.weight": model.shared.weight / 4}
+    rest = {key: value for key, value in model.state_dict().items() if "embed" not in key and key != "lm_head.weight"}
+    save_file({**rest, **saved}, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"shared\.weight has the values of encoder\.embed"):
+        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert "tie_word_embeddings" not in "".join(printed.loud)
+
+
 def test_the_ignore_on_save_branch_still_ties_again(tmp_path: Path, printed: Printed) -> None:
     class Ignores(GPT2LMHeadModel):
         _keys_to_ignore_on_save = ["lm_head.weight"]  # noqa: RUF012
