@@ -68,7 +68,7 @@ def judge(
         altered=altered,
         narrowed=set(reading.narrowed),
         adapted=stored if reading.is_of_adapter else set(),
-        had=missing & _read_before(now) if is_resumed else set(),
+        had=missing & _read_before(now) if is_resumed and missing else set(),
         places=reading.offloaded,
         likely=reading.likely,
         is_resumed=is_resumed,
