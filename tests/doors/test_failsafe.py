@@ -104,6 +104,7 @@ ELSEWHERE |= {"_without_values", "is_served", "_hooks", "_place", "_has"}  # of 
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 ELSEWHERE |= {"take", "note_read"}  # of adapters for a language
+ELSEWHERE |= {"_read_before"}  # of a resume
 HOOKS = {
     "_on_load",
     "run",

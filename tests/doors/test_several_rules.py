@@ -26,7 +26,17 @@ from transformers import (
 
 import tiedquiet
 from tests.checkpoints import Printed
-from tests.doors.renamed import BERT, SMALL, TOWER, llava, mapping_of, stopped_and_repaired, verdicts, written, wrong
+from tests.doors.renamed import (
+    BERT,
+    SMALL,
+    TOWER,
+    llava,
+    mapping_of,
+    stopped_and_repaired,
+    verdicts,
+    written,
+    wrong,
+)
 from tests.gate.test_compare import mixtral
 from tiedquiet import Verdict
 
@@ -52,6 +62,15 @@ def test_what_one_rule_leaves_another_may_fit(tmp_path: Path) -> None:
 def test_a_prefix_before_names_that_are_renamed_for_another_class(build: Any, prefix: str, tmp_path: Path) -> None:
     truth = written(build(), tmp_path, lambda key: prefix + key)
     repaired = stopped_and_repaired(users(build()), tmp_path)
+    assert not wrong(repaired, truth)
+    assert tiedquiet.check(repaired).ok
+
+
+def test_several_parts_one_of_which_has_an_end_of_a_tie(tmp_path: Path) -> None:
+    """No end of it was read, so none is needed; and the part that it lies in is whole with it alone."""
+    model = BertForMaskedLM(BertConfig(**BERT))
+    truth = written(model, tmp_path, lambda key: key.replace("bert.embeddings", "emb").replace("bert.encoder", "enc"))
+    repaired = stopped_and_repaired(type(model), tmp_path)
     assert not wrong(repaired, truth)
     assert tiedquiet.check(repaired).ok
 

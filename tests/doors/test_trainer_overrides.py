@@ -1,5 +1,8 @@
 """Classes of the user's that extend `Trainer`, and override what tiedquiet wraps."""
 
+import copy
+import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,14 @@ class SaysNothing(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         (model or self.model).load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), False)
+
+
+class Filters(Trainer):
+    """Takes out what has no place before it reads the rest, and so tells nobody what that was."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model, tensors = model or self.model, load_file(Path(resume_from_checkpoint, "model.safetensors"))
+        model.load_state_dict({k: v for k, v in tensors.items() if k in model.state_dict()}, strict=False)
 
 
 class RenamesItself(Trainer):
@@ -74,7 +85,8 @@ class Adds(Trainer):
         super()._issue_warnings_after_load(load_result)
 
 
-KINDS = [IsSilent, Reads, Adds]
+SilentByLambda = type("SilentByLambda", (Trainer,), {"_issue_warnings_after_load": lambda self, _: None})
+KINDS = [IsSilent, SilentByLambda, Reads, Adds]
 
 
 def resumed(kind: type[Trainer], folder: Path, way: str = "resume", build: Any = llava) -> Any:
@@ -157,12 +169,13 @@ def test_an_override_is_called_once_and_put_back(runs: Any) -> None:
         tiedquiet.enable()
 
 
+@pytest.mark.parametrize("kind", [SaysNothing, Filters])
 @pytest.mark.parametrize("build", [llava, mixtral])
-def test_what_an_override_that_says_nothing_leaves_unread(build: Any, runs: Any, printed: Printed) -> None:
+def test_what_an_override_that_says_nothing_leaves_unread(build: Any, kind: Any, runs: Any, printed: Printed) -> None:
     folder = runs(build)
     truth = right(build, folder / "checkpoint-2")
     printed.records.clear()
-    model = resumed(SaysNothing, folder, build=build)
+    model = resumed(kind, folder, build=build)
     proof = tiedquiet.check(model)
     unread = {f.key for f in proof.findings if f.verdict is Verdict.UNREAD}
     assert unread == {key for key in truth if LOSSY[build](key)}
@@ -171,10 +184,10 @@ def test_what_an_override_that_says_nothing_leaves_unread(build: Any, runs: Any,
     (line,) = printed.loud
     assert f"unread, {len(unread)} of {len(truth)} tensors were NOT read" in line
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="unread"):
-        resumed(SaysNothing, folder, build=build)
+        resumed(kind, folder, build=build)
     printed.records.clear()
     with tiedquiet.enable("repair"):
-        model = resumed(SaysNothing, folder, build=build)
+        model = resumed(kind, folder, build=build)
     assert differing(model, truth) == set()
     assert not model._load_state_dict_post_hooks
     proof = tiedquiet.check(model)
@@ -230,6 +243,15 @@ class ReadsAnAverage(Trainer):
         (model or self.model).load_state_dict(averaged, strict=False)
 
 
+class TellsOfAnAverage(Trainer):
+    """The same, and has transformers print what was missing."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+        averaged = {name: tensor / 2 for name, tensor in tensors.items()}
+        self._issue_warnings_after_load((model or self.model).load_state_dict(averaged, strict=False))
+
+
 class ReadsMore(Trainer):
     """Reads a tensor of its own as well, which the checkpoint's file does not have."""
 
@@ -238,7 +260,7 @@ class ReadsMore(Trainer):
         (model or self.model).load_state_dict(tensors, strict=False)
 
 
-@pytest.mark.parametrize("kind", [ReadsAnAverage, ReadsMore])
+@pytest.mark.parametrize("kind", [ReadsAnAverage, TellsOfAnAverage, ReadsMore])
 def test_repair_puts_nothing_beside_what_came_from_another_file(kind: Any, runs: Any, printed: Printed) -> None:
     folder = runs(mixtral)
     before = MixtralForCausalLM.from_pretrained(folder / "base").state_dict()
@@ -251,6 +273,12 @@ def test_repair_puts_nothing_beside_what_came_from_another_file(kind: Any, runs:
     assert "unread" in printed.loud[0]
 
 
+def test_an_average_that_has_all_is_not_what_the_checkpoint_s_file_holds(runs: Any, printed: Printed) -> None:
+    model = resumed(TellsOfAnAverage, runs(llama), build=llama)
+    assert [finding.verdict for finding in tiedquiet.check(model).findings] == [Verdict.UNPROVEN]
+    assert any("missing keys" in line and "lm_head.weight" in line for line in printed.of("transformers.trainer"))
+
+
 @pytest.mark.parametrize("kind", [RenamesItself, CopiesTheRest])
 def test_what_an_override_reads_in_two_steps_is_read(kind: Any, runs: Any, printed: Printed) -> None:
     folder = runs(mixtral)
@@ -261,3 +289,46 @@ def test_what_an_override_reads_in_two_steps_is_read(kind: Any, runs: Any, print
     assert differing(model, truth) == set()
     assert [f.verdict for f in tiedquiet.check(model).findings] == [Verdict.UNPROVEN]
     assert not printed.loud
+
+
+class HasATeacher(SaysNothing):
+    """Resumes another Trainer's model first."""
+
+    folder: Path
+    teacher: Any = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        arguments = TrainingArguments(output_dir=resume_from_checkpoint, report_to=[], use_cpu=True)
+        Trainer(self.teacher, arguments)._load_from_checkpoint(str(self.folder / "checkpoint-2"))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def test_a_resume_inside_a_resume_is_one_of_its_own(runs: Any, printed: Printed) -> None:
+    HasATeacher.folder, truth = runs(llama), right(mixtral, runs(mixtral) / "checkpoint-2")
+    HasATeacher.teacher = type(llama()).from_pretrained(runs(llama) / "base")
+    printed.records.clear()
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"MixtralForCausalLM from .*: unread, 6 of 21"):
+        resumed(HasATeacher, runs(mixtral), build=mixtral)
+    assert tiedquiet.check(HasATeacher.teacher).ok
+    with tiedquiet.enable("repair"):
+        assert not differing(resumed(HasATeacher, runs(mixtral), build=mixtral), truth)
+    assert not printed.loud
+
+
+class KeepsACopy(Trainer):
+    """Keeps the model as it was resumed, for an average over time, and a file of it."""
+
+    kept: Any = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        type(self).kept = copy.deepcopy(self.model), pickle.dumps(self.model)
+
+
+def test_a_copy_that_is_made_in_a_resume_has_nothing_of_ours(runs: Any) -> None:
+    model = resumed(KeepsACopy, runs(llama), build=llama)
+    copied, pickled = KeepsACopy.kept
+    assert not any("tiedquiet" in f"{arg}" for _, arg, _ in pickletools.genops(pickled) if arg != "_tiedquiet_record")
+    for other in (copied, pickle.loads(pickled)):
+        assert not other.load_state_dict(model.state_dict()).missing_keys
+    assert not model._load_state_dict_post_hooks

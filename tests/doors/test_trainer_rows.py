@@ -1,13 +1,17 @@
 """The list that a Trainer prints: quiet where all is tied, every true key still there."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
@@ -16,7 +20,8 @@ from transformers import (
 import tiedquiet
 from tests.checkpoints import Printed, gpt2, t5
 from tests.compat import cases
-from tiedquiet import LoadError
+from tests.doors.training import SMALL, differing, llama, mixtral, resumed, right
+from tiedquiet import Finding, LoadError, Verdict
 
 
 def trainer_of(model: torch.nn.Module, folder: Path) -> Trainer:
@@ -82,12 +87,83 @@ def test_a_resumed_model_that_is_not_tied_keeps_its_key_and_learns_why(tmp_path:
     assert "untied" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError):
         trainer._issue_warnings_after_load(result)
+    before = model.lm_head.weight.clone()
     with tiedquiet.enable("repair"):
-        before = model.lm_head.weight
         trainer._issue_warnings_after_load(result)
+    assert torch.equal(before, model.lm_head.weight), "the run's own config wants two tensors"
+    assert printed.loud[-1] == printed.loud[0]
+    assert "repair" not in printed.loud[0]
+
+
+def test_a_resumed_model_whose_tie_came_apart_has_its_values_again(tmp_path: Path, printed: Printed) -> None:
+    model = GPT2LMHeadModel(gpt2())
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    trainer, before = trainer_of(model, tmp_path), model.lm_head.weight
+    with tiedquiet.enable("repair"):
+        trainer._issue_warnings_after_load(Result.of(model, ("lm_head.weight",)))
     assert model.lm_head.weight is before, "an optimizer may hold it"
     assert torch.equal(before, model.transformer.wte.weight)
     assert "in a separate tensor" in printed.confirmed[-1]
+
+
+class TiesNothing(LlamaForCausalLM):
+    _tied_weights_keys = None
+
+
+def undeclared() -> Any:
+    return TiesNothing(LlamaConfig(**SMALL, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("build", [mixtral, undeclared])
+@pytest.mark.parametrize("frozen", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_frozen_end_that_a_run_does_not_save(
+    build: Any, frozen: str, runs: Any, tmp_path: Path, printed: Printed
+) -> None:
+    """It has what the base model's file holds; the config denies the tie, or the class does not know it."""
+    truth = right(build, runs(build) / "checkpoint-2")
+    printed.records.clear()
+    saved = {key: value for key, value in truth.items() if key != frozen}
+    save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
+    for mode in ("strict", "repair"):
+        with tiedquiet.enable(mode):
+            model = resumed(build, runs(build), tmp_path)
+            before = right(build, runs(build) / "base")[frozen]
+            trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path))  # once more: the best model, say
+        assert not differing(model, {**truth, frozen: before})
+        findings = tiedquiet.check(model).findings
+        assert findings == (Finding(frozen, Verdict.MISSING),)
+    assert not printed.loud
+    assert missing_lists(printed) == [f"There were missing keys in the checkpoint model loaded: ['{frozen}']."] * 4
+
+
+def test_the_cure_for_a_head_that_was_trained_by_itself(runs: Any, tmp_path: Path, printed: Printed) -> None:
+    model = type(llama()).from_pretrained(runs(llama) / "checkpoint-2")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / 2)
+    model.save_pretrained(tmp_path)
+    truth = {key: value.clone() for key, value in model.state_dict().items()}
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="; now both are lm_head") as stopped:
+        resumed(llama, runs(llama), tmp_path)
+    assert "; or, if with both, set tie_word_embeddings to false throughout this checkpoint's" in str(stopped.value)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = type(model).from_pretrained(tmp_path)
+        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert not differing(model, truth)
+    assert tiedquiet.check(model).ok
+    assert not printed.loud
+
+
+def test_two_input_embeddings_that_are_one_in_the_model(tmp_path: Path, printed: Printed) -> None:
+    """No flag of a config parts these two."""
+    model = T5ForConditionalGeneration(t5())
+    saved = {"shared.weight": model.shared.weight / 2, "encoder.embed_tokens.weight": model.shared.weight / 4}
+    rest = {key: value for key, value in model.state_dict().items() if "embed" not in key and key != "lm_head.weight"}
+    save_file({**rest, **saved}, tmp_path / "model.safetensors", {"format": "pt"})
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"shared\.weight has the values of encoder\.embed"):
+        trainer_of(model, tmp_path)._load_from_checkpoint(str(tmp_path))
+    assert "tie_word_embeddings" not in "".join(printed.loud)
 
 
 def test_the_ignore_on_save_branch_still_ties_again(tmp_path: Path, printed: Printed) -> None:

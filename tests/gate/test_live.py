@@ -20,6 +20,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 import tiedquiet
@@ -158,11 +160,21 @@ def test_an_adapter_that_was_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
-@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda model: torch.compile(torch.nn.DataParallel(model))]
+)
 def test_what_is_around_a_model(wrap: Any, tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(gpt2())
-    model.save_pretrained(tmp_path)
-    assert tiedquiet.check(wrap(model), tmp_path).model == "GPT2LMHeadModel"
+    """Also where it was saved with that, as a Trainer does of what was compiled before it was given."""
+    model = mixtral()
+    model.save_pretrained(tmp_path / "inside")
+    Trainer(wrap(model), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)).save_model(tmp_path / "around")
+    for folder in ("inside", "around"):
+        proof = tiedquiet.check(wrap(model), tmp_path / folder)
+        assert (proof.ok, proof.model) == (True, "MixtralForCausalLM")
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    for folder in ("inside", "around"):
+        assert len(tiedquiet.check(wrap(model), tmp_path / folder).findings) == 1
 
 
 def test_a_base_model_and_the_file_of_one_with_a_head(tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ What the files would give by transformers' own rules is compared with what was r
 the rest is read here.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from tiedquiet import mode
 from tiedquiet.doors.folder import Folder, Inside
 from tiedquiet.proof import names
 from tiedquiet.proof.memory import types_of
+from tiedquiet.proof.missing import BOTH_OF_RUN, WHY_TWO_ENDS
 from tiedquiet.proof.reading import Reading, read
 from tiedquiet.proof.repair import copy_in_place
+from tiedquiet.proof.survey import declared, embeddings, survey
 from tiedquiet.proof.unread import ask_headers, find_unread, in_two_files, note_unread, out_of_date
-from tiedquiet.verdict import Finding
+from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _BY_HAND = "give Trainer a model that from_pretrained loaded from this checkpoint"
@@ -70,6 +75,7 @@ class _Resumed:
     def note_files(self) -> None:
         """Note what the files by themselves tell: two values for one tensor, an older file beside, casts."""
         there, reading = self._folder, self._reading
+        reading.found.update((finding.key, finding) for finding in self._of_tied_heads())
         for name, files in self._twice.items():
             if (key := there.key_at.get(name)) in reading.held:
                 reading.found[key] = in_two_files(key, *files)
@@ -80,6 +86,21 @@ class _Resumed:
         if _has_cast(there, reading):
             headers, own = self._checkpoint.headers, there.own
             ask_headers(self._model, reading, also={own[key]: key for key in reading.held if own[key] in headers})
+
+    def _of_tied_heads(self) -> Iterator[Finding]:
+        """Findings on heads that were trained by themselves, and read into the embedding that they are tied to."""
+        both = [found for found in self._reading.found.values() if found.verdict is Verdict.AMBIGUOUS and found.source]
+        if not both:
+            return
+        now = survey(self._model)
+        tied, heads = declared(now), [embeddings(model, "output") for _, model in now.models]
+        for found in both:
+            key, source = found.key, str(found.source)
+            group = tied.get(key)
+            owners = [self._model.get_submodule(name.rpartition(".")[0]) for name in (key, source)]
+            if group and source in group.members and not group.flags.get(key) and any(o in heads for o in owners):
+                why = f"{WHY_TWO_ENDS}; now both are {source}"
+                yield replace(found, why=why, cure=ONE_OF_TWO + BOTH_OF_RUN)
 
     def take_converted(self, by_hand: str) -> None:
         """Take what `from_pretrained` would have renamed and converted."""
@@ -142,6 +163,12 @@ class _Resumed:
         again.likely = {key: name for key, name in reading.likely.items() if key not in unasked}
         again.narrowed = reading.narrowed
         return again, mended, set(self._held)
+
+
+def without_a_place(of: Inside, folder: str) -> set[str]:
+    """The names in a folder's files that a plain `load_state_dict` of the model has no place for."""
+    there = Folder(of, folder)
+    return there.in_files - there.key_at.keys()
 
 
 def came_from(of: Inside, folder: str, missing: set[str], unexpected: set[str]) -> bool:

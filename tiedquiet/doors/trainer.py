@@ -8,7 +8,7 @@ values. What the files would give by transformers' own rules is compared with wh
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from tiedquiet import mode, words
 from tiedquiet.doors.adapters import judged
 from tiedquiet.doors.folder import Inside, inside
 from tiedquiet.doors.outcome import Outcome, carry_out, conclude, fold, outcome_of
-from tiedquiet.doors.resumed import came_from, read_folder
+from tiedquiet.doors.resumed import came_from, read_folder, without_a_place
 from tiedquiet.doors.resumed_adapters import has_adapters, judge_rest, versions
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded, wrap_overrides
 from tiedquiet.proof import record
@@ -35,23 +35,27 @@ class _Resume:
 
     Attributes:
         folder: what it reads.
+        trainer: who reads it; None where somebody only tells what was missing.
         is_best: whether for its best model.
         was_judged: whether what it read was judged.
         is_telling: whether what follows from that is being carried out.
         other: the model that it is read into, if not into the trainer's own.
+        is_by_trainer: whether transformers' own code is reading just now, and not an override: that may read any file.
         said: what the model's own `load_state_dict` has said in it: the keys that no call of it found, and the names
             that one of them had no place for.
     """
 
     folder: str
+    trainer: Any = None
     is_best: bool = False
     other: Any = None
+    is_by_trainer: bool = False
     was_judged: bool = False
     is_telling: bool = False
     said: tuple[set[str], set[str]] | None = None
 
-    def hear(self, _: object, keys: Any) -> None:
-        """Take in what a call of it says; torch calls this."""
+    def hear(self, keys: Any) -> None:
+        """Take in what a call of it says."""
         missing, unexpected = set(keys.missing_keys), set(keys.unexpected_keys)
         self.said = (missing, unexpected) if self.said is None else (self.said[0] & missing, self.said[1] | unexpected)
 
@@ -63,6 +67,19 @@ class _Resume:
         """What has the record of that: the trainer's own model has it itself, and not what wraps it."""
         model = self.model(trainer)
         return getattr(trainer, "model", None) if model is getattr(trainer, "model_wrapped", None) else model
+
+
+class _Ear:
+    """A hook of torch's that hears what `load_state_dict` says. A copy of the model, or its pickle, has a deaf one."""
+
+    def __init__(self, resume: _Resume) -> None:
+        self._resume = resume
+
+    def __call__(self, _: object, keys: Any) -> None:
+        self._resume.hear(keys)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes whatever it is given, and returns nothing
 
 
 _going_on: ContextVar[_Resume | None] = ContextVar("tiedquiet_resume", default=None)
@@ -81,21 +98,28 @@ def _on_resume(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...],
     """Around `Trainer._load_from_checkpoint`."""
     folder, other = [*args, None, None][:2]
     folder, other = kwargs.get("resume_from_checkpoint", folder), kwargs.get("model", other)
-    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), other=other))
+    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), trainer, other=other))
 
 
 def _on_best_model(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._load_best_model`."""
     folder = getattr(trainer.state, "best_model_checkpoint", None)
-    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), is_best=True))
+    return _around(wrapped, trainer, args, kwargs, _Resume(str(folder), trainer, is_best=True))
 
 
 def _around(
     wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resume: _Resume
 ) -> Any:
-    if (outer := _going_on.get()) is not None:  # an override has called what it overrides
+    is_by_trainer = getattr(wrapped, "__module__", None) == "transformers.trainer"
+    outer = _going_on.get()
+    if outer is not None and outer.trainer is trainer:  # an override has called what it overrides
         outer.folder, outer.other = resume.folder, resume.other
-        return wrapped(*args, **kwargs)
+        outer.is_by_trainer, of_override = is_by_trainer, outer.is_by_trainer
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            outer.is_by_trainer = of_override
+    resume.is_by_trainer = is_by_trainer
     known = record.of(resume.known_by(trainer))
     # Under FSDP and DeepSpeed nothing shows whether anything is read into an adapter.
     adapters, failure = guarded(lambda: {} if _is_parted(trainer) else versions(resume.known_by(trainer)))
@@ -128,7 +152,7 @@ def _listening(trainer: Any, resume: _Resume) -> Iterator[None]:
     with suppress(Exception):
         model = resume.known_by(trainer)
         if mode.current() != "off" and not _is_parted(trainer) and not has_adapters(model):
-            hook = inside(model).model.register_load_state_dict_post_hook(resume.hear)
+            hook = inside(model).model.register_load_state_dict_post_hook(_Ear(resume))
     try:
         yield
     finally:
@@ -163,20 +187,25 @@ def _leave_unproven(model: Any, folder: object, by: str, is_parted: bool = True)
 
 def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `Trainer._issue_warnings_after_load`: the same for what is still true of the two lists."""
-    resume = _going_on.get() or _Resume("")
+    resume = _going_on.get()
+    if resume is None or resume.trainer is not trainer:
+        resume = _Resume("")
     if resume.is_telling:  # an override has called what it overrides, with lists that are judged
         return wrapped(*args, **kwargs)
 
     def decide() -> Outcome | None:
         if mode.current() == "off":
             return None
-        resume.was_judged, model = True, resume.model(trainer)
+        model, loaded = resume.model(trainer), (*args, *kwargs.values())[0]  # an override may call it by another name
+        if resume.folder and not resume.is_by_trainer and not _is_of_folder(model, resume.folder, loaded):
+            return None  # no more is known than what its `load_state_dict` has said
+        resume.was_judged = True
         if resume.is_best and has_adapters(model):
             return None  # then peft's `load_adapter` has read it, which is a door of its own
-        return _judge(model, resume, bind(wrapped, args, kwargs)["load_result"])
+        return _judge(model, resume, loaded)
 
     def tell(*given: Any, load_result: Any = None) -> Any:
-        return wrapped(*(given or (load_result,)))  # an override may call it by another name
+        return wrapped(*(given or (load_result,)))
 
     before, resume.is_telling = _going_on.set(resume), True
     try:
@@ -214,16 +243,27 @@ def _judge(whole: Any, resume: _Resume, loaded: Any) -> Outcome:
     return outcome
 
 
+def _is_of_folder(whole: Any, folder: str, loaded: Any) -> bool:
+    """Whether what an override of the user's has read is what the files of its folder have, to the bit."""
+    of = inside(whole)
+    missing = {key.removeprefix(of.path) for key in loaded.missing_keys}
+    return came_from(of, folder, missing, set(loaded.unexpected_keys))
+
+
 def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     """What an override has left unread, by what `load_state_dict` said in it; of all else nothing is known."""
-    if resume.said is None or not all(resume.said):
+    if resume.said is None or not resume.said[0]:
         return None
     of = inside(whole)
     missing = {key.removeprefix(of.path) for key in resume.said[0]}
+    # Some take out what has no place before they call it.
+    unexpected = resume.said[1] | without_a_place(of, resume.folder)
     # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
-    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, resume.said[1])
-    reading, mended, _ = read_folder(of, resume.folder, missing, resume.said[1], may_write)
+    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, unexpected)
+    reading, mended, _ = read_folder(of, resume.folder, missing, unexpected, may_write)
     unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+    if not resume.said[1]:  # a scale that has no place may have been put to use
+        unread = {key: found for key, found in unread.items() if key in missing}
     (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
     return outcome_of(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
 

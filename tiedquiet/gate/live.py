@@ -1,8 +1,8 @@
 """Compares a model in memory with a folder it was saved to, byte for byte: `tiedquiet.check(model, path)`."""
 
 import copy
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,33 @@ from tiedquiet.verdict import Proof
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
+class _OfWrappers(Checkpoint):
+    """Files that modules around the model, or some of them, were saved to, under the model's own names.
+
+    Args:
+        files: their paths.
+        base: as of any checkpoint.
+        around: what each of these modules puts before them, the outermost first.
+    """
+
+    def __init__(self, files: list[str], base: str, around: list[str]) -> None:
+        super().__init__(None, files, base)
+        self._around = around
+
+    def _inside(self, name: str) -> str:
+        for prefix in self._around:
+            name = name.removeprefix(prefix)
+        return name
+
+    @cached_property
+    def headers(self) -> dict[str, torch.Tensor]:
+        return {self._inside(name): header for name, header in super().headers.items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
+        return {self._inside(name): read for name, read in super().tensors.items()}
+
+
 def check(model: Any, path: str) -> Proof:
     """Compare a model with a folder's files, under the names that transformers gives its tensors when it saves them.
 
@@ -38,8 +65,10 @@ def check(model: Any, path: str) -> Proof:
     Raises:
         CannotCheck: there are none, or they cannot be read.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    model = model.module if isinstance(model, _PARALLEL) else model
+    around: list[str] = []
+    while (name := _inside(model)) is not None:
+        model = getattr(model, name)
+        around.append(f"{name}.")
     files, is_adapter = _files(path)
     configs, is_peft_s = getattr(model, "peft_config", None), hasattr(model, "get_base_model")
     # A merged adapter may leave its configuration behind, but no tensors.
@@ -49,7 +78,14 @@ def check(model: Any, path: str) -> Proof:
     if is_adapter:
         raise CannotCheck(f"{path} holds an adapter, and the model has none; check the folder of its base model")
     base = model.get_base_model() if adapters and is_peft_s else model
-    return _check(base, Checkpoint(None, files, getattr(base, "base_model_prefix", "")), path, adapters)
+    return _check(base, _OfWrappers(files, getattr(base, "base_model_prefix", ""), around), path, adapters)
+
+
+def _inside(model: Any) -> str | None:
+    """The name of the model inside what `torch.compile` or DDP made of it; None for any other."""
+    if isinstance(model, _PARALLEL):
+        return "module"
+    return "_orig_mod" if hasattr(model, "_orig_mod") else None
 
 
 def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -> Proof:

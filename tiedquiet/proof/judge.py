@@ -68,6 +68,7 @@ def judge(
         altered=altered,
         narrowed=set(reading.narrowed),
         adapted=stored if reading.is_of_adapter else set(),
+        had=missing & _read_before(now) if is_resumed and missing else set(),
         places=reading.offloaded,
         likely=reading.likely,
         is_resumed=is_resumed,
@@ -81,6 +82,12 @@ def judge(
     known.two_ends = {finding.key: finding for finding in judge_two_ends(known, now, tied, reading.values)}
     known.findings = {finding.key: finding for finding in judge_now(model, known, now, tied, reading.values)}
     return known
+
+
+def _read_before(now: Survey) -> set[str]:
+    """The names of what earlier loads of a model, or of models inside it, have read."""
+    earlier = ((prefix, own) for prefix, one in now.models if (own := record.of(one)) is not None)
+    return {prefix + key for prefix, own in earlier for key in own.stored | own.had}
 
 
 def put_in(

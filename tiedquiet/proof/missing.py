@@ -19,6 +19,13 @@ from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 
 Values = Callable[[str], "torch.Tensor | None"]
 _REPAIR = "set TIEDQUIET=repair"
+WHY_TWO_ENDS = "the config ties them, but the checkpoint has both, and they differ"
+_BOTH = "; or, if with both, set tie_word_embeddings to false throughout config.json"
+# The base model may have been stored without a head, which its flag would then leave random.
+BOTH_OF_RUN = (
+    "; or, if with both, set tie_word_embeddings to false throughout this checkpoint's config.json, and load the model "
+    "from there"
+)
 
 
 def judge_missing(
@@ -53,10 +60,13 @@ def judge_missing(
         if followed:
             yield _judge_follower(key, followed, group or Group(), stored, known)
             continue
+        if group and key in known.had and (group.flags.get(key) or group.by_config):
+            group = None  # two tensors in the run, by its config or its class, and in what it was made from
         finding = _judge_parted(model, key, now, tensor, group, stored, known, values) if group else None
         if finding is None and (key not in known.free or (tensor.is_meta and not known.place(key))):
-            why = "neither end of its tie is in the checkpoint" if group else ""
-            if end := next((name for name in (group.members if group else ()) if name in known.lasting), None):
+            members = group.members if group and not group.flags.get(key) else ()
+            why = "neither end of its tie is in the checkpoint" if members else ""
+            if end := next((name for name in members if name in known.lasting), None):
                 why = f"it is tied to {end}, which was not read"
             elif known.likely.get(key):
                 why = f"it may be {_unread(key, known)}"
@@ -144,9 +154,9 @@ def _judge_parted(
     flag = group.flags.get(key, "")
     broken = not flag or (key not in known.free and not _is_new_head(model, now.state[key], known.is_resumed))
     why, cure = (flag, "correct config.json") if flag else _why_untied(model, group)
-    # What differs in more than its values, `repair` leaves.
+    # What differs in more than its values, `repair` leaves, and what the config of the run itself denies.
     fits = not cure or (tensor.shape, tensor.dtype) == (stored[source].shape, stored[source].dtype)
-    cure = _to_tie(_REPAIR if fits else "", cure)
+    cure = _to_tie(_REPAIR if fits and not (flag and known.is_resumed) else "", cure)
     if known.likely.get(key) == key:
         cure = "Check config.json: the checkpoint has this tensor in another shape"
     elif key in known.likely:
@@ -167,7 +177,7 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
     stored = known.stored & now.state.keys() - known.lasting.keys() if tied else set()
     # Not where the same flag ties what the checkpoint does not have.
     is_needed = any(key in tied and not tied[key].flags.get(key) for key in known.missing)
-    both = "" if is_needed else "; or, if with both, set tie_word_embeddings to false throughout config.json"
+    both = "" if is_needed else BOTH_OF_RUN if known.is_resumed else _BOTH
     for key, group in tied.items():
         source = group.source_of(key, stored)
         if key not in stored or source is None or group.flags.get(key) or now.state[key] is now.state[source]:
@@ -180,8 +190,9 @@ def judge_two_ends(known: Record, now: Survey, tied: dict[str, Group], values: V
             is_of_inputs = _are_inputs(now, key, source)
             if not is_of_inputs and any(is_denied(model) for _, model in now.models):
                 continue
-            why = "the config ties them, but the checkpoint has both, and they differ"
-            yield Finding(key, Verdict.AMBIGUOUS, source, why, True, ONE_OF_TWO + ("" if is_of_inputs else both))
+            yield Finding(
+                key, Verdict.AMBIGUOUS, source, WHY_TWO_ENDS, True, ONE_OF_TWO + ("" if is_of_inputs else both)
+            )
 
 
 def _are_inputs(now: Survey, *keys: str) -> bool:

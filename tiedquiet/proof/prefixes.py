@@ -182,10 +182,25 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
     )
     if not (ours <= theirs or theirs <= ours):
         return None  # the usual answer, given early: junk by the thousands takes no time
-    alike: dict[object, list[str]] = {}  # the prefixes of each content, and of each with the same numbers in them
+    alike: dict[object, list[str]] = {}
     for old, content in _subtrees(unread).items():
         for like in (content, (content, _numbers(old.split(".")))):
             alike.setdefault(like, []).append(old)
+    if (found := _of_subtrees(wanted, alike, own)) and is_enough(found.names, len(found.names) == len(unread), needed):
+        return found
+    # Of a tie whose ends are all missing none is needed, and the part that one of them lies in is whole with it alone.
+    found = _of_subtrees(missing, alike, own) if len(missing) > len(wanted) else None
+    return found if found and len(found.names) == len(unread) else None
+
+
+def _of_subtrees(wanted: Headers, alike: Mapping[object, list[str]], own: Collection[str]) -> Prefixes | None:
+    """The prefixes in place of others that fit, if no name of the files has two places.
+
+    Args:
+        wanted: what is missing.
+        alike: the prefixes of each content in the files, and of each with the same numbers in them.
+        own: the names of all of the model's tensors.
+    """
     names: dict[str, str] = {}
     found: list[Prefixes] = []
     for new, content in sorted(_subtrees(wanted).items(), key=lambda one: (len(one[0]), one[0])):
@@ -201,8 +216,7 @@ def _by_subtrees(unread: Headers, missing: Headers, needed: Collection[str], own
             found.append(Prefixes(old, new, of_these))
             names |= of_these
     is_one_to_one = len(set(names.values())) == len(names)
-    is_all = is_one_to_one and is_enough(names, len(names) == len(unread), needed)
-    return Prefixes("", "", names, parts=tuple(found)) if is_all else None
+    return Prefixes("", "", names, parts=tuple(found)) if found and is_one_to_one else None
 
 
 def _subtrees(headers: Headers) -> dict[str, frozenset[tuple[str, torch.Size]]]:

@@ -35,6 +35,7 @@ class Record:
         narrowed: names of what may have been cast to a type with a smaller range, and has not been looked at.
         gone: names of those of which the quantiser made other tensors when all was read.
         adapted: names of those that an adapter brought: to delete it again takes them away.
+        had: names of those missing that an earlier load of the same model had read.
         places: where what stays on disk is, by name.
         likely: for each missing key that unread tensors of the files fit by their shape, which one it most likely is;
             None if none is likely.
@@ -57,6 +58,7 @@ class Record:
     narrowed: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
     adapted: set[str] = field(default_factory=set)
+    had: set[str] = field(default_factory=set)
     places: dict[str, Any] = field(default_factory=dict)
     likely: dict[str, str | None] = field(default_factory=dict)
     is_resumed: bool = False
@@ -112,7 +114,7 @@ class Record:
         known = self.stored | self.missing | self.lasting.keys() | self.findings.keys()
         new = {key: own for key in known if (own := name(key) if key else key) is not None}
         changed: dict[str, Any] = {}
-        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted"):
+        for what in ("stored", "missing", "free", "grown", "altered", "narrowed", "gone", "adapted", "had"):
             changed[what] = {new[key] for key in getattr(self, what) if key in new}
         for what in ("places", "likely", "tensors"):
             changed[what] = {new[key]: value for key, value in getattr(self, what).items() if key in new}

@@ -143,6 +143,8 @@ def _tie(load: Load, model: Any, finding: Finding, now: Survey) -> None:
             ours.data.copy_(values)
         return
     group = ties(now, known.missing, known.stored)[key]
+    if load.is_resumed and group.flags.get(key):
+        return  # it has the values of a base model, say, and the config of the run itself wants two tensors
     stored = only(now.state, known.stored)
     if source_key not in group.chain(key) and rival_of(source_key, group, stored):
         return
