@@ -89,6 +89,7 @@ def test_what_another_package_s_wrapper_leads_to_is_not_wrapped_twice(
         tiedquiet.enable(mode)
     assert vars(PreTrainedModel)["_move_missing_keys_from_meta_to_device"] is theirs
     assert vars(PreTrainedModel)["from_pretrained"] is around
+    assert states()["from_pretrained"][0].startswith("wrapped, and again by ")
 
 
 def test_a_library_that_was_loaded_anew_is_guarded_from_the_next_enable_on() -> None:
