@@ -1,5 +1,7 @@
 """Visible by default, obedient to ordinary logging configuration, rank 0 only."""
 
+import sys
+
 import pytest
 
 from tests.doors.test_wrapping import run
@@ -45,6 +47,66 @@ def test_ordinary_configuration_decides(setup: str, seen: bool) -> None:
     done = run(f"import logging; {setup}\nimport tiedquiet\n" + LOAD)
     assert (LINE in done.stderr) is seen
     assert "LOAD REPORT" not in done.stderr
+
+
+LOSES = LOAD.replace(
+    "Overrides.from_pretrained(path)", "GPT2LMHeadModel.from_pretrained(path, tie_word_embeddings=False)"
+)
+LOSS = "tiedquiet] WARNING GPT2LMHeadModel from "
+ROOT = "dict(version=1, handlers={'h': {'class': 'logging.StreamHandler'}}, root={'level': 'INFO', 'handlers': ['h']}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "logging.basicConfig(level=logging.CRITICAL, format='[%(name)s] %(levelname)s %(message)s')",
+        f"import logging.config; logging.config.dictConfig({ROOT}))",
+        f"import logging.config, transformers.modeling_utils; logging.config.dictConfig({ROOT}, loggers={{'transformers': {{}}}}))",
+        "h = logging.StreamHandler(); h.setLevel(logging.ERROR); logging.root.addHandler(h)",
+        "logging.root.addHandler(logging.NullHandler())",
+        "h = logging.Handler(); logging.root.addHandler(h)  # whose `emit` raises",
+        "logging.getLogger('tiedquiet').addFilter(lambda record: 1 / 0)",
+    ],
+)
+def test_what_is_lost_is_seen_where_the_row_is(setup: str) -> None:
+    """A row is printed under each of these, since transformers has a level and a handler of its own."""
+    done = run(f"import logging, transformers, tiedquiet\nfrom transformers import AutoModel\n{setup}\n" + LOSES)
+    assert "LOAD REPORT" in done.stderr
+    assert done.stderr.count("untied, values are NOT from the checkpoint") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setup", "seen"),
+    [
+        ("logging.disable(logging.WARNING)", False),
+        ("transformers.logging.set_verbosity_error()", False),
+        ("logging.getLogger('tiedquiet').setLevel(logging.ERROR)", False),
+        ("logging.getLogger('tiedquiet').addHandler(logging.NullHandler())", False),
+        ("logging.getLogger('tiedquiet').addFilter(lambda record: False)", False),
+        ("transformers.logging.set_verbosity_error(); logging.getLogger('tiedquiet').setLevel(logging.WARNING)", True),
+    ],
+)
+def test_it_is_silenced_by_name_or_with_transformers(setup: str, seen: bool) -> None:
+    done = run(f"import logging, transformers, tiedquiet\n{setup}\n" + LOSES)
+    assert (LOSS in done.stderr) is seen
+
+
+def test_a_filter_may_put_another_record_in_its_place() -> None:
+    """From Python 3.12 on; before, what it returns says no more than whether to go on."""
+    code = """
+import copy, logging, sys
+import tiedquiet
+from tiedquiet.words import say
+def hide(record):
+    hidden = copy.copy(record)
+    hidden.msg = record.msg.replace("secret", "***")
+    return hidden
+logging.getLogger("tiedquiet").addFilter(hide)
+say(30, "the secret path")
+"""
+    assert ("secret" in run(code).stderr) is (sys.version_info < (3, 12))
 
 
 @pytest.mark.parametrize(("rank", "seen"), [("0", True), ("1", False)])

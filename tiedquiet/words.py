@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from tiedquiet.mode import current, is_main_process
 from tiedquiet.verdict import BUFFER, KEPT_OUT, LOOSE, LOUD, ONE_OF_TWO, Finding, Verdict, escaped
@@ -164,22 +165,42 @@ def few(names: Iterable[str], fold: Fold = list) -> str:
 def say(level: int, message: str, on_each_rank: bool = False) -> None:
     """Log on `tiedquiet`, on rank 0 unless ranks differ; to stderr unless logging is configured for it.
 
-    Unless a level is set for it, silencing transformers' warnings silences these lines too.
+    What is said to be lost is seen wherever transformers' own warnings are: these have a level and a handler of their
+    own, which a configuration of logging leaves as they are. And whatever that configuration does, no load fails.
     """
-    if not (on_each_rank or _is_first_rank()):
-        return
-    if log.level == logging.NOTSET and not _theirs.isEnabledFor(logging.WARNING):
+    if not (on_each_rank or _is_first_rank()) or not _is_wanted(level):
         return
     message = escaped(message)
-    if log.hasHandlers():
-        log.log(level, message)
-    elif not log.disabled and level >= (log.level or logging.INFO) and level > log.manager.disable:
-        # A handler of its own, never attached: another thread's line would find it, or miss it.
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[tiedquiet] %(levelname)s %(message)s"))
-        record = log.makeRecord(log.name, level, __file__, 0, message, (), None)
-        if log.filter(record):
-            handler.handle(record)
+    with suppress(Exception):  # of a filter or a handler of the program's
+        record = log.makeRecord(log.name, level, __file__, 0, message, (), None, "say")
+        if not (passed := log.filter(record)):
+            return
+        record = passed if isinstance(passed, logging.LogRecord) else record  # from Python 3.12 on
+        if _is_configured(level):
+            log.callHandlers(record)
+            return
+    # A handler of its own, never attached: another thread's line would find it, or miss it.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[tiedquiet] %(levelname)s %(message)s"))
+    handler.handle(logging.LogRecord(log.name, level, __file__, 0, message, (), None))
+
+
+def _is_wanted(level: int) -> bool:
+    """Whether such a line is to be heard: by the level of its logger, or else by what is heard of transformers."""
+    if level <= log.manager.disable or (log.level == logging.NOTSET and _theirs.getEffectiveLevel() > logging.WARNING):
+        return False
+    if level >= logging.WARNING:
+        # Not by the root logger's level, nor by `disabled`: `dictConfig` sets that on loggers that it does not name.
+        return level >= log.level
+    return not log.disabled and level >= (log.getEffectiveLevel() if log.hasHandlers() else log.level or logging.INFO)
+
+
+def _is_configured(level: int) -> bool:
+    """Whether logging's handlers are to have a line: one that says what is lost, only if one of them takes it."""
+    if level < logging.WARNING or log.handlers:
+        return log.hasHandlers()
+    everywhere = logging.root.handlers if log.propagate else []
+    return any(level >= one.level and not isinstance(one, logging.NullHandler) for one in everywhere)
 
 
 def _is_first_rank() -> bool:

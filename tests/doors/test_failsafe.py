@@ -131,6 +131,8 @@ HOOKS = {
     "carry_out",
     "say",
     "_is_first_rank",
+    "_is_wanted",
+    "_is_configured",
     "escaped",
     "bind",
     "add",

@@ -119,3 +119,17 @@ def test_repair_computes_a_buffer_kept_out_of_the_state_dict(tmp_path: Path, pri
         loaded = OfABuffer.from_pretrained(tmp_path)
     assert loaded.table.tolist() == [0.0, 1.0, 2.0]
     assert tiedquiet.check(loaded).ok
+
+
+class WithItsOwnContext(OfABuffer):
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().get_init_context(*args, **kwargs)
+
+
+def test_repair_computes_it_with_another_function_around_what_is_asked_for_its_arguments(tmp_path: Path) -> None:
+    """A class's own, another package's wrapper, or wrapt's where it runs without its extension."""
+    Idiom(WithItsOwnContext).save(tmp_path)
+    with tiedquiet.enable("repair"):
+        loaded = WithItsOwnContext.from_pretrained(tmp_path)
+    assert loaded.table.tolist() == [0.0, 1.0, 2.0]

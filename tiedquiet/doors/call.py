@@ -26,6 +26,10 @@ _UNSEEN = (
     "its from_pretrained did not read it the way that tiedquiet watches: code of its class did, or "
     "torch.distributed.checkpoint"
 )
+_LATE = (
+    "its class was given another from_pretrained after tiedquiet was enabled, and what that did to it was not seen; it "
+    "is from now on"
+)
 
 
 class Call:
@@ -33,6 +37,7 @@ class Call:
 
     Args:
         kind: the class that is loaded.
+        is_late: whether it is made in a `from_pretrained` of the class itself that is not watched.
 
     Attributes:
         arguments: those of the load, where they are known.
@@ -40,8 +45,9 @@ class Call:
         thread: the one that it is made in.
     """
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: type, is_late: bool = False) -> None:
         self.kind = kind
+        self._is_late = is_late
         self.arguments: tuple[Any, ...] = ()
         self.was_read = False
         self._open: list[tuple[Load, Any]] = []
@@ -61,12 +67,15 @@ class Call:
         Raises:
             LoadError: in `strict`, what was loaded is not sound, or our own code failed.
         """
-        token = _CURRENT.set(self)
+        before = _CURRENT.get()
         try:
-            result = self.attempt(wrapped, args, kwargs)
+            try:
+                _CURRENT.set(self)  # here: an interrupt comes between any two calls, and a token would be lost
+                result = self.attempt(wrapped, args, kwargs)
+            finally:
+                _CURRENT.set(before)
         finally:
-            _CURRENT.reset(token)
-        self._leave_watch(self._modes)
+            self._leave_watch(self._modes)
         returned = result[0] if isinstance(result, tuple) and result else result
         _, failure = guarded(lambda: self._see_to_another(returned))
         failures = [failure, *(end(load, model) for load, model in self._open)]
@@ -101,6 +110,8 @@ class Call:
         if not self.was_read and isinstance(model, Module) and not any(map(record.of, model.modules())):
             finding = Finding("", Verdict.UNPROVEN, None, _UNSEEN)
             record.leave(model, Record(set(), set(), 0, lasting={"": finding}))
+        if self._is_late and (known := record.of(model)) is not None:
+            known.lasting[""] = Finding("", Verdict.UNPROVEN, None, _LATE)
 
     def attempt(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call in it, after which another may follow: if it fails, what it read is neither judged nor kept."""

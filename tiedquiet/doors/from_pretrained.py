@@ -20,6 +20,8 @@ from tiedquiet.proof.survey import survey
 from tiedquiet.proof.unread import ask_headers, find_unread, needs_headers, note_unlisted
 from tiedquiet.verdict import Finding
 
+_LOADER = "transformers.modeling_utils"
+
 
 def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `from_pretrained`: what is read in it is watched over until it returns."""
@@ -28,16 +30,21 @@ def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
         return wrapped(*args, **kwargs)
     if around is not None and around.includes(kind):  # transformers' own, called by that of the class
         return around.attempt(wrapped, args, kwargs)
-    return call.Call(kind).run(wrapped, args, kwargs)
+    return call.Call(kind, is_late=_is_late(kind)).run(wrapped, args, kwargs)
 
 
 def _on_subclass(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `__init_subclass__`: a class that has a `from_pretrained` of its own is guarded around that one."""
     result = wrapped(*args, **kwargs)
-    with suppress(Exception):
-        owner = sys.modules["transformers.modeling_utils"].PreTrainedModel
-        wrap_overrides(kind, owner, "from_pretrained", _on_load)
+    _is_late(kind)
     return result
+
+
+def _is_late(kind: Any) -> bool:
+    """Whether a class has a `from_pretrained` of its own that was not guarded until now."""
+    with suppress(Exception):  # no class, or none of transformers
+        return wrap_overrides(kind, sys.modules[_LOADER].PreTrainedModel, "from_pretrained", _on_load)
+    return False
 
 
 def _on_init(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -46,7 +53,10 @@ def _on_init(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
     around = call.current()
     if around is not None and mode.current() == "repair":
         with suppress(Exception):
-            given, dtype = sys._getframe(1).f_locals, bind(wrapped, args, kwargs)["dtype"]
+            frame: Any = sys._getframe(1)
+            while frame.f_globals.get("__name__") != _LOADER:  # wrapt's own, where it is Python, or another wrapper's
+                frame = frame.f_back
+            given, dtype = frame.f_locals, bind(wrapped, args, kwargs)["dtype"]
             arguments = copy.deepcopy((given["config"], given["model_args"], given["model_kwargs"]))
             around.arguments = kind, dtype, *arguments
     return result
@@ -300,13 +310,13 @@ def _with_missing(bound: dict[str, Any], missing: set[str]) -> dict[str, Any]:
 
 def _left_empty() -> bool:
     """Whether this process has no weights yet: FSDP's RAM-efficient loading sends it those of the first one later."""
-    own = vars(sys.modules["transformers.modeling_utils"])
+    own = vars(sys.modules[_LOADER])
     return bool(own.get("is_fsdp_enabled", bool)()) and not own.get("is_local_dist_rank_0", bool)()
 
 
 def _of_model(names_there: tuple[str, ...], parameters: set[str], hook: Callable[..., Any], **how: bool) -> Seam:
     form = frozenset(parameters)
-    return Seam("transformers.modeling_utils", "PreTrainedModel", names_there, (form,), hook, **how)
+    return Seam(_LOADER, "PreTrainedModel", names_there, (form,), hook, **how)
 
 
 _FINALIZE = _of_model(("_finalize_model_loading", "_finalize_load_state_dict"), {"model", "load_config"}, _on_finalize)

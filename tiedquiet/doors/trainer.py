@@ -124,13 +124,15 @@ def _around(
     # Under FSDP and DeepSpeed nothing shows whether anything is read into an adapter.
     adapters, failure = guarded(lambda: {} if _is_parted(trainer) else versions(resume.known_by(trainer)))
     told = set[str]()
-    before, told_before = _going_on.set(resume), judged.set(told)
+    told_before = judged.get()
     try:
+        _going_on.set(resume)  # in the `try`, as an interrupt comes between any two calls
+        judged.set(told)
         with _listening(trainer, resume):
             result = wrapped(*args, **kwargs)
     finally:
-        judged.reset(told_before)
-        _going_on.reset(before)
+        _going_on.set(None)
+        judged.set(told_before)
     model = resume.known_by(trainer)
     if not resume.was_judged and record.of(model) is known:  # nor did another door judge it
         is_fsdp = getattr(trainer, "is_fsdp_enabled", False)
@@ -207,12 +209,14 @@ def _on_warnings(wrapped: Callable[..., Any], trainer: Any, args: tuple[Any, ...
     def tell(*given: Any, load_result: Any = None) -> Any:
         return wrapped(*(given or (load_result,)))
 
-    before, resume.is_telling = _going_on.set(resume), True
+    before = _going_on.get()
     try:
+        _going_on.set(resume)
+        resume.is_telling = True
         return carry_out(decide, tell, *args, **kwargs)
     finally:
+        _going_on.set(before)
         resume.is_telling = False
-        _going_on.reset(before)
 
 
 def _judge(whole: Any, resume: _Resume, loaded: Any) -> Outcome:

@@ -45,13 +45,17 @@ class Seam:
 
     def find(self) -> tuple[Any, str] | None:
         """The object that has the function, and its name there; None if its signature is not understood."""
-        owner = sys.modules.get(self.module)
-        owner = getattr(owner, self.owner, None) if self.owner else owner
+        owner = self.holder()
         for name in self.names:
             if name in getattr(owner, "__dict__", ()):
                 parameters = set(inspect.signature(getattr(owner, name)).parameters)
                 return (owner, name) if any(form <= parameters for form in self.forms) else None
         return None
+
+    def holder(self) -> Any:
+        """The class or the module that has it now, which may have been imported anew."""
+        module = sys.modules.get(self.module)
+        return getattr(module, self.owner, None) if self.owner else module
 
 
 # A program may copy a function, or hand it to another process: what stands in its place goes the same way.
@@ -117,6 +121,11 @@ def wrap(module: ModuleType) -> None:
     Raises:
         LoadError: in `strict`, if a seam cannot be wrapped.
     """
+    for seam in [seam for seam in _wrappings if seam.module == module.__name__]:
+        if _is_taken_off(seam):
+            del _wrappings[seam]
+        elif seam.has_overrides:
+            _wrap_overrides(seam)
     if not (left := [seam for seam in _seams if seam.module == module.__name__ and seam not in _wrappings]):
         return
     problem = inert_because()
@@ -134,7 +143,7 @@ def wrap(module: ModuleType) -> None:
         raise LoadError(f"not guarded, although the mode is strict: {problem}")
 
 
-def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any]) -> None:
+def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any]) -> bool:
     """Wrap what a subclass calls before its base's function, which is wrapped: its own override, and a mixin's.
 
     Args:
@@ -142,12 +151,42 @@ def wrap_overrides(kind: type, owner: type, name: str, hook: Callable[..., Any])
         owner: the base.
         name: the function.
         hook: what is called in its place.
+
+    Returns:
+        Whether there was one that was not wrapped.
     """
+    found = False
     for own in kind.__mro__[: kind.__mro__.index(owner)]:
         original = vars(own).get(name)
-        if original is not None and not isinstance(original, wrapt.FunctionWrapper):
+        if original is not None and not _is_ours(_innermost(original)):
             _overriding.add(own)
             setattr(own, name, _Wrapper(original, hook))
+            found = True
+    return found
+
+
+def _wrap_overrides(seam: Seam) -> None:
+    wrapping = _wrappings[seam]
+    for kind in _subclasses(wrapping.owner):
+        wrap_overrides(kind, wrapping.owner, wrapping.name, seam.hook)
+
+
+def _is_ours(function: object) -> bool:
+    return type(function) in (_Wrapper, _Bound)
+
+
+def _innermost(function: Any) -> Any:
+    """What is inside other packages' wrappers: ours, or else the function itself."""
+    return inspect.unwrap(function, stop=_is_ours)
+
+
+def _is_taken_off(seam: Seam) -> bool:
+    """Whether what was wrapped is back: who had kept it has put it there, or its module was loaded anew."""
+    wrapping = _wrappings[seam]
+    now = getattr(seam.holder(), "__dict__", {}).get(wrapping.name)
+    innermost = _innermost(now)
+    is_the_library_s = not _is_ours(innermost) and getattr(innermost, "__module__", None) == seam.module
+    return now is wrapping.original or is_the_library_s
 
 
 def _subclasses(owner: type) -> set[type]:
@@ -167,7 +206,7 @@ def unwrap() -> None:
             _swap_copies(wrapping.name, wrapping.wrapper, wrapping.original)
         if vars(wrapping.owner).get(wrapping.name) is wrapping.wrapper:
             setattr(wrapping.owner, wrapping.name, wrapping.original)
-        if vars(wrapping.owner).get(wrapping.name) is wrapping.original:
+        if _is_taken_off(seam):
             del _wrappings[seam]
         else:
             _say_once(
@@ -195,6 +234,8 @@ def states() -> list[tuple[str, str, bool]]:
             found.append((str(seam), "not wrapped: " + ("present" if seam.find() else "not understood"), False))
         elif (now := vars(wrapping.owner).get(wrapping.name)) is wrapping.wrapper:
             found.append((str(seam), "wrapped", True))
+        elif _is_taken_off(seam):
+            found.append((str(seam), "not wrapped: taken off since", False))
         else:
             found.append((str(seam), f"wrapped, and again by {_maker(now)}", True))
     return found
@@ -210,8 +251,7 @@ def _wrap(seam: Seam) -> bool:
     setattr(owner, name, wrapper)
     _wrappings[seam] = _Wrapping(owner, name, original, wrapper)
     if seam.has_overrides:
-        for kind in _subclasses(owner):
-            wrap_overrides(kind, owner, name, seam.hook)
+        _wrap_overrides(seam)
     function = getattr(owner, name)
     parameters = [p for p in inspect.signature(function).parameters if p != "self"]
     _parameters[name] = _parameters[getattr(function, "__qualname__", name)] = parameters
