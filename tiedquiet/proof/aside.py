@@ -83,5 +83,5 @@ def _place(hook: Any, name: str) -> tuple[Any, str] | None:
 
 def _has(weights: Any, name: str) -> bool:
     """Whether a map has a name; what it has on disk is not read for that."""
-    names = getattr(weights, "all_keys", weights)
-    return name in names if isinstance(names, (list, dict)) else isinstance(names, Mapping)
+    names = getattr(weights, "index", weights)  # its list of all keys lacks what `repair` has added
+    return name in names if isinstance(names, dict) else isinstance(names, Mapping)
