@@ -120,6 +120,7 @@ HOOKS = {
     "_see_to_unseen",
     "end",
     "_on_subclass",
+    "_is_late",
     "wrap_overrides",
     "_on_init",
     "_on_read",
