@@ -77,6 +77,26 @@ def test_a_tie_is_judged_by_the_values_that_are_kept(
             cls.from_pretrained(tmp_path)
 
 
+class KeepsOthers(GPT2LMHeadModel):
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().from_pretrained(*args, **kwargs)
+        others = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+        accelerate.cpu_offload(model, execution_device="cpu", state_dict=others)
+        return model
+
+
+def test_other_values_than_those_that_were_read_may_be_kept(tmp_path: Path) -> None:
+    stored = save(KeepsOthers(gpt2()), tmp_path).keys() - {"lm_head.weight"}
+    for mode in ("on", "repair"):
+        with tiedquiet.enable(mode):
+            proof = tiedquiet.check(KeepsOthers.from_pretrained(tmp_path))
+        assert {f.key for f in proof.findings if f.verdict is Verdict.OVERWRITTEN} == stored
+        assert proof.stored == 0
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"LOST after they were read: .*from_pretrained"):
+        KeepsOthers.from_pretrained(tmp_path)
+
+
 def test_a_new_head_stays_one_when_it_is_kept_elsewhere(tmp_path: Path) -> None:
     save(Offloads(gpt2()), tmp_path, flag=False)
     config = json.loads((tmp_path / "config.json").read_text())

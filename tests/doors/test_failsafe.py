@@ -100,7 +100,7 @@ ELSEWHERE |= {"stored_name", "without_wrappers"}  # of models whose layers are i
 ELSEWHERE |= {"is_beyond", "_is_part_beyond", "sources_since"}  # of values that are too large for their type
 ELSEWHERE |= {"out_of_date", "_is_equal"}  # of the other doors, and of `check`
 ELSEWHERE |= {"put_in", "is_in_peft_s", "parents"}  # of layers that are put into a model, and of `check`
-ELSEWHERE |= {"_without_values", "is_served", "_hooks", "_place", "_has"}  # of what is on meta
+ELSEWHERE |= {"_without_values", "is_served", "_hooks", "_place", "_places", "_has"}  # of what is on meta
 ELSEWHERE |= {"is_ignored"}  # of shards that the index does not name
 ELSEWHERE |= {"_bytes_in", "judge_ways"}  # of what is merged while it is read, and of two names for one tensor
 ELSEWHERE |= {"take", "note_read"}  # of adapters for a language
@@ -120,7 +120,7 @@ HOOKS = {
     "_see_to_unseen",
     "end",
     "_on_subclass",
-    "_is_late",
+    "_guard_own",
     "wrap_overrides",
     "_on_init",
     "_on_read",

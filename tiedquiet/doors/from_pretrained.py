@@ -30,18 +30,18 @@ def _on_load(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwar
         return wrapped(*args, **kwargs)
     if around is not None and around.includes(kind):  # transformers' own, called by that of the class
         return around.attempt(wrapped, args, kwargs)
-    return call.Call(kind, is_late=_is_late(kind)).run(wrapped, args, kwargs)
+    return call.Call(kind, is_late=_guard_own(kind)).run(wrapped, args, kwargs)
 
 
 def _on_subclass(wrapped: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `__init_subclass__`: a class that has a `from_pretrained` of its own is guarded around that one."""
     result = wrapped(*args, **kwargs)
-    _is_late(kind)
+    _guard_own(kind)
     return result
 
 
-def _is_late(kind: Any) -> bool:
-    """Whether a class has a `from_pretrained` of its own that was not guarded until now."""
+def _guard_own(kind: Any) -> bool:
+    """Guard a `from_pretrained` of a class's own; returns whether it has one that was not guarded until now."""
     with suppress(Exception):  # no class, or none of transformers
         return wrap_overrides(kind, sys.modules[_LOADER].PreTrainedModel, "from_pretrained", _on_load)
     return False

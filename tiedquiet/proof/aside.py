@@ -1,6 +1,7 @@
 """What has the values of a tensor on meta: accelerate's hooks, or FSDP, hold them elsewhere until they are needed."""
 
 from collections.abc import Iterator, Mapping
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -17,33 +18,31 @@ def is_served(model: torch.nn.Module, name: str) -> bool:
     A hook of accelerate's does that for its own module alone, and for what its map has a name for: a parameter that a
     device map names by itself has none.
     """
-    for module, rest in _managers(model, name):
+    for module, _ in _managers(model, name):
         hooks = list(_hooks(module))
         if not hooks or any(not hasattr(hook, "weights_map") for hook in hooks):
             return True  # FSDP, or somebody's own hook, of which nothing is known
-        if any(_has(*place) for hook in hooks if (place := _place(hook, rest)) is not None):
-            return True
-    return False
+    return any(starmap(_has, _places(model, name)))
 
 
 def with_aside(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors of a model, but what accelerate keeps in main memory for those on meta; not what is on disk."""
     found = {
-        id(one): aside
-        for name, one in tensors.items()
-        if one.is_meta and (aside := _in_memory(model, name)) is not None
+        id(one): aside for name, one in tensors.items() if one.is_meta and (aside := in_memory(model, name)) is not None
     }
     return {name: found.get(id(one), one) for name, one in tensors.items()} if found else tensors
 
 
-def _in_memory(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+def in_memory(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """What accelerate keeps in main memory for a tensor on meta; None if that is nothing."""
+    kept = (weights.get(key) for weights, key in _places(model, name) if isinstance(weights, dict))
+    return next((tensor for tensor in kept if isinstance(tensor, torch.Tensor)), None)
+
+
+def _places(model: torch.nn.Module, name: str) -> Iterator[tuple[Any, str]]:
+    """The maps in which hooks look a tensor up, and its name in each."""
     for module, rest in _managers(model, name):
-        for hook in _hooks(module):
-            weights, key = _place(hook, rest) or ({}, "")
-            tensor = weights.get(key) if isinstance(weights, dict) else None
-            if isinstance(tensor, torch.Tensor):
-                return tensor
-    return None
+        yield from filter(None, (_place(hook, rest) for hook in _hooks(module)))
 
 
 def _managers(model: torch.nn.Module, name: str) -> Iterator[tuple[torch.nn.Module, str]]:

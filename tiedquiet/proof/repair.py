@@ -109,6 +109,8 @@ def put_in_place(model: torch.nn.Module, state: dict[str, torch.Tensor], key: st
 
 
 def _put_back(load: Load, model: torch.nn.Module, key: str, now: Survey) -> None:
+    if now.state[key].is_meta and is_moved(model, key):
+        return  # what is put in its place gives way to what accelerate keeps, at the next forward pass
     tensor, read = load.reading.held[key], load.reading.read_to[key]
     pieces, before = plain(read), before_writing(load.reading, key, load.watch.writes.get(key))
     if isinstance(before, torch.Tensor) and len(pieces) == 1:

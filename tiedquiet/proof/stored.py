@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tiedquiet.proof import names
-from tiedquiet.proof.aside import is_served, with_aside
+from tiedquiet.proof.aside import in_memory, is_served, with_aside
 from tiedquiet.proof.casts import cast_finding, is_at_limit, is_beyond
 from tiedquiet.proof.files import Checkpoint, stamp
 from tiedquiet.proof.memory import Place, all_lie_at, equals, holds, lies_at, plain, same
@@ -46,7 +46,9 @@ def judge_stored(
     for name, tensor in reading.held.items():
         current, write = now.state.get(name), writes.get(name)
         if current is not None and current.is_meta and name not in reading.offloaded and is_served(model, name):
-            current = tensor  # accelerate put its values aside, where they were read to
+            aside = in_memory(model, name)
+            # Most often accelerate put its values aside where they were read to.
+            current = tensor if aside is None or lies_at(aside, reading.read_to[name]) else aside
         if current is tensor and write is None and lies_at(current, reading.read_to[name]):
             what = _without_values(model, reading, name, is_over) if current.is_meta else None
         elif name in reading.offloaded and not (is_over and current is not None and not current.is_meta):
