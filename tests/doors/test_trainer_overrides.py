@@ -297,9 +297,11 @@ class HasATeacher(SaysNothing):
     folder: Path
     teacher: Any = None
 
+    def resume_teacher(self) -> None:
+        Trainer(self.teacher, self.args)._load_from_checkpoint(str(self.folder / "checkpoint-2"))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        arguments = TrainingArguments(output_dir=resume_from_checkpoint, report_to=[], use_cpu=True)
-        Trainer(self.teacher, arguments)._load_from_checkpoint(str(self.folder / "checkpoint-2"))
+        self.resume_teacher()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
@@ -313,6 +315,20 @@ def test_a_resume_inside_a_resume_is_one_of_its_own(runs: Any, printed: Printed)
     with tiedquiet.enable("repair"):
         assert not differing(resumed(HasATeacher, runs(mixtral), build=mixtral), truth)
     assert not printed.loud
+
+
+class HasATeacherThen(HasATeacher):  # and tells what it has read itself after that
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read = self.model.load_state_dict(load_file(Path(resume_from_checkpoint, "model.safetensors")), strict=False)
+        self.resume_teacher()
+        self._issue_warnings_after_load(read)
+
+
+def test_a_resume_goes_on_after_one_inside_it(runs: Any) -> None:
+    HasATeacherThen.folder = runs(llama)
+    HasATeacherThen.teacher = type(llama()).from_pretrained(runs(llama) / "base")
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match=r"MixtralForCausalLM from .*: unread, 6 of 21"):
+        resumed(HasATeacherThen, runs(mixtral), build=mixtral)
 
 
 class KeepsACopy(Trainer):

@@ -131,7 +131,7 @@ def _around(
         with _listening(trainer, resume):
             result = wrapped(*args, **kwargs)
     finally:
-        _going_on.set(None)
+        _going_on.set(outer)
         judged.set(told_before)
     model = resume.known_by(trainer)
     if not resume.was_judged and record.of(model) is known:  # nor did another door judge it
