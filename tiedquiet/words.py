@@ -170,19 +170,19 @@ def say(level: int, message: str, on_each_rank: bool = False) -> None:
     """
     if not (on_each_rank or _is_first_rank()) or not _is_wanted(level):
         return
-    message = escaped(message)
+    record = logging.LogRecord(log.name, level, __file__, 0, escaped(message), (), None)
     with suppress(Exception):  # of a filter or a handler of the program's
-        record = log.makeRecord(log.name, level, __file__, 0, message, (), None, "say")
-        if not (passed := log.filter(record)):
+        made = log.makeRecord(log.name, level, __file__, 0, record.msg, (), None, "say")
+        if not (passed := log.filter(made)):
             return
-        record = passed if isinstance(passed, logging.LogRecord) else record  # from Python 3.12 on
+        record = passed if isinstance(passed, logging.LogRecord) else made  # from Python 3.12 on
         if _is_configured(level):
             log.callHandlers(record)
             return
     # A handler of its own, never attached: another thread's line would find it, or miss it.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[tiedquiet] %(levelname)s %(message)s"))
-    handler.handle(logging.LogRecord(log.name, level, __file__, 0, message, (), None))
+    handler.handle(record)
 
 
 def _is_wanted(level: int) -> bool:
