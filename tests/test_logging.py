@@ -56,7 +56,11 @@ LOSS = "tiedquiet] WARNING GPT2LMHeadModel from "
 ROOT = "dict(version=1, handlers={'h': {'class': 'logging.StreamHandler'}}, root={'level': 'INFO', 'handlers': ['h']}"
 
 
+RAISES = "h = logging.Handler(); logging.root.addHandler(h)  # whose `emit` raises"
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("ci", ["", "true"])
 @pytest.mark.parametrize(
     "setup",
     [
@@ -65,13 +69,18 @@ ROOT = "dict(version=1, handlers={'h': {'class': 'logging.StreamHandler'}}, root
         f"import logging.config, transformers.modeling_utils; logging.config.dictConfig({ROOT}, loggers={{'transformers': {{}}}}))",
         "h = logging.StreamHandler(); h.setLevel(logging.ERROR); logging.root.addHandler(h)",
         "logging.root.addHandler(logging.NullHandler())",
-        "h = logging.Handler(); logging.root.addHandler(h)  # whose `emit` raises",
+        RAISES,
         "logging.getLogger('tiedquiet').addFilter(lambda record: 1 / 0)",
     ],
 )
-def test_what_is_lost_is_seen_where_the_row_is(setup: str) -> None:
+def test_what_is_lost_is_seen_where_the_row_is(setup: str, ci: str) -> None:
     """A row is printed under each of these, since transformers has a level and a handler of its own."""
-    done = run(f"import logging, transformers, tiedquiet\nfrom transformers import AutoModel\n{setup}\n" + LOSES)
+    if ci and setup == RAISES:
+        pytest.skip(
+            "where CI is set, transformers' records go to the root's handlers, too, and its load ends in this one"
+        )
+    code = f"import logging, transformers, tiedquiet\nfrom transformers import AutoModel\n{setup}\n" + LOSES
+    done = run(code, CI=ci)
     assert "LOAD REPORT" in done.stderr
     assert done.stderr.count("untied, values are NOT from the checkpoint") == 1
 
