@@ -85,10 +85,12 @@ def changed(folder: Path, **changes: Any) -> Path:
     ("make", "says"),
     [
         (lambda g: g.parent / "nowhere" / "at" / "all", "is not a folder, and not a valid name for a model on the hub"),
+        (lambda g: "https://huggingface.co/some/model", "is a URL; name a folder, or a model on the hub by its owner/name"),
         (lambda g: "some/model", "is no folder, the local cache has no config.json of it, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
         (lambda g: g.parent, "has neither config.json nor model_index.json"),
         (lambda g: g / "model.safetensors", "is a file; pass the folder that it is in"),
         (lambda g: write(g / "config.json", "{"), "cannot be read"),
+        (lambda g: write(g / "config.json", "\ufeff{}"), "begins with a byte order mark; save it as UTF-8 without one"),
         (lambda g: write(g / "config.json", "[]"), "does not hold a JSON object"),
         (lambda g: write(g / "model_index.json", "{}"), "is a pipeline, and its model_index.json names no component"),
         (lambda g: changed(g, architectures=["NoSuchModel"]), "config.json names NoSuchModel, which transformers"),

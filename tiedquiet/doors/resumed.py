@@ -21,6 +21,7 @@ from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _BY_HAND = "give Trainer a model that from_pretrained loaded from this checkpoint"
 _BY_HAND_OF_BEST = "load this checkpoint with from_pretrained"
+_BY_CODE = "Make the code that read it rename and convert them, as from_pretrained does"
 
 
 def read_folder(
@@ -102,13 +103,17 @@ class _Resumed:
                 why = f"{WHY_TWO_ENDS}; now both are {source}"
                 yield replace(found, why=why, cure=ONE_OF_TWO + BOTH_OF_RUN)
 
+    def _cure(self, by_hand: str = "") -> str:
+        """What to do; `repair` puts nothing beside values that are not these files'."""
+        return (f"{_REPAIR}, or {by_hand}" if by_hand else _REPAIR) if self._may_write else _BY_CODE
+
     def take_converted(self, by_hand: str) -> None:
         """Take what `from_pretrained` would have renamed and converted."""
         for made in self._converted:
             # That of the call that loaded the model, of which its class knows nothing.
             mapping = names.mapping_besides(made.conversions, names.conversions_of(self._folder.core))
             with_it = ", with the same key_mapping" if mapping else ""
-            note_unread(self._reading, made, f"{_REPAIR}, or {by_hand}{with_it}")
+            note_unread(self._reading, made, self._cure(by_hand + with_it))
             self._take(made)
 
     def note_other_shapes(self, by_hand: str) -> None:
@@ -126,10 +131,10 @@ class _Resumed:
         """Take what lies under other names than those that transformers knows."""
         reading, headers = self._reading, self._checkpoint.headers
         left = {name: headers[name] for name in self._unexpected if name in headers}
-        found = find_unread(self._model, reading, left, cure=_REPAIR, is_resumed=True)
+        found = find_unread(self._model, reading, left, cure=self._cure(), is_resumed=True)
         missing = reading.missing - reading.found.keys()
         if not found and (under := self._folder.under_a_prefix(missing, left)) is not None:
-            note_unread(reading, under, _REPAIR)
+            note_unread(reading, under, self._cure())
             found = [under]
         for made in found:
             self._take(made)

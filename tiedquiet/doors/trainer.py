@@ -25,6 +25,7 @@ from tiedquiet.proof import record
 from tiedquiet.proof.adapted import base_of
 from tiedquiet.proof.files import found_in
 from tiedquiet.proof.load import Load
+from tiedquiet.proof.reading import Reading
 from tiedquiet.proof.record import Record, stored_name
 from tiedquiet.verdict import Finding, Verdict
 
@@ -262,14 +263,20 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     missing = {key.removeprefix(of.path) for key in resume.said[0]}
     # Some take out what has no place before they call it.
     unexpected = resume.said[1] | without_a_place(of, resume.folder)
+    # Where nothing was without a place, what the rest of the files would make may have been put to use: a scale.
+    only = None if resume.said[1] else missing
+    reading, mended, _ = read_folder(of, resume.folder, set(missing), unexpected, may_write=False)
     # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
-    may_write = mode.current() == "repair" and came_from(of, resume.folder, missing, unexpected)
-    reading, mended, _ = read_folder(of, resume.folder, missing, unexpected, may_write)
-    unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-    if not resume.said[1]:  # a scale that has no place may have been put to use
-        unread = {key: found for key, found in unread.items() if key in missing}
+    if _unread_in(reading, only) and came_from(of, resume.folder, missing, unexpected):
+        reading, mended, _ = read_folder(of, resume.folder, set(missing), unexpected)
+    unread = _unread_in(reading, only)
     (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
     return outcome_of(of.model, resume.folder, list(unread.values()), mended, set(), reading.total)
+
+
+def _unread_in(reading: Reading, known_missing: set[str] | None) -> dict[str, Finding]:
+    unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
+    return {key: found for key, found in unread.items() if known_missing is None or key in known_missing}
 
 
 def _leave_inside(of: Inside) -> None:

@@ -35,6 +35,8 @@ class Source:
     def __init__(self, name: str, revision: str | None) -> None:
         if not _can_be_a_path(name):
             raise CannotCheck(f"{name} is neither the name of a folder nor that of a model on the hub")
+        if "://" in name and not os.path.lexists(name):
+            raise CannotCheck(f"{name} is a URL; name a folder, or a model on the hub by its owner/name")
         path = Path(name)
         self.name, self.revision, self.gguf = name, revision, ""
         self.is_local, self._unreachable = os.path.lexists(path), False
@@ -151,6 +153,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
         text = path.read_text(encoding="utf-8")
         if text.startswith(POINTER):
             raise CannotCheck(f"{path} is a Git LFS pointer instead of the file: run `git lfs pull`")
+        if text.startswith("\ufeff"):  # transformers cannot read it, either
+            raise CannotCheck(f"{path} begins with a byte order mark; save it as UTF-8 without one")
         content = json.loads(text)
     except RecursionError as error:
         raise CannotCheck(f"{path} cannot be read: it is nested too deeply") from error
