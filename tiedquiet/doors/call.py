@@ -149,8 +149,10 @@ class Call:
     @staticmethod
     def _leave_watch(modes: int) -> None:
         """Leave all dispatch modes but the outer ones: the code that entered the others has ended."""
-        while _modes() > modes:
+        held = _get_current_dispatch_mode_stack()  # up to torch 2.6, to pop what nothing else holds ends the process
+        while len(held) > modes:
             _pop_mode()
+            held.pop()
 
 
 def _modes() -> int:
