@@ -163,3 +163,21 @@ def test_what_repair_read_and_the_cast_lost_is_not_said_to_be_read(tmp_path: Pat
     (line,) = printed.confirmed
     assert "read by TIEDQUIET=repair" in line
     assert "steps" not in line
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64])
+@pytest.mark.parametrize("key", ["transformer.wpe.weight", NORM])
+def test_whole_numbers_without_a_scale(key: str, kind: torch.dtype, tmp_path: Path, printed: Printed) -> None:
+    """No matrix was trained that has nothing else; a vector may well be stored so."""
+    written(GPT2LMHeadModel(gpt2()), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[key] = torch.ones_like(tensors[key], dtype=kind)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)
+    if key == NORM:
+        assert (tiedquiet.check(model).ok, printed.loud) == (True, [])
+        return
+    assert verdicts(model)[key] is Verdict.UNREAD
+    assert "codes were read as values, and the checkpoint has no scale for them" in printed.loud[0]
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="no scale"):
+        GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)

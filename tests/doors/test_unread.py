@@ -206,9 +206,9 @@ def test_codes_without_their_scale(kind: str, form: str, tmp_path: Path, printed
     assert "TIEDQUIET=repair" not in printed.loud[0], "it cannot"
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="codes were read as values"):
         Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    coded[f"other.{scale}"] = coded.pop(scale)  # of another module: and codes that are meant as values
+    coded[f"other.{scale}"] = coded.pop(scale)  # of another module: float8 may be the numbers themselves
     save_file(coded, tmp_path / "model.safetensors", {"format": "pt"})
-    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).ok
+    assert tiedquiet.check(Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)).ok is (kind[0] == "f")
 
 
 def test_codes_of_experts_without_their_scales(tmp_path: Path, printed: Printed) -> None:

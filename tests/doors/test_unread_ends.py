@@ -311,3 +311,11 @@ def test_repair_says_of_three_what_it_has_read_of_them(tmp_path: Path, printed: 
     assert "read by TIEDQUIET=repair" in read
     assert twice not in read
     assert unlisted not in read
+
+
+def test_a_tie_of_which_the_file_has_one_end_under_another_name(tmp_path: Path, printed: Printed) -> None:
+    """Four names of one tensor are one that it may be: as if there were several, no line said so."""
+    written(T5ForConditionalGeneration(t5()), tmp_path, lambda key: key.replace("shared", "words"))
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert len([key for key, verdict in verdicts(model).items() if verdict is Verdict.MISSING]) > 1
+    assert any("may be words.weight, which nothing read" in line for line in printed.loud)

@@ -152,5 +152,5 @@ def test_codes_that_no_config_and_no_scale_tell(
     assert main(["check", str(tmp_path)]) == status
     said = capsys.readouterr().out
     name = str(dtype).removeprefix("torch.")
-    assert (f"the file has {name} codes for it, and no scale" in said) is bool(status)
+    assert (f"{name} codes were read as values, and the checkpoint has no scale for them" in said) is bool(status)
     assert f"{16 - status} of 16 tensors hold the file's bytes" in said

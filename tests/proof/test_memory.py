@@ -265,7 +265,7 @@ def test_all_values_are_there_in_whatever_order_of_dimensions(data: Any) -> None
 
     A convolution that is turned for a linear layer is flattened as well.
     """
-    shape = data.draw(st.lists(st.integers(1, 4), max_size=5))
+    shape = data.draw(st.lists(st.integers(1, 4), max_size=6))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float64]))
     before = (torch.randperm(max(1, math.prod(shape))).view(shape) + 1).to(dtype)
     order = data.draw(st.permutations(range(len(shape))))

@@ -266,7 +266,7 @@ def _scales(moves: Moves, file: File, of_file: Tensors, ours: Tensors, reached: 
     scales = Scales(unread)
     for key, tensor in of_file.items() if unread else ():
         for name in moves.of(tensor):
-            if found := without_scale(key, name, file.headers[name].dtype, ours[key].dtype, scales):
+            if found := without_scale(key, name, file.headers[name].dtype, ours[key], scales):
                 yield found
 
 

@@ -51,18 +51,23 @@ class Scales:
             yield name, name[len(module) :]
 
 
-def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.dtype, scales: Scales) -> Finding | None:
-    """A finding where codes were read as numbers, and nothing read the scale beside them.
+def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.Tensor, scales: Scales) -> Finding | None:
+    """A finding where codes were read as numbers, and nothing read the scale beside them, or there is none.
 
     Args:
         key: the model's name.
         name: the file's.
         stored: the type that it has in the file.
-        ours: the type that it was read into.
+        ours: the tensor that it was read into.
         scales: what nothing read; a scale is of the same module, or has its name (`down_proj_scale`).
     """
     is_codes = stored in CODES or is_whole(stored)
-    if not is_codes or ours in CODES or not ours.is_floating_point or (scale := scales.of(name, stored)) is None:
+    if not is_codes or ours.dtype in CODES or not ours.is_floating_point():
         return None
-    why = f"{str(stored).removeprefix('torch.')} codes were read as values, without {scale}"
+    # Without a scale in any file, whole numbers are no matrix that was trained; float8 may be the numbers themselves.
+    is_matrix = isinstance(ours, torch.nn.Parameter) and ours.dim() > 1
+    if (scale := scales.of(name, stored)) is None and not (is_whole(stored) and is_matrix):
+        return None
+    without = f"without {scale}" if scale else "and the checkpoint has no scale for them"
+    why = f"{str(stored).removeprefix('torch.')} codes were read as values, {without}"
     return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")

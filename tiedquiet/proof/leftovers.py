@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -204,12 +205,14 @@ class Leftovers(NamedTuple):
             leads = self._leads(known_as, self.conversions)
             origins = self._converted(known_as)
             made = names.Made(origins, change.why, self.conversions, known_as, leads=leads, prefixes=change.olds)
-            whole = known_as.keys() if change.old in wrappers else self.unread.keys()
+            is_part = change.old in wrappers or change.instead
+            whole = known_as.keys() if is_part else self.unread.keys()
             # What is just added or removed may lead to keys of another shape as well, but to fewer of these.
-            leads_all = most >= len(whole) < 2 * len(made.key_of) and not (change.old and change.new)
+            is_other = bool((change.old and change.new) or change.instead)
+            leads_all = most >= len(whole) < 2 * len(made.key_of) and not is_other
             is_whole = leads_all or made.key_of.keys() >= whole
             first = {key: origin.names[0] for key, origin in made.origins.items()}
-            among = self.missing if self._may_move_one(change.old, change.new) else None
+            among = None if is_other or not self._may_move_one(change.old, change.new) else self.missing
             if is_enough(first, is_whole, self.needed, among):
                 found.setdefault(frozenset(made.origins.items()), (made, change))  # one file may fit two halves
         if not found or not are_copies([(made.origins, change.new) for made, change in found.values()]):
@@ -259,9 +262,16 @@ class Leftovers(NamedTuple):
         for some in (unread, in_theirs):
             pairs += candidates(some, self.missing, self.needed)[:_MOST_CHANGES]
         yield from (Prefixes(old, new, {}) for old, new in dict.fromkeys(pairs))
-        patterns = [*self.state, *(str(pattern) for one in conversions for pattern in one.source_patterns)]
-        if inside := prefixes.parts_besides(unread, re.findall(r"\w+", " ".join(patterns))):
+        patterns = [str(pattern) for one in conversions for pattern in one.source_patterns]
+        known = set(re.findall(r"\w+", " ".join([*self.state, *patterns])))
+        if inside := prefixes.parts_besides(unread, known):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
+        ours = Counter(word for word in re.findall(r"\w+", " ".join([*patterns, *self.missing])) if word.isidentifier())
+        for part, name in islice(prefixes.other_parts(unread, known), _MOST_CHANGES):
+            for other, _ in ours.most_common(names.MOST_TRIED):
+                change = Prefixes("", "", {}, inside=(part,), instead=other)
+                if self._hits(change.known_as([name])):  # one tells which are worth trying
+                    yield change
 
     def _cure(self, mappings: Sequence[dict[str, str]], made: names.Made) -> str:
         """How to have `from_pretrained` read them, as a clause: by the first `key_mapping` that does it, if any does.

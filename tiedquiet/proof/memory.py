@@ -12,7 +12,7 @@ import torch
 
 from tiedquiet.proof.casts import CHUNK, is_at_limit, is_beyond, may_lose, narrows
 
-_MOST_DIMENSIONS = 5  # of what may be held in another order of its dimensions
+_MOST_DIMENSIONS = 6  # of what may be held in another order of its dimensions
 
 # Types whose memory is their own: each holds its values, and none has an inner tensor for them.
 ORDINARY = (torch.Tensor, torch.nn.Parameter)

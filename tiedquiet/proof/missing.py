@@ -222,25 +222,31 @@ def perhaps_unread(model: Any, findings: Collection[Finding]) -> list[Finding]:
     """
     if not (some := [finding for finding in findings if finding.verdict is Verdict.MISSING and finding.source]):
         return []
-    some = list(_most_alike(some))
+    state = survey(model).state
+    some = list(_most_alike(some, state))
     theirs, base = saved_by(model), getattr(model, "base_model_prefix", "")
     # The base model by itself has no head, and its own names without that prefix.
     is_ours = any(_is_one_of(part, theirs) for part in (model, getattr(model, "base_model", model)))
     if is_ours or not theirs or not base:
         return some
-    state = survey(model).state
     ours = {key for key in state if is_in(base, key)} or state.keys()  # the base model by itself
     is_lost = ours <= {finding.key for finding in findings if finding.verdict is Verdict.MISSING}
     return [finding for finding in some if is_lost or is_in(base, str(finding.source))]
 
 
-def _most_alike(findings: Collection[Finding]) -> Iterator[Finding]:
-    """For each tensor of the files the one key that it may be; none if several are as much like it."""
+def _most_alike(findings: Collection[Finding], state: dict[str, torch.Tensor]) -> Iterator[Finding]:
+    """For each tensor of the files the one tensor that it may be; none if several are as much like it.
+
+    Args:
+        findings: those on missing keys.
+        state: the model's tensors: the ends of a tie are one.
+    """
     found: dict[str, dict[str, Finding]] = {}
     for finding in findings:
         found.setdefault(str(finding.source), {})[finding.key] = finding
     for name, keys in found.items():
-        if len(best := most_alike(name, keys)) == 1:
+        best = most_alike(name, keys)
+        if len({id(state.get(key)) for key in best}) == 1:
             yield keys[best[0]]
 
 

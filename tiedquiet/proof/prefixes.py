@@ -6,6 +6,7 @@ reads a value: tensors are headers on meta.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Prefixes:
         names: for each of the model's names the one in the files.
         parts: in place of one prefix, several, each of names of its own.
         inside: in place of a prefix, parts in the middle of names.
+        instead: what the model has where the files have one such part; empty where it has nothing.
         has_them: which of the two has these parts in its names.
     """
 
@@ -37,11 +39,14 @@ class Prefixes:
     names: dict[str, str]
     parts: "tuple[Prefixes, ...]" = ()
     inside: tuple[str, ...] = ()
+    instead: str = ""
     has_them: str = "checkpoint"
 
     @property
     def why(self) -> str:
         """Why nothing read them, as a clause."""
+        if self.instead:
+            return f"because the checkpoint has .{self.inside[0]}. where the model has .{self.instead}."
         if self.inside:
             return f"because names in the {self.has_them} have {' and '.join(self.inside)} in them"
         pairs = [
@@ -57,6 +62,8 @@ class Prefixes:
 
     def known_as(self, of: Collection[str]) -> dict[str, str]:
         """What becomes of the files' names, without those that do not begin with this prefix."""
+        if self.instead:
+            return {name: new for name in of if (new := _with_other(name, self.inside[0], self.instead)) != name}
         if self.inside:
             return {name: without(name, self.inside) for name in of}
         if self.parts:
@@ -69,6 +76,8 @@ class Prefixes:
         Args:
             is_narrow: not of all that begins with this prefix, but of what follows it in these names.
         """
+        if self.instead:
+            return {rf"\.{re.escape(self.inside[0])}\.": f".{self.instead}."}
         if self.inside:
             return {}
         if self.parts:
@@ -255,6 +264,31 @@ def without(name: str, inside: Collection[str]) -> str:
     """A name without some of its parts; its last one is no wrapper's."""
     *path, last = name.split(".")
     return ".".join([*(part for part in path if part not in inside), last])
+
+
+def other_parts(unread: Headers, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Each part in the middle of the files' names that the model does not know, and a name that has it.
+
+    Not two of them that stand in the same place of names that are the same otherwise: one may be of a second copy.
+
+    Args:
+        unread: tensors of the files that nothing read.
+        known: the parts that the model and its conversions know.
+    """
+    found: dict[str, set[str]] = {}
+    for name in unread:
+        for part in set(name.split(".")[1:-1]).difference(known):
+            if not part.isdecimal():
+                found.setdefault(part, set()).add(name)
+    count = Counter(_with_other(name, part, "") for part, some in found.items() for name in some)
+    for part, some in sorted(found.items(), key=lambda one: (-len(one[1]), one[0])):
+        if all(count[_with_other(name, part, "")] == 1 for name in some):
+            yield part, min(some)
+
+
+def _with_other(name: str, part: str, other: str) -> str:
+    first, *path, last = name.split(".")
+    return ".".join([first, *(other if one == part else one for one in path), last]) if path else name
 
 
 def candidates(unread: Headers, missing: Headers, needed: Collection[str]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import torch
 
 from tiedquiet.proof import crossing, names
 from tiedquiet.proof.casts import cast_finding, may_lose
-from tiedquiet.proof.codes import CODES, Scales, without_scale
+from tiedquiet.proof.codes import CODES, Scales, is_whole, without_scale
 from tiedquiet.proof.doubts import doubts_of
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.leftovers import Leftovers, is_ignored
@@ -43,6 +43,8 @@ def needs_headers(reading: Reading, unexpected: set[str]) -> bool:
     if not reading.is_quantised and has_more(checkpoint, reading.held.values(), reading.is_converted):
         return True
     ours = set(types_of(reading.held.values()))
+    if any(is_whole(theirs) for theirs in checkpoint.dtypes - ours):  # for a matrix they are codes
+        return True
     return any(
         may_lose(theirs, own) or (theirs in CODES and theirs != own) for theirs in checkpoint.dtypes for own in ours
     )
@@ -263,10 +265,11 @@ def note_unread(reading: Reading, made: names.Made, cure: str) -> None:
 
 def _judge_types(reading: Reading, key: str, own: names.Headers, scales: Scales) -> Finding | None:
     """A finding if the type that a tensor was read into cannot hold what is stored, or says nothing of it."""
-    ours = reading.held[key].dtype
+    tensor = reading.held[key]
     for name, header in own.items():
-        if found := without_scale(key, name, header.dtype, ours, scales):
+        if found := without_scale(key, name, header.dtype, tensor, scales):
             return found
+    ours = tensor.dtype
     (name, header), *others = own.items()
     if others or not may_lose(header.dtype, ours) or equals(reading.read_to[key], reading.checkpoint.tensors[name]()):
         return None
