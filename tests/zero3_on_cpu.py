@@ -1,4 +1,4 @@
-"""Loads under DeepSpeed ZeRO-3, one process on a CPU: a sound model, and one whose head's tie is switched off.
+"""Loads under DeepSpeed ZeRO-3, one process on a CPU: a sound model, a head whose tie is switched off, other names.
 
 Prints JSON: for each of the modes, the verdicts of both, or the error.
 """
@@ -15,7 +15,9 @@ with socket.socket() as free:
 os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
+import deepspeed
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -38,6 +40,10 @@ Masked(config).save_pretrained(FOLDER / "sound")
 LlamaForCausalLM(config).save_pretrained(FOLDER / "untied")
 config.tie_word_embeddings = False
 config.save_pretrained(FOLDER / "untied")
+LlamaForCausalLM(config).save_pretrained(FOLDER / "renamed")
+file = FOLDER / "renamed" / "model.safetensors"
+stored = load_file(file)
+save_file({f"module.{name}": value for name, value in stored.items()}, file, {"format": "pt"})
 
 torch.distributed.init_process_group("gloo")
 stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -45,7 +51,7 @@ in_force = HfDeepSpeedConfig({"zero_optimization": stage, "train_batch_size": 1,
 found: dict[str, dict[str, object]] = {}
 for mode in ("on", "repair", "strict"):
     found[mode] = {}
-    for name, cls in (("sound", Masked), ("untied", LlamaForCausalLM)):
+    for name, cls in (("sound", Masked), ("untied", LlamaForCausalLM), ("renamed", LlamaForCausalLM)):
         try:
             with tiedquiet.enable(mode):
                 model = cls.from_pretrained(FOLDER / name)
@@ -59,4 +65,8 @@ for mode in ("on", "repair", "strict"):
             "mask": bool((getattr(model, "mask", torch.ones(1)) == 1).all()),
             **verdicts,
         }
+        if name == "renamed":
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                now = model.state_dict()
+                found[mode][name]["as stored"] = all(torch.equal(now[key], value) for key, value in stored.items())
 print(json.dumps(found))

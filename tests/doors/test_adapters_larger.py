@@ -13,7 +13,7 @@ import tiedquiet
 from tests.checkpoints import Printed
 from tests.doors.test_adapters import FILE, SMALL, rename
 from tests.doors.test_adapters_kinds import PROJECTIONS, are_all_in
-from tests.doors.training import trainer_of
+from tests.doors.training import mixtral, trainer_of
 from tiedquiet.proof import stored
 
 peft = pytest.importorskip("peft")
@@ -134,6 +134,25 @@ def test_the_base_s_own_that_it_has_already(tmp_path: Path, printed: Printed) ->
     assert are_all_in(model, adapter)
     assert not printed.loud
     assert not any("base_layer" in line for line in printed.confirmed)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # of an older peft's
+def test_the_base_s_own_under_its_own_name(tmp_path: Path, printed: Printed) -> None:
+    """Over merged experts peft may read an adapter whose names lack its prefix, but for the base model's own."""
+    mixtral().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    rename(adapter, lambda key: key.removeprefix("base_model.model."))
+    tensors = load_file(adapter / FILE)
+    own = next(key for key in tensors if "lm_head" in key and "lora" not in key)
+    for values in (tensors[own], tensors[own] + 1):
+        save_file({**tensors, own: values}, adapter / FILE, {"format": "pt"})
+        printed.records.clear()
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
+        is_sound = are_all_in(model, adapter)
+        assert (tiedquiet.check(model).ok, bool(printed.loud)) == (is_sound, not is_sound)
 
 
 def test_the_base_s_own_in_another_shape(tmp_path: Path) -> None:

@@ -109,3 +109,8 @@ def test_partitioned_parameters_are_judged(tmp_path: Path) -> None:
     assert found["on"]["untied"]["lm_head.weight"] == "untied"
     assert found["repair"]["untied"] == {"ok": True, "mask": True, "lm_head.weight": "tied"}
     assert "untied, values are NOT from the checkpoint: lm_head.weight" in found["strict"]["untied"]
+    verdicts = {key: verdict for key, verdict in found["on"]["renamed"].items() if "." in key}
+    assert set(verdicts.values()) == {"unread"}
+    assert not found["on"]["renamed"]["as stored"]
+    assert found["repair"]["renamed"] == {"ok": True, "mask": True, "as stored": True}
+    assert "the checkpoint has module. where the model has no prefix" in found["strict"]["renamed"]

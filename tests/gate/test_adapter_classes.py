@@ -96,6 +96,23 @@ def test_an_adapter_that_names_its_class(tmp_path: Path, capsys: pytest.CaptureF
         assert components(capsys)["."]["class"] == "DistilBertForMaskedLM"
 
 
+def test_a_head_that_an_adapter_s_file_has_under_the_base_s_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter whose names lack peft's prefix (`get_peft_model_state_dict` gives such ones) is read all the same."""
+    kind = DistilBertForSequenceClassification
+    base = kind(DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=64))
+    folder = adapter_of(base, kind, tmp_path, None, "q_lin")
+    file = folder / "adapter_model.safetensors"
+    tensors = {key.removeprefix("base_model.model."): value + 1 for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    assert tensors.keys() & base.state_dict().keys()
+    status = 0 if is_read(kind, folder) else 1
+    capsys.readouterr()
+    assert check(folder, "--json") == status
+    assert not [one for one in components(capsys)["."]["findings"] if one["verdict"] == "overwritten"]
+
+
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
 def test_as_many_labels_as_the_adapter_has(config: Any, labels: int, tmp_path: Path, line: Callable[..., str]) -> None:

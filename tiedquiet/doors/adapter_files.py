@@ -10,7 +10,7 @@ import torch
 from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import base_of, base_s_own, names_in_files, saved, without
+from tiedquiet.proof.adapted import PREFIX, base_of, base_s_own, names_in_files, saved, without
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -204,7 +204,8 @@ def made_again(model: Any, adapters: Collection[str], rest: Collection[str], che
     It may make them from a seed again, once above its layers (VeRA's projections, for which peft 0.18 has no place), in
     each of them (RandLora's bases), or in each and outside of its state dict (SHiRA's indices). And where a vocabulary
     was made larger, peft saves embeddings that were trained as a whole under two names, and reads one; transformers
-    reads one of two that are tied. It has to have the very values that the files have.
+    reads one of two that are tied; where names lack its prefix, peft does not read what they have of the base model's
+    own. It has to have the very values that the files have.
 
     Args:
         model: the model.
@@ -226,7 +227,7 @@ def made_again(model: Any, adapters: Collection[str], rest: Collection[str], che
             known_as.setdefault(f"{path}.{attribute}", []).extend(t for t in tensors if isinstance(t, torch.Tensor))
     for name in checkpoint.tensors.keys() & rest:
         ends = (f"{name.rpartition('.')[-1]}.{adapter}" for adapter in adapters)
-        ours = {name, name.removeprefix("base_model.model."), *ends}
+        ours = {name, name.removeprefix(PREFIX), PREFIX + name, *ends}
         own = [tensor for one in ours for tensor in known_as.get(one, ())]
         if own and all(equals(tensor, checkpoint.tensors[name]()) for tensor in own):
             found.add(name)

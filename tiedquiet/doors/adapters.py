@@ -15,7 +15,7 @@ from tiedquiet.doors.adapter_files import Adapter, made_again, of_missing, of_th
 from tiedquiet.doors.outcome import Outcome, carry_out, fold, outcome_of
 from tiedquiet.doors.wrapping import Seam, add, bind, guarded
 from tiedquiet.proof import names, record
-from tiedquiet.proof.adapted import names_in_files, saved
+from tiedquiet.proof.adapted import PREFIX, names_in_files, saved
 from tiedquiet.proof.load import Load
 from tiedquiet.proof.placeholders import version_of
 from tiedquiet.proof.reading import Reading
@@ -117,7 +117,7 @@ def note_names(model: Any, reading: Reading, unread: names.Headers, conversions:
     theirs = {own: key for adapter in model.peft_config for key, own in saved(model, adapter).items() if key in missing}
     # DoRA's magnitudes are modules in the model, and have no `.weight` in the file.
     theirs |= {own.removesuffix(".weight"): key for own, key in theirs.items()}
-    full = {name.removeprefix("base_model.model."): name for name in unread}
+    full = {name.removeprefix(PREFIX): name for name in unread}
     known, headers = {own: state[key] for own, key in theirs.items()}, {short: unread[n] for short, n in full.items()}
     found = names.targets(model, headers, known, conversions) if conversions else {own: own for own in headers}
     for short, own in ((short, own) for short, own in found.items() if own in known):

@@ -1,15 +1,50 @@
 """Compares an adapter in memory with the folder it was saved to, under the names that peft gives its tensors there."""
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from tiedquiet.gate.printing import few
 from tiedquiet.gate.refusal import CannotCheck
+from tiedquiet.gate.weights import OF_ADAPTERS
+from tiedquiet.proof.adapted import PREFIX
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import identical, plain
 from tiedquiet.verdict import Finding, Proof, Verdict
 
-_PREFIX = "base_model.model."  # which transformers adds where it saves an adapter of its own
+T = TypeVar("T")
+
+
+class WithAdapter(Checkpoint):
+    """The files of a model and of its adapter, if it has one: what has the same name in both is two tensors.
+
+    Args:
+        files: their paths.
+        base: as of any checkpoint.
+    """
+
+    def __init__(self, files: list[str], base: str) -> None:
+        super().__init__(None, files, base)
+        self._parts = [
+            Checkpoint(None, [path for path in files if (Path(path).name in OF_ADAPTERS) is is_adapter])
+            for is_adapter in (False, True)
+        ]
+
+    @cached_property
+    def headers(self) -> dict[str, torch.Tensor]:
+        return _both(*(part.headers for part in self._parts))
+
+    @cached_property
+    def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
+        return _both(*(part.tensors for part in self._parts))
+
+
+def _both(own: dict[str, T], adapter: dict[str, T]) -> dict[str, T]:
+    return {**own, **{PREFIX * (name in own) + name: value for name, value in adapter.items()}}
 
 
 def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) -> Proof:
@@ -42,10 +77,10 @@ def check_adapter(model: Any, adapters: list[str], files: list[str], path: str) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             more = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=True)
-        ours |= {key: tensor for key, tensor in more.items() if {key, _PREFIX + key} & stored.keys()}
+        ours |= {key: tensor for key, tensor in more.items() if {key, PREFIX + key} & stored.keys()}
     findings, held, used = [], 0, set()
     for key, tensor in sorted(ours.items()):
-        in_files = next((known for known in (key, _PREFIX + key) if known in stored), None)
+        in_files = next((known for known in (key, PREFIX + key) if known in stored), None)
         if in_files is None:
             findings.append(Finding(key, Verdict.MISSING))
             continue

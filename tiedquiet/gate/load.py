@@ -69,6 +69,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     Raises:
         CannotCheck: it cannot be loaded.
     """
+    from tiedquiet.gate.adapters import WithAdapter
     from tiedquiet.gate.automatic import other_class
     from tiedquiet.gate.beside import rivals
     from tiedquiet.gate.compare import compare
@@ -91,7 +92,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     if problem:
         problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
     files = list(dict.fromkeys(known.files))
-    checkpoint = Checkpoint(None, files, getattr(model, "base_model_prefix", ""))
+    checkpoint: Checkpoint = WithAdapter(files, getattr(model, "base_model_prefix", ""))
     undos = [partial(undo, model), partial(undo_anew, model)]
     conversions = getattr(model, "_weight_conversions", None) or ()
     again, settled, fit = _begin_again(part, loader, how, model), None, OfGguf()

@@ -9,6 +9,8 @@ from tiedquiet.proof.memory import equals
 from tiedquiet.proof.record import stored_name
 from tiedquiet.proof.survey import survey
 
+PREFIX = "base_model.model."  # which peft and transformers put before the names in an adapter's files
+
 
 def base_of(model: Any) -> tuple[Any, str]:
     """The model that peft's has put its adapters into, and what the names of its tensors have before them in peft's."""

@@ -176,11 +176,12 @@ def find_unread(
     if not unread or not wanted:
         return found
     now = survey(model)
-    missing, tied = {key: now.state[key] for key in wanted}, declared(now)
+    state = {key: _whole(tensor) for key, tensor in now.state.items()}
+    missing, tied = {key: state[key] for key in wanted}, declared(now)
     ends = _ends(reading, now)
     needed = {key for key in missing if key not in tied and key not in reading.free}
     was_read = {name: header for name, header in reading.checkpoint.headers.items() if name not in unread}
-    left = Leftovers(model, unread, missing, needed, now.state, conversions, was_read)
+    left = Leftovers(model, unread, missing, needed, state, conversions, was_read)
     for _ in missing:  # each time at least one of them is found, or it was the last
         if not (left.unread and left.missing) or (made := left.made(is_resumed)) is None:
             break
@@ -196,6 +197,12 @@ def find_unread(
             note_unread(reading, found[-1], cure or _to_read(reading, made))
     _note_likely(reading, left.missing, left.not_ignored(), reading.checkpoint, ends)
     return found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in its full shape: of a parameter DeepSpeed's ZeRO-3 keeps a part, and that elsewhere."""
+    shape = getattr(tensor, "ds_shape", None)
+    return tensor if shape is None else torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
 def _to_read(reading: Reading, made: names.Made) -> str:
