@@ -44,7 +44,8 @@ class Original:
     def __init__(self, saved: Saved, kinds: list[str], rng: random.Random) -> None:
         self.saved, self.file, self.state = saved, dict(saved.file), dict(saved.state)
         self.architecture, self.is_own = saved.cls.__name__, True
-        self.kinds = [kind for kind in kinds if kind in CONTENTS and CONTENTS[kind](self, rng)]
+        # In the order of the table: another file comes before what is done to its values.
+        self.kinds = [kind for kind in CONTENTS if kind in kinds and CONTENTS[kind](self, rng)]
         if self.is_own:
             self.names = names_of(self.state, self.file)
 
