@@ -127,10 +127,8 @@ class Truth:
         odd = self.plan.stored.odd.get(key)
         if held and odd == "int8 scale":
             return Fact("codes", True)
-        if held and odd == "int8" and now is not None and now.is_floating_point():
-            return Fact("open", None)  # nobody can know whether there was a scale
         if held:
-            return Fact("held")
+            return self._of_held(key)
         if write is not None and write.way in ("a row zeroed", "a row by numpy"):
             owner = self.built.get_submodule(key.rpartition(".")[0])
             if getattr(owner, "padding_idx", None) == write.row and keeps_but(now, values[0], self.dtype, write.row):
@@ -138,6 +136,12 @@ class Truth:
         group = frozenset(other for other in self.files.held if other != key and self._one(key, other))
         rivals = frozenset(other for other in group if not same(self.files.held[other][0], values[0]))
         return Fact("lost", True, blind, rivals)
+
+    def _of_held(self, key: str) -> Fact:
+        now = self.value(key)
+        if self.plan.stored.odd.get(key) == "int8" and now is not None and now.is_floating_point():
+            return Fact("open", None)  # nobody can know whether there was a scale
+        return Fact("held")
 
     def _keeps(self, key: str, value: torch.Tensor) -> bool:
         """Whether a key holds a value, in the order in which its class may have put it on purpose."""
@@ -151,7 +155,7 @@ class Truth:
         """Of a key that the files have under another name."""
         name, value = self.files.elsewhere[key]
         if self._keeps(key, value):
-            return Fact("held")
+            return self._of_held(key)
         if self._ends_read(key) and self.asked:
             return self._of_missing(key)
         if any(self._one(key, other) for other in self.files.held):

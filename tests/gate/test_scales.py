@@ -154,3 +154,16 @@ def test_codes_that_no_config_and_no_scale_tell(
     name = str(dtype).removeprefix("torch.")
     assert (f"{name} codes were read as values, and the checkpoint has no scale for them" in said) is bool(status)
     assert f"{16 - status} of 16 tensors hold the file's bytes" in said
+
+
+def test_codes_beside_those_of_a_quantiser(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Types differ there anyway: what the quantiser leaves alone is asked when it is compared."""
+    path = make("fp8") / "model.safetensors"
+    (tmp_path / "config.json").write_text((path.parent / "config.json").read_text())
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] = torch.ones_like(tensors["model.embed_tokens.weight"]).to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert main(["check", str(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "codes" in line]
+    assert line.split()[:2] == ["model.embed_tokens.weight", "missing"]
+    assert line.endswith("the file has int8 codes for it, and no scale")
