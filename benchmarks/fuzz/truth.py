@@ -139,8 +139,8 @@ class Truth:
 
     def _of_held(self, key: str) -> Fact:
         now = self.value(key)
-        if self.plan.stored.odd.get(key) == "int8" and now is not None and now.is_floating_point():
-            return Fact("open", None)  # nobody can know whether there was a scale
+        if self.plan.stored.odd.get(key) in ("int8", "int8 scale") and now is not None and now.is_floating_point():
+            return Fact("open", None)  # nobody can know whether there was a scale, or whether one elsewhere is theirs
         return Fact("held")
 
     def _keeps(self, key: str, value: torch.Tensor) -> bool:

@@ -178,6 +178,6 @@ def test_whole_numbers_without_a_scale(key: str, kind: torch.dtype, tmp_path: Pa
         assert (tiedquiet.check(model).ok, printed.loud) == (True, [])
         return
     assert verdicts(model)[key] is Verdict.UNREAD
-    assert "codes were read as values, and the checkpoint has no scale for them" in printed.loud[0]
+    assert "codes were read as values, and the checkpoint has no scale beside them" in printed.loud[0]
     with tiedquiet.enable("strict"), pytest.raises(LoadError, match="no scale"):
         GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32)

@@ -153,7 +153,7 @@ def test_codes_that_no_config_and_no_scale_tell(
     assert main(["check", str(tmp_path)]) == status
     said = capsys.readouterr().out
     name = str(dtype).removeprefix("torch.")
-    assert (f"{name} codes were read as values, and the checkpoint has no scale for them" in said) is bool(status)
+    assert (f"{name} codes were read as values, and the checkpoint has no scale beside them" in said) is bool(status)
     assert f"{16 - status} of 16 tensors hold the file's bytes" in said
 
 

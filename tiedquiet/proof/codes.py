@@ -64,10 +64,10 @@ def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.Tensor, 
     is_codes = stored in CODES or is_whole(stored)
     if not is_codes or ours.dtype in CODES or not ours.is_floating_point():
         return None
-    # Without a scale in any file, whole numbers are no matrix that was trained; float8 may be the numbers themselves.
+    # Without a scale, whole numbers are no matrix that was trained; float8 may be the numbers themselves.
     is_matrix = isinstance(ours, torch.nn.Parameter) and ours.dim() > 1
     if (scale := scales.of(name, stored)) is None and not (is_whole(stored) and is_matrix):
         return None
-    without = f"without {scale}" if scale else "and the checkpoint has no scale for them"
+    without = f"without {scale}" if scale else "and the checkpoint has no scale beside them"
     why = f"{str(stored).removeprefix('torch.')} codes were read as values, {without}"
     return Finding(key, Verdict.UNREAD, None, why, True, "Load it with the quantization_config that it was saved with")
