@@ -128,7 +128,7 @@ class Truth:
         if held and odd == "int8 scale":
             return Fact("codes", True)
         if held:
-            return self._of_held(key)
+            return self._of_held(key, values[0])
         if write is not None and write.way in ("a row zeroed", "a row by numpy"):
             owner = self.built.get_submodule(key.rpartition(".")[0])
             if getattr(owner, "padding_idx", None) == write.row and keeps_but(now, values[0], self.dtype, write.row):
@@ -137,9 +137,9 @@ class Truth:
         rivals = frozenset(other for other in group if not same(self.files.held[other][0], values[0]))
         return Fact("lost", True, blind, rivals)
 
-    def _of_held(self, key: str) -> Fact:
+    def _of_held(self, key: str, value: torch.Tensor) -> Fact:
         now = self.value(key)
-        if self.plan.stored.odd.get(key) in ("int8", "int8 scale") and now is not None and now.is_floating_point():
+        if value.dtype == torch.int8 and now is not None and now.is_floating_point():
             return Fact("open", None)  # nobody can know whether there was a scale, or whether one elsewhere is theirs
         return Fact("held")
 
@@ -155,7 +155,7 @@ class Truth:
         """Of a key that the files have under another name."""
         name, value = self.files.elsewhere[key]
         if self._keeps(key, value):
-            return self._of_held(key)
+            return self._of_held(key, value)
         if self._ends_read(key) and self.asked:
             return self._of_missing(key)
         if any(self._one(key, other) for other in self.files.held):
