@@ -21,7 +21,10 @@ from tiedquiet.verdict import ONE_OF_TWO, Finding, Verdict
 _REPAIR = "Set TIEDQUIET=repair to read them"
 _BY_HAND = "give Trainer a model that from_pretrained loaded from this checkpoint"
 _BY_HAND_OF_BEST = "load this checkpoint with from_pretrained"
-_BY_CODE = "Make the code that read it rename and convert them, as from_pretrained does"
+_BY_CODE = (
+    "Make the code that read it rename and convert them, as from_pretrained does; TIEDQUIET=repair reads them only if "
+    "all else came from these files"
+)
 
 
 def read_folder(

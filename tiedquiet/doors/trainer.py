@@ -267,7 +267,8 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
     only = None if resume.said[1] else missing
     reading, mended, _ = read_folder(of, resume.folder, set(missing), unexpected, may_write=False)
     # Where the code may have read other files, weights averaged over time for one, nothing of these is put beside them.
-    if _unread_in(reading, only) and came_from(of, resume.folder, missing, unexpected):
+    is_repair = mode.current() == "repair"
+    if is_repair and _unread_in(reading, only) and came_from(of, resume.folder, missing, unexpected):
         reading, mended, _ = read_folder(of, resume.folder, set(missing), unexpected)
     unread = _unread_in(reading, only)
     (record.of(whole) or Record(set(), set(), 0)).lasting.update(unread)
@@ -275,8 +276,11 @@ def _judge_said(whole: Any, resume: _Resume) -> Outcome | None:
 
 
 def _unread_in(reading: Reading, known_missing: set[str] | None) -> dict[str, Finding]:
-    unread = {key: found for key, found in reading.found.items() if found.verdict is Verdict.UNREAD}
-    return {key: found for key, found in unread.items() if known_missing is None or key in known_missing}
+    return {
+        key: found
+        for key, found in reading.found.items()
+        if found.verdict is Verdict.UNREAD and (known_missing is None or key in known_missing)
+    }
 
 
 def _leave_inside(of: Inside) -> None:
