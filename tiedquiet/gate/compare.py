@@ -10,7 +10,7 @@ from tiedquiet.gate import progress
 from tiedquiet.gate.lacking import without_scale
 from tiedquiet.gate.threads import Pair, Threads
 from tiedquiet.proof.aside import is_served
-from tiedquiet.proof.codes import is_whole
+from tiedquiet.proof.codes import is_coded_matrix, is_whole
 from tiedquiet.proof.crossing import has_all_with
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.memory import differing, holds, plain, same
@@ -184,13 +184,9 @@ class _Comparing:
 
     def codes(self) -> Iterator[Finding]:
         """Findings on matrices of numbers that a file has as codes: they hold its bytes, which say nothing alone."""
-        kinds = set(filter(is_whole, self._checkpoint.dtypes))  # float8 may be the numbers themselves
-        for name in sorted(self.held) if kinds else ():
-            tensor = self._state[name]
-            if not isinstance(tensor, torch.nn.Parameter) or tensor.dim() < 2 or not tensor.is_floating_point():
-                continue
+        for name in sorted(self.held) if any(map(is_whole, self._checkpoint.dtypes)) else ():
             stored = self._checkpoint.headers.get(next(self._checkpoint.names_of(name), ""))
-            if stored is not None and stored.dtype in kinds:
+            if stored is not None and is_coded_matrix(stored.dtype, self._state[name]):
                 self.held.discard(name)
                 yield without_scale(name, stored.dtype)
 

@@ -15,6 +15,15 @@ def is_whole(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
 
 
+def is_coded_matrix(stored: torch.dtype, ours: torch.Tensor) -> bool:
+    """Whether a matrix of weights is stored as whole numbers: without a scale, none was trained that has these values.
+
+    Those of a vector or a mask may be meant, and float8 may be the numbers themselves.
+    """
+    is_matrix = isinstance(ours, torch.nn.Parameter) and ours.dim() > 1 and ours.is_floating_point()
+    return is_whole(stored) and is_matrix
+
+
 class Scales:
     """Which tensors that nothing read may be the scale of a module's codes.
 
@@ -64,9 +73,7 @@ def without_scale(key: str, name: str, stored: torch.dtype, ours: torch.Tensor, 
     is_codes = stored in CODES or is_whole(stored)
     if not is_codes or ours.dtype in CODES or not ours.is_floating_point():
         return None
-    # Without a scale, whole numbers are no matrix that was trained; float8 may be the numbers themselves.
-    is_matrix = isinstance(ours, torch.nn.Parameter) and ours.dim() > 1
-    if (scale := scales.of(name, stored)) is None and not (is_whole(stored) and is_matrix):
+    if (scale := scales.of(name, stored)) is None and not is_coded_matrix(stored, ours):
         return None
     without = f"without {scale}" if scale else "and the checkpoint has no scale beside them"
     why = f"{str(stored).removeprefix('torch.')} codes were read as values, {without}"
