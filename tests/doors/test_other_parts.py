@@ -90,3 +90,13 @@ def test_one_module_alone_is_no_other_part(tmp_path: Path) -> None:
         model = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
     assert wrong(model, truth) == {"model.layers.0.mlp.gate.weight"}
     assert verdicts(model)["model.layers.0.mlp.gate.weight"] is Verdict.MISSING
+
+
+def test_a_part_that_the_files_have_as_the_model_calls_it_has_no_other_name(tmp_path: Path) -> None:
+    """What lies beside `self_attn` is another module's: averaged over time, say."""
+    truth = written(qwen3_moe(), tmp_path, called(("self_attn.q_proj", "attn_ema.q_proj")))
+    with tiedquiet.enable("repair"):
+        model = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    lost = {key for key in truth if "q_proj" in key}
+    assert wrong(model, truth) == lost
+    assert {key: verdicts(model)[key] for key in lost} == dict.fromkeys(lost, Verdict.MISSING)

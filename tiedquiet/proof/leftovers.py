@@ -267,10 +267,15 @@ class Leftovers(NamedTuple):
         if inside := prefixes.parts_besides(unread, known):
             yield Prefixes("", "", {}, inside=tuple(sorted(inside)))
         ours = Counter(word for word in re.findall(r"\w+", " ".join([*patterns, *self.missing])) if word.isidentifier())
-        for part, name in islice(prefixes.other_parts(unread, known), _MOST_CHANGES):
+        parts = list(islice(prefixes.other_parts(unread, known), _MOST_CHANGES))
+        in_files = {start for name in (*unread, *self.was_read) if parts for start in prefixes.starts(name)}
+        for part, under in parts:
+            one = min(under)  # tells which changes are worth trying
             for other, _ in ours.most_common(names.MOST_TRIED):
                 change = Prefixes("", "", {}, inside=(part,), instead=other)
-                if self._hits(change.known_as([name])):  # one tells which are worth trying
+                places = (prefixes.place_of_part(name, part, other) for name in under)
+                # What the files have in that place by itself they call as the model does.
+                if self._hits(change.known_as([one])) and in_files.isdisjoint(places):
                     yield change
 
     def _cure(self, mappings: Sequence[dict[str, str]], made: names.Made) -> str:

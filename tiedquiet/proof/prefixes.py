@@ -266,8 +266,8 @@ def without(name: str, inside: Collection[str]) -> str:
     return ".".join([*(part for part in path if part not in inside), last])
 
 
-def other_parts(unread: Headers, known: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Each part in the middle of the files' names that the model does not know, and a name that has it.
+def other_parts(unread: Headers, known: Collection[str]) -> Iterator[tuple[str, Collection[str]]]:
+    """Each part in the middle of the files' names that the model does not know, and the names that have it.
 
     Not two of them that stand in the same place of names that are the same otherwise: one may be of a second copy.
 
@@ -275,15 +275,21 @@ def other_parts(unread: Headers, known: Collection[str]) -> Iterator[tuple[str, 
         unread: tensors of the files that nothing read.
         known: the parts that the model and its conversions know.
     """
-    found: dict[str, set[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for name in unread:
         for part in set(name.split(".")[1:-1]).difference(known):
             if not part.isdecimal():
-                found.setdefault(part, set()).add(name)
-    count = Counter(_with_other(name, part, "") for part, some in found.items() for name in some)
-    for part, some in sorted(found.items(), key=lambda one: (-len(one[1]), one[0])):
-        if all(count[_with_other(name, part, "")] == 1 for name in some):
-            yield part, min(some)
+                found.setdefault(part, {})[name] = _with_other(name, part, "")
+    count = Counter(place for places in found.values() for place in places.values())
+    for part, places in sorted(found.items(), key=lambda one: (-len(one[1]), one[0])):
+        if all(count[place] == 1 for place in places.values()):
+            yield part, places.keys()
+
+
+def place_of_part(name: str, part: str, other: str) -> str:
+    """Where a name has a part in its middle, if that were another: the prefix that ends with it."""
+    path = name.split(".")
+    return ".".join([*path[: path.index(part, 1)], other, ""])
 
 
 def _with_other(name: str, part: str, other: str) -> str:
