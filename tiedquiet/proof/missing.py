@@ -246,7 +246,7 @@ def _most_alike(findings: Collection[Finding], state: dict[str, torch.Tensor]) -
         found.setdefault(str(finding.source), {})[finding.key] = finding
     for name, keys in found.items():
         best = most_alike(name, keys)
-        if len({id(state.get(key)) for key in best}) == 1:
+        if len({id(state.get(key, key)) for key in best}) == 1:
             yield keys[best[0]]
 
 
