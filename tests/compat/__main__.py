@@ -48,6 +48,7 @@ DOORS = [
     "languages",
     "modes",
     "other_names",
+    "other_parts",
     "records",
     "renamings",
     "since",
