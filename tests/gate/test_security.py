@@ -295,19 +295,22 @@ def test_the_template_of_a_gguf_file_is_not_run(tmp_path: Path, capsys: pytest.C
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--class", "LlamaForCausalLM"]])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("llama", []), ("llama", ["--class", "LlamaForCausalLM"]), ("qwen2", [])]
+)
 def test_a_gguf_file_that_asks_for_layers_without_end(
-    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_gguf(tmp_path, block_count=10**8)
+    """The config of the second kind makes a list of all its layers: 32 GB, before a model is made."""
+    write_gguf(tmp_path, kind=kind, block_count=4 * 10**9)
     assert main(["check", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
-    assert error == f"tiedquiet: {tmp_path}: model.gguf asks for more than 10,000 layers (num_hidden_layers)\n"
+    assert error == f"tiedquiet: {tmp_path}/model.gguf asks for more than 10,000 layers ({kind}.block_count)\n"
 
 
-def write_gguf(folder: Path, template: str = "", **changes: int) -> None:
+def write_gguf(folder: Path, template: str = "", kind: str = "llama", **changes: int) -> None:
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer = gguf.GGUFWriter(folder / "model.gguf", kind)
     writer.add_chat_template(template)
     sizes = {"context_length": 16, "embedding_length": 8, "block_count": 1, "feed_forward_length": 16, "head_count": 2}
     for name, size in {**sizes, "head_count_kv": 2, "vocab_size": 32, "rope_dimension_count": 4, **changes}.items():

@@ -16,7 +16,9 @@ from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import entries
 
 _Part = TypeVar("_Part")
-_LAYERS = re.compile(r"(?:layers?|depths?|blocks)(?:_per_\w+)?$")  # how configs end the name of their number
+_LAYERS = re.compile(
+    r"(?:layers?|depths?|blocks|block_count)(?:_per_\w+)?$"
+)  # how configs end the name of their number
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_OF_A_KEY = 100  # letters
 _MOST_PARTS = 100  # each is loaded, also where several are in one folder
@@ -26,9 +28,10 @@ _MOST_DIGITS = 3  # of the iterations of a singular value decomposition (`pissa_
 MOST_LABELS = 1_000_000  # transformers makes a name for each
 _MOST_NUMBERS = 1_000_000_000  # besides those that the files may have: of a byte, codes of two bits are four
 _MOST_OF_A_BYTE = 64
+_BYTES_OF_A_NUMBER = 8  # in float64, as tables are computed
 _MOST_VALUES = 3_000_000  # the largest vocabularies, with scores, types and merges, are half as many
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value of each kind in a GGUF file
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _WHOLE = 8, 9, (0, 1, 2, 3, 4, 5, 10, 11)
 _MOST_TENSORS = 250_000  # the published models with the most experts have half as many
 
 
@@ -84,7 +87,7 @@ def parts_of(file: str, parts: Iterable[_Part]) -> list[_Part]:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise CannotCheck where a GGUF file has values without end: they are read one by one, and seven times over."""
+    """Raise CannotCheck where a GGUF file asks for layers without end, or has such values: each is read seven times."""
     if not path.is_file():
         return  # to open a pipe would never end
     torn = (struct.error, ValueError, OSError, RecursionError)  # the load says what is wrong
@@ -96,8 +99,15 @@ def check_gguf(path: Path) -> None:
         if tensors > _MOST_TENSORS:
             raise CannotCheck(f"{path} has more than {_MOST_TENSORS:,} tensors")
         for _ in range(entries):
-            file.seek(_numbers_of(file, "<Q")[0], 1)
-            left -= _skip(file, _numbers_of(file, "<I")[0], 1, left)
+            length = _numbers_of(file, "<Q")[0]
+            file.seek(max(length - _MOST_OF_A_KEY, 0), 1)
+            key = file.read(min(length, _MOST_OF_A_KEY)).decode(errors="replace")
+            kind = _numbers_of(file, "<I")[0]
+            if kind in _WHOLE and _LAYERS.search(key):
+                if int.from_bytes(file.read(_BYTES[kind]), "little") > _MOST_LAYERS:
+                    raise CannotCheck(f"{path} asks for more than {_MOST_LAYERS:,} layers ({key})")
+                file.seek(-_BYTES[kind], 1)
+            left -= _skip(file, kind, 1, left)
             if left < 0:
                 raise CannotCheck(f"{path} has more than {_MOST_VALUES:,} values in its metadata")
 
@@ -134,7 +144,7 @@ def bounded(stored: int = 0) -> Iterator[None]:
     Args:
         stored: how many bytes the files have; 0 where that is not known.
     """
-    made, asked, most = count(1), 0, _MOST_NUMBERS + _MOST_OF_A_BYTE * stored
+    made, asked, most = count(1), 0, _most_numbers(stored)
 
     def look(module: torch.nn.Module, name: str, tensor: Any) -> None:
         nonlocal asked
@@ -151,10 +161,48 @@ def bounded(stored: int = 0) -> Iterator[None]:
         hooks.register_module_buffer_registration_hook(look),
     )
     try:
-        yield
+        with roomy(stored):
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def roomy(stored: int) -> Iterator[None]:
+    """Stop what takes memory without end by any other way: tables of positions, masks, lists of a config's own.
+
+    Linux counts what is the process's own: neither files that are mapped to be read, nor what a GPU has reserved.
+
+    Args:
+        stored: how many bytes the files have; 0 where that is not known.
+    """
+    most = _BYTES_OF_A_NUMBER * _most_numbers(stored)
+    try:
+        import resource
+
+        taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except (ImportError, OSError):  # another system, which does not count that
+        stored = 0
+    if not stored:
+        yield
+        return
+    before, hardest = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = taken + most if before == resource.RLIM_INFINITY else min(before, taken + most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hardest))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            what = f"than there is, or than {most:,} bytes, as much as a model of its files may take"
+            raise RuntimeError(f"it takes more memory {what}") from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hardest))
+
+
+def _most_numbers(stored: int) -> int:
+    return _MOST_NUMBERS + _MOST_OF_A_BYTE * stored
 
 
 def _numbers(value: object) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiedquiet.gate import classes, instead
-from tiedquiet.gate.bounds import check_adapter, check_gguf, check_size, parts_of
+from tiedquiet.gate.bounds import check_adapter, check_gguf, parts_of
 from tiedquiet.gate.config import as_read
 from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.refusal import CannotCheck
@@ -265,10 +265,6 @@ def loader_of(part: Part, trust: bool) -> tuple[Any, str]:
 
     if part.source.gguf:
         check_gguf(part.source.folder() / part.source.gguf)
-        asked: dict[str, Any] = {}
-        with suppress(Exception):  # loading it says what is wrong
-            asked = _config_of_gguf(part).to_dict()
-        check_size(part.label, part.source.gguf, asked)
     own = part.config.get("auto_map")
     own = own if isinstance(own, dict) else {}
     name = part.cls

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tiedquiet.gate import classes, components, report
-from tiedquiet.gate.bounds import bounded, check_adapter
+from tiedquiet.gate.bounds import bounded, check_adapter, roomy
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import explain
@@ -24,7 +24,7 @@ from tiedquiet.gate.patterns import ENDLESS, endless
 from tiedquiet.gate.printing import few, printable
 from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.report import Result
-from tiedquiet.gate.source import Source
+from tiedquiet.gate.source import Source, own_files
 from tiedquiet.gate.trace import Trace
 from tiedquiet.gate.weights import check_header
 from tiedquiet.proof.memory import same
@@ -154,7 +154,9 @@ def _empty(part: Part, entry: components.Entry, how: How) -> Any:
     kind = components.class_of(entry)
     config = part.source.file("config.json", part.name)
     folder = config.parent if config else None
-    with without_hub(not how.trust), init_empty_weights(), bounded():
+    files = own_files(folder, ".safetensors", ".bin") if folder and part.source.is_local else None
+    stored = 0 if files is None else 1 + sum(path.stat().st_size for path in files)
+    with without_hub(not how.trust), init_empty_weights(), bounded(), roomy(stored):
         if classes.is_of_diffusers(kind):
             model = kind.from_config(kind.load_config(folder))
         else:
@@ -178,9 +180,9 @@ def judge(file: File, name: str, empty: dict[str, Any], load: Callable[[Tensors]
         how: how models are to be loaded.
     """
     given = {key: tensor.clone() for key, tensor in file.tensors.items()}  # diffusers scales some of them in place
-    trace = Trace(given)
+    trace, size = Trace(given), 1 + sum(tensor.nbytes for tensor in given.values())
     try:
-        with silent(), enable("off"), trace:
+        with silent(), roomy(size), enable("off"), trace:
             load(given)
     except Exception as error:
         why = explain(error, None, how.trust)

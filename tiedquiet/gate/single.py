@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedquiet.gate import progress, report
-from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.bounds import bounded, roomy
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.diagnosis import damage_of, explain
 from tiedquiet.gate.diffusion import dtype_of, silent
@@ -159,7 +159,7 @@ def make(component: str, file: File, way: Way, how: How) -> Made:
     except Exception as error:
         moves, state, lost = Moves({}), {}, _reason(error, how)
     try:
-        with silent(), bounded(), enable("off"):
+        with silent(), bounded(), roomy(file.path.stat().st_size), enable("off"):
             model = way.load()
     except Exception as error:
         absent = sorted(key for key, tensor in state.items() if tensor.is_meta and not moves.of(tensor))
@@ -219,7 +219,7 @@ def _follow(file: File, way: Way, without: Collection[str] = ()) -> tuple[Moves,
         if name not in without
     }
     moves = Moves(given)
-    with silent(), bounded(), enable("off"), moves:
+    with silent(), bounded(), roomy(file.path.stat().st_size), enable("off"), moves:
         model = way.follow({**file.others, **given})
     return moves, survey(model).state
 
