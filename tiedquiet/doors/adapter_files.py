@@ -69,11 +69,14 @@ class Adapter:
         self.known.adapted = adapted
         self.repaired: list[Finding] = []
         self.beside = {name: name not in unseen for name in self._names_beside()}
+        # Prompts are read by code of their own, under the names that they have in the files.
+        self._prompts = prompts_of(model, self._name).keys() - self.in_files.values()
+        self.beside |= {name: name in self.checkpoint.headers for name in self._prompts}
 
     def _names_beside(self) -> list[str]:
         model = self._model
         if model.peft_config[self._name].is_prompt_learning:
-            return []  # prompts are read by code of their own
+            return []
         # What its layers hold as well, peft draws again from a seed (VeRA).
         in_base = set(map(id, self._state.values()))
         found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
@@ -123,9 +126,7 @@ class Adapter:
     def _without_place(self, reported: Collection[str]) -> tuple[set[str], int, set[str]]:
         """The names in the files that peft found no place for, how many those are, and which stand for one each."""
         headers = self.checkpoint.headers
-        # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
-        others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
-        others = [name if name in headers else stored_name(name) for name in others]
+        others = [name if name in headers else stored_name(name) for name in reported if name not in self._prompts]
         found = {_as_given(self._name, name, headers) for name in others}
         count, single = len(others), found
         by_their_names = {self.in_files[key] for key in self.known.stored}
@@ -270,13 +271,19 @@ def _lost_in_casts(
         yield Finding(key, Verdict.OVERWRITTEN, key, by, True, cure)
 
 
-def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
-    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+def prompts_of(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """What peft saves of an adapter that consists of prompts; nothing of any other."""
     from peft import get_peft_model_state_dict
 
     if not model.peft_config[adapter].is_prompt_learning:
-        return []
-    now = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        return {}
+    now: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return now
+
+
+def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
+    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+    now = prompts_of(model, adapter)
     return sorted(n for n, read in checkpoint.tensors.items() if n in now and not equals(now[n], read()))
 
 

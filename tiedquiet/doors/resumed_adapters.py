@@ -104,7 +104,7 @@ class _Adapters:
             if self._earlier is not None and {key.removeprefix(prefix) for key in names} <= self._earlier.stored:
                 return  # it came from somewhere else
             self._warn(f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had")
-        elif not names and (wrong := altered_prompts(self._model, adapter, checkpoint)):
+        elif wrong := sorted(set(altered_prompts(self._model, adapter, checkpoint)) - set(names.values())):
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
             known.findings[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
         known.files += checkpoint.files
