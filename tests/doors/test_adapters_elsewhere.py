@@ -133,6 +133,25 @@ def test_the_adapter_of_one_layer_is_not_read_into_another(tmp_path: Path, print
     assert any("0 of 2 tensors of the adapter were read" in line for line in printed.loud)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_what_layers_share_is_repaired_under_each_of_its_names(tmp_path: Path, printed: Printed) -> None:
+    qwen2().save_pretrained(tmp_path / "base")
+    shape = {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2}
+    config = peft.VBLoRAConfig(target_modules=["q_proj", "v_proj"], init_logits_std=1.0, **shape)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    save_file({f"module.{name}": value for name, value in tensors.items()}, tmp_path / "adapter" / FILE)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    now = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(now[name], value) for name, value in tensors.items())
+    assert tiedquiet.check(loaded).ok
+    assert not printed.loud
+
+
 def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
     """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
     qwen2().save_pretrained(tmp_path / "base")

@@ -101,11 +101,13 @@ class Adapter:
                 known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
         count += len(known.lasting)
         wrapped = list(self._in_wrappers())
+        settled = set()
         for finding in [*wrapped, *self._under_a_prefix(single - {finding.source for finding in wrapped})]:
             rest.discard(finding.source or "")
             if self._is_held(finding) or self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
-                count -= 1
+                settled.add(finding.source)
+        count -= len(settled)
         # A name that the files do not have may stand for several that peft has merged.
         is_known = rest <= checkpoint.headers.keys()
         known.lasting.update(of_the_whole(checkpoint, count if is_known else None, sorted(rest)))
@@ -148,13 +150,13 @@ class Adapter:
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
         """Findings on what nothing read because its names have another prefix."""
         unread = of_models({name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest})
-        key_of = {self.in_files[key]: key for key in self.known.missing}
-        by_name = {name: self._state[key] for name, key in key_of.items()}
-        prefixes = by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
+        by_name = {self.in_files[key]: self._state[key] for key in self.known.missing}
+        prefixes = by_prefix(unread, by_name, by_name, [self.prefix + key for key in self._state])
         if prefixes is None:
             return
-        for expected, name in prefixes.names.items():
-            yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
+        for key in sorted(self.known.missing):  # of which layers may share one
+            if name := prefixes.names.get(self.in_files[key]):
+                yield Finding(key, Verdict.UNREAD, name, prefixes.why, True, _CURE)
         # What peft has saved of the base model's own is not missing: the load of that has read it.
         own = {self.prefix + key: key for key in self._state.keys() - self.in_files.keys()}
         others = prefixes.known_as(unread.keys() - set(prefixes.names.values()))
