@@ -152,6 +152,52 @@ def test_what_layers_share_is_repaired_under_each_of_its_names(tmp_path: Path, p
     assert not printed.loud
 
 
+def with_an_adapter(tmp_path: Path) -> Path:
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("is_lean", [True, False])
+def test_what_lies_on_meta_once_it_was_read(is_lean: bool, tmp_path: Path, printed: Printed) -> None:
+    """An adapter goes where its layers are; and DoRA over those of bitsandbytes' puts these on meta itself."""
+    adapter = with_an_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    printed.records.clear()
+    model = peft.PeftModel.from_pretrained(base.to("meta"), adapter, low_cpu_mem_usage=is_lean)
+    assert all(value.is_meta for name, value in model.named_parameters() if "lora" in name)
+    assert any(
+        "where nothing has values. Load the adapter into a model that has values" in line for line in printed.loud
+    )
+    assert not tiedquiet.check(model).ok
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="stored values were LOST"):
+        peft.PeftModel.from_pretrained(base.to("meta"), adapter, low_cpu_mem_usage=is_lean)
+
+
+def test_what_accelerate_keeps_on_disk_is_held(tmp_path: Path, printed: Printed) -> None:
+    adapter = with_an_adapter(tmp_path)
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {"model.layers.1": "disk", **dict.fromkeys(parts, "cpu")}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "disk")
+    )
+    inside = {f"base_model.model.{part}": place for part, place in places.items()}
+    more = {"device_map": inside, "offload_dir": str(tmp_path / "more"), "low_cpu_mem_usage": True}
+    try:
+        with tiedquiet.enable("strict"):
+            model = peft.PeftModel.from_pretrained(base, adapter, **more)
+    except KeyError:
+        pytest.skip("this release of peft cannot put such a model aside")
+    assert any(value.is_meta for name, value in model.named_parameters() if "lora" in name)
+    assert any(value.is_meta for name, value in model.named_parameters() if "base_layer" in name)
+    proof = tiedquiet.check(model)
+    assert proof.ok, proof
+
+
 def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
     """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
     qwen2().save_pretrained(tmp_path / "base")

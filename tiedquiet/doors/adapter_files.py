@@ -11,6 +11,7 @@ from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import PREFIX, base_of, base_s_own, names_in_files, saved, without
+from tiedquiet.proof.aside import is_served
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -24,6 +25,8 @@ from tiedquiet.verdict import Finding, Verdict
 
 FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+_ON_META = "by what put their layers on meta, where nothing has values"
+_CURE_ON_META = "Load the adapter into a model that has values, and without low_cpu_mem_usage"
 _OF_WRAPPERS = "because peft goes by the names of modules, which have a wrapper's part in them"
 _CURE_OF_WRAPPERS = "Set TIEDQUIET=repair to read them, or wrap the layers once the adapter is loaded"
 
@@ -111,6 +114,8 @@ class Adapter:
         # A name that the files do not have may stand for several that peft has merged.
         is_known = rest <= checkpoint.headers.keys()
         known.lasting.update(of_the_whole(checkpoint, count if is_known else None, sorted(rest)))
+        for key in sorted(key for key in known.stored if self.is_on_meta(key) and not is_served(self.base, key)):
+            known.lasting[key] = Finding(key, Verdict.OVERWRITTEN, key, _ON_META, True, _CURE_ON_META)
         if not self._has_mapping:  # which may have exchanged names
             for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
                 self._mend(finding, self.in_files[finding.key])

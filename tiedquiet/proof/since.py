@@ -104,7 +104,7 @@ def _as_change(model: torch.nn.Module, known: Record, now: Survey, finding: Find
     key, then = finding.key, known.findings.get(finding.key)
     if then is None or then.verdict not in WELL:
         return finding
-    if now.state[key].is_meta and not is_served(model, key):
+    if now.state[key].is_meta and not _is_served(model, now, key):
         return Finding(key, Verdict.UNPROVEN, None, f"it was {then.verdict}, and has since been {_TO_META}", since=True)
     if finding.verdict in WELL:
         return finding
@@ -169,9 +169,9 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
                 continue  # it has another name since
             is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
             became = "moved to another place in the model" if is_elsewhere else "removed from the model"
-        elif tensor.is_meta and not is_served(model, name):
+        elif tensor.is_meta and not _is_served(model, now, name):
             became = _TO_META
-        elif is_moved(model, name) or type(tensor) not in ORDINARY:
+        elif tensor.is_meta or is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate or FSDP holds the values elsewhere, or has parted them
         elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
             # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
@@ -188,6 +188,12 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
             continue
         why = f"it was read, and has since been {became}"
         yield Finding(name, Verdict.UNPROVEN, None, why, since=name not in known.lasting)
+
+
+def _is_served(model: torch.nn.Module, now: Survey, name: str) -> bool:
+    """Whether something puts values in the place of a tensor on meta; PEFT may have put a layer around its own."""
+    tensor = now.state[name]
+    return any(is_served(model, own) for own, one in now.state.items() if one is tensor)
 
 
 def _put_in_and_read(now: Survey) -> set[str]:
