@@ -198,6 +198,24 @@ def test_what_accelerate_keeps_on_disk_is_held(tmp_path: Path, printed: Printed)
     assert proof.ok, proof
 
 
+def test_an_adapter_around_a_base_that_was_compiled(tmp_path: Path, printed: Printed) -> None:
+    with_an_adapter(tmp_path)
+    base = torch.compile(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), backend="eager")
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    compiled = {
+        name.replace("base_model.model.", "base_model.model._orig_mod."): value for name, value in tensors.items()
+    }
+    save_file(compiled, tmp_path / "adapter" / FILE, {"format": "pt"})  # as peft saves that of such a base
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not printed.loud
+    assert tiedquiet.check(model).ok
+    assert tiedquiet.check(model, tmp_path / "base").ok
+    proof = tiedquiet.check(model, tmp_path / "adapter")
+    assert (proof.ok, proof.stored, proof.total) == (True, len(tensors), len(tensors))
+
+
 def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
     """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
     qwen2().save_pretrained(tmp_path / "base")

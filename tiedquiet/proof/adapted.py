@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.memory import equals
-from tiedquiet.proof.record import stored_name
+from tiedquiet.proof.record import stored_name, uncompiled
 from tiedquiet.proof.survey import survey
 
 PREFIX = "base_model.model."  # which peft and transformers put before the names in an adapter's files
@@ -15,6 +15,7 @@ PREFIX = "base_model.model."  # which peft and transformers put before the names
 def base_of(model: Any) -> tuple[Any, str]:
     """The model that peft's has put its adapters into, and what the names of its tensors have before them in peft's."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+    base = uncompiled(base)  # which the record of its own load is on
     return base, next(name for name, module in model.named_modules() if module is base) + "."
 
 
