@@ -216,6 +216,38 @@ def test_an_adapter_around_a_base_that_was_compiled(tmp_path: Path, printed: Pri
     assert (proof.ok, proof.stored, proof.total) == (True, len(tensors), len(tensors))
 
 
+class Silent(torch.nn.Linear):
+    """As quanto's layers do, it tells nobody that it found no values for its bias."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        own = (state_dict.get(prefix + name) for name in ("weight", "bias"))
+        for tensor, values in zip((self.weight, self.bias), own, strict=True):
+            if values is not None:
+                tensor.data.copy_(values)
+
+
+def test_biases_that_the_file_lacks_and_a_layer_does_not_miss(tmp_path: Path, printed: Printed) -> None:
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    for is_whole in (True, False):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        for layer in base.model.layers:
+            layer.self_attn.k_proj.__class__ = Silent
+        printed.records.clear()
+        with tiedquiet.enable("strict"):
+            loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert tiedquiet.check(loaded).ok == is_whole
+        assert bool(printed.loud) != is_whole
+        tensors = load_file(tmp_path / "adapter" / FILE)
+        tensors.pop("base_model.model.model.layers.0.self_attn.k_proj.bias", None)
+        save_file(tensors, tmp_path / "adapter" / FILE, {"format": "pt"})
+    (line,) = printed.loud
+    assert f"missing, 1 of {len(tensors) + 1} tensors of the adapter is not in its files" in line
+    assert line.endswith(": model.layers.0.self_attn.k_proj.bias")
+
+
 def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
     """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
     qwen2().save_pretrained(tmp_path / "base")

@@ -59,6 +59,10 @@ class Adapter:
         self._state, self._whole = survey(self.base).state, survey(model).state
         own = saved(model, self._name)
         self.in_files = {key: own[self.prefix + key] for key in self._state if self.prefix + key in own}
+        if self.checkpoint.headers and not self._has_mapping:
+            # A layer may say nothing of what it finds no values for: quanto's of biases, which peft does not rename.
+            kept = {name for name, in_files in own.items() if name == in_files}
+            unseen = {*unseen, *(kept - self.checkpoint.headers.keys())}
         # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
         read = {id(self._whole[name]) for name in own.keys() - unseen}
         missing = {key for key in self.in_files if id(self._state[key]) not in read}
