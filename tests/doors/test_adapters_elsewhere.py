@@ -178,7 +178,8 @@ def test_what_lies_on_meta_once_it_was_read(is_lean: bool, tmp_path: Path, print
         peft.PeftModel.from_pretrained(base.to("meta"), adapter, low_cpu_mem_usage=is_lean)
 
 
-def test_what_accelerate_keeps_on_disk_is_held(tmp_path: Path, printed: Printed) -> None:
+def test_what_accelerate_keeps_on_disk_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # peft writes there, too
     adapter = with_an_adapter(tmp_path)
     parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     places = {"model.layers.1": "disk", **dict.fromkeys(parts, "cpu")}
