@@ -133,6 +133,122 @@ def test_the_adapter_of_one_layer_is_not_read_into_another(tmp_path: Path, print
     assert any("0 of 2 tensors of the adapter were read" in line for line in printed.loud)
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_what_layers_share_is_repaired_under_each_of_its_names(tmp_path: Path, printed: Printed) -> None:
+    qwen2().save_pretrained(tmp_path / "base")
+    shape = {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2}
+    config = peft.VBLoRAConfig(target_modules=["q_proj", "v_proj"], init_logits_std=1.0, **shape)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    save_file({f"module.{name}": value for name, value in tensors.items()}, tmp_path / "adapter" / FILE)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    printed.records.clear()
+    with tiedquiet.enable("repair"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    now = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(now[name], value) for name, value in tensors.items())
+    assert tiedquiet.check(loaded).ok
+    assert not printed.loud
+
+
+def with_an_adapter(tmp_path: Path) -> Path:
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+@pytest.mark.parametrize("is_lean", [True, False])
+def test_what_lies_on_meta_once_it_was_read(is_lean: bool, tmp_path: Path, printed: Printed) -> None:
+    """An adapter goes where its layers are; and DoRA over those of bitsandbytes' puts these on meta itself."""
+    adapter = with_an_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    printed.records.clear()
+    model = peft.PeftModel.from_pretrained(base.to("meta"), adapter, low_cpu_mem_usage=is_lean)
+    assert all(value.is_meta for name, value in model.named_parameters() if "lora" in name)
+    assert any(
+        "where nothing has values. Load the adapter into a model that has values" in line for line in printed.loud
+    )
+    assert not tiedquiet.check(model).ok
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with tiedquiet.enable("strict"), pytest.raises(LoadError, match="stored values were LOST"):
+        peft.PeftModel.from_pretrained(base.to("meta"), adapter, low_cpu_mem_usage=is_lean)
+
+
+def test_what_accelerate_keeps_on_disk_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # peft writes there, too
+    adapter = with_an_adapter(tmp_path)
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {"model.layers.1": "disk", **dict.fromkeys(parts, "cpu")}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "disk")
+    )
+    inside = {f"base_model.model.{part}": place for part, place in places.items()}
+    more = {"device_map": inside, "offload_dir": str(tmp_path / "more"), "low_cpu_mem_usage": True}
+    try:
+        with tiedquiet.enable("strict"):
+            model = peft.PeftModel.from_pretrained(base, adapter, **more)
+    except KeyError:
+        pytest.skip("this release of peft cannot put such a model aside")
+    assert any(value.is_meta for name, value in model.named_parameters() if "lora" in name)
+    assert any(value.is_meta for name, value in model.named_parameters() if "base_layer" in name)
+    proof = tiedquiet.check(model)
+    assert proof.ok, proof
+
+
+def test_an_adapter_around_a_base_that_was_compiled(tmp_path: Path, printed: Printed) -> None:
+    with_an_adapter(tmp_path)
+    base = torch.compile(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), backend="eager")
+    tensors = load_file(tmp_path / "adapter" / FILE)
+    compiled = {
+        name.replace("base_model.model.", "base_model.model._orig_mod."): value for name, value in tensors.items()
+    }
+    save_file(compiled, tmp_path / "adapter" / FILE, {"format": "pt"})  # as peft saves that of such a base
+    printed.records.clear()
+    with tiedquiet.enable("strict"):
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not printed.loud
+    assert tiedquiet.check(model).ok
+    assert tiedquiet.check(model, tmp_path / "base").ok
+    proof = tiedquiet.check(model, tmp_path / "adapter")
+    assert (proof.ok, proof.stored, proof.total) == (True, len(tensors), len(tensors))
+
+
+class Silent(torch.nn.Linear):
+    """As quanto's layers do, it tells nobody that it found no values for its bias."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        own = (state_dict.get(prefix + name) for name in ("weight", "bias"))
+        for tensor, values in zip((self.weight, self.bias), own, strict=True):
+            if values is not None:
+                tensor.data.copy_(values)
+
+
+def test_biases_that_the_file_lacks_and_a_layer_does_not_miss(tmp_path: Path, printed: Printed) -> None:
+    qwen2().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    for is_whole in (True, False):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        for layer in base.model.layers:
+            layer.self_attn.k_proj.__class__ = Silent
+        printed.records.clear()
+        with tiedquiet.enable("strict"):
+            loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert tiedquiet.check(loaded).ok == is_whole
+        assert bool(printed.loud) != is_whole
+        tensors = load_file(tmp_path / "adapter" / FILE)
+        tensors.pop("base_model.model.model.layers.0.self_attn.k_proj.bias", None)
+        save_file(tensors, tmp_path / "adapter" / FILE, {"format": "pt"})
+    (line,) = printed.loud
+    assert f"missing, 1 of {len(tensors) + 1} tensors of the adapter is not in its files" in line
+    assert line.endswith(": model.layers.0.self_attn.k_proj.bias")
+
+
 def test_what_lies_beside_the_base_model(tmp_path: Path, printed: Printed) -> None:
     """X-LoRA's classifier, of which peft 0.21 leaves a part out of the file, because its number is an adapter's name."""
     qwen2().save_pretrained(tmp_path / "base")

@@ -113,6 +113,27 @@ def test_a_head_that_an_adapter_s_file_has_under_the_base_s_name(
     assert not [one for one in components(capsys)["."]["findings"] if one["verdict"] == "overwritten"]
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_biases_that_an_adapter_s_file_has_under_the_base_s_names(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    kind = DistilBertForMaskedLM
+    kind(DistilBertConfig(dim=16, hidden_dim=32, n_layers=1, n_heads=2, vocab_size=64)).save_pretrained(
+        tmp_path / "base"
+    )
+    config = peft.LoraConfig(target_modules=["q_lin"], bias="all")
+    peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {key.replace("base_model.model.", prefix): value + 1 for key, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    assert bool(tensors.keys() & load_file(tmp_path / "base" / "model.safetensors").keys()) == (not prefix)
+    status = 0 if is_read(kind, tmp_path / "adapter") else 1
+    capsys.readouterr()
+    assert check(tmp_path / "adapter", "--json") == status
+    assert not [one for one in components(capsys)["."]["findings"] if one["verdict"] == "overwritten"]
+
+
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
 def test_as_many_labels_as_the_adapter_has(config: Any, labels: int, tmp_path: Path, line: Callable[..., str]) -> None:

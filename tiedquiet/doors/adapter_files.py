@@ -11,6 +11,7 @@ from tiedquiet import mode, words
 from tiedquiet.doors.outcome import fold
 from tiedquiet.proof import names, record
 from tiedquiet.proof.adapted import PREFIX, base_of, base_s_own, names_in_files, saved, without
+from tiedquiet.proof.aside import is_served
 from tiedquiet.proof.casts import cast_finding
 from tiedquiet.proof.files import Checkpoint, found_in
 from tiedquiet.proof.memory import equals, types_of
@@ -24,6 +25,8 @@ from tiedquiet.verdict import Finding, Verdict
 
 FOR_INFERENCE = "Load the adapter for inference, with is_trainable=False"
 _CURE = "Set TIEDQUIET=repair to read them, or load the adapter into the model that it was trained on"
+_ON_META = "by what put their layers on meta, where nothing has values"
+_CURE_ON_META = "Load the adapter into a model that has values, and without low_cpu_mem_usage"
 _OF_WRAPPERS = "because peft goes by the names of modules, which have a wrapper's part in them"
 _CURE_OF_WRAPPERS = "Set TIEDQUIET=repair to read them, or wrap the layers once the adapter is loaded"
 
@@ -56,6 +59,10 @@ class Adapter:
         self._state, self._whole = survey(self.base).state, survey(model).state
         own = saved(model, self._name)
         self.in_files = {key: own[self.prefix + key] for key in self._state if self.prefix + key in own}
+        if self.checkpoint.headers and not self._has_mapping:
+            # A layer may say nothing of what it finds no values for: quanto's of biases, which peft does not rename.
+            kept = {name for name, in_files in own.items() if name == in_files}
+            unseen = {*unseen, *(kept - self.checkpoint.headers.keys())}
         # Layers may share a tensor that the file has once, under another name (VB-LoRA's vector bank).
         read = {id(self._whole[name]) for name in own.keys() - unseen}
         missing = {key for key in self.in_files if id(self._state[key]) not in read}
@@ -69,11 +76,14 @@ class Adapter:
         self.known.adapted = adapted
         self.repaired: list[Finding] = []
         self.beside = {name: name not in unseen for name in self._names_beside()}
+        # Prompts are read by code of their own, under the names that they have in the files.
+        self._prompts = prompts_of(model, self._name).keys() - self.in_files.values()
+        self.beside |= {name: name in self.checkpoint.headers for name in self._prompts}
 
     def _names_beside(self) -> list[str]:
         model = self._model
         if model.peft_config[self._name].is_prompt_learning:
-            return []  # prompts are read by code of their own
+            return []
         # What its layers hold as well, peft draws again from a seed (VeRA).
         in_base = set(map(id, self._state.values()))
         found = [n for n, t in self._whole.items() if not n.startswith(self.prefix) and id(t) not in in_base]
@@ -98,14 +108,18 @@ class Adapter:
                 known.lasting[key] = Finding(key, Verdict.MISSING, None, "the file has it in another shape")
         count += len(known.lasting)
         wrapped = list(self._in_wrappers())
+        settled = set()
         for finding in [*wrapped, *self._under_a_prefix(single - {finding.source for finding in wrapped})]:
             rest.discard(finding.source or "")
             if self._is_held(finding) or self._mend(finding, finding.source):
                 self._count_as_read({finding.key})
-                count -= 1
+                settled.add(finding.source)
+        count -= len(settled)
         # A name that the files do not have may stand for several that peft has merged.
         is_known = rest <= checkpoint.headers.keys()
         known.lasting.update(of_the_whole(checkpoint, count if is_known else None, sorted(rest)))
+        for key in sorted(key for key in known.stored if self.is_on_meta(key) and not is_served(self.base, key)):
+            known.lasting[key] = Finding(key, Verdict.OVERWRITTEN, key, _ON_META, True, _CURE_ON_META)
         if not self._has_mapping:  # which may have exchanged names
             for finding in list(_lost_in_casts(known, self.in_files, self._state, checkpoint)):
                 self._mend(finding, self.in_files[finding.key])
@@ -123,9 +137,7 @@ class Adapter:
     def _without_place(self, reported: Collection[str]) -> tuple[set[str], int, set[str]]:
         """The names in the files that peft found no place for, how many those are, and which stand for one each."""
         headers = self.checkpoint.headers
-        # Prompts are no part of the model: peft calls them unexpected, and reads them by code of their own.
-        others = [] if self._model.peft_config[self._name].is_prompt_learning else reported
-        others = [name if name in headers else stored_name(name) for name in others]
+        others = [name if name in headers else stored_name(name) for name in reported if name not in self._prompts]
         found = {_as_given(self._name, name, headers) for name in others}
         count, single = len(others), found
         by_their_names = {self.in_files[key] for key in self.known.stored}
@@ -147,13 +159,13 @@ class Adapter:
     def _under_a_prefix(self, rest: Collection[str]) -> Iterator[Finding]:
         """Findings on what nothing read because its names have another prefix."""
         unread = of_models({name: self.checkpoint.headers[name] for name in self.checkpoint.headers.keys() & rest})
-        key_of = {self.in_files[key]: key for key in self.known.missing}
-        by_name = {name: self._state[key] for name, key in key_of.items()}
-        prefixes = by_prefix(unread, by_name, key_of, [self.prefix + key for key in self._state])
+        by_name = {self.in_files[key]: self._state[key] for key in self.known.missing}
+        prefixes = by_prefix(unread, by_name, by_name, [self.prefix + key for key in self._state])
         if prefixes is None:
             return
-        for expected, name in prefixes.names.items():
-            yield Finding(key_of[expected], Verdict.UNREAD, name, prefixes.why, True, _CURE)
+        for key in sorted(self.known.missing):  # of which layers may share one
+            if name := prefixes.names.get(self.in_files[key]):
+                yield Finding(key, Verdict.UNREAD, name, prefixes.why, True, _CURE)
         # What peft has saved of the base model's own is not missing: the load of that has read it.
         own = {self.prefix + key: key for key in self._state.keys() - self.in_files.keys()}
         others = prefixes.known_as(unread.keys() - set(prefixes.names.values()))
@@ -270,13 +282,19 @@ def _lost_in_casts(
         yield Finding(key, Verdict.OVERWRITTEN, key, by, True, cure)
 
 
-def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
-    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+def prompts_of(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """What peft saves of an adapter that consists of prompts; nothing of any other."""
     from peft import get_peft_model_state_dict
 
     if not model.peft_config[adapter].is_prompt_learning:
-        return []
-    now = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        return {}
+    now: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return now
+
+
+def altered_prompts(model: Any, adapter: str, checkpoint: Checkpoint) -> list[str]:
+    """What the files have of an adapter's prompts, where the model's are others once they went through an encoder."""
+    now = prompts_of(model, adapter)
     return sorted(n for n, read in checkpoint.tensors.items() if n in now and not equals(now[n], read()))
 
 

@@ -42,7 +42,7 @@ def versions(model: Any) -> Versions:
     """For each adapter the versions of its tensors, by which is seen whether anything is written to them."""
     if mode.current() == "off" or not has_adapters(model):
         return {}
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = record.uncompiled(model)
     state = survey(model).state
     # What has no adapter's name may be several adapters' (biases of the base model).
     found = {name: names_in_files(model, name) or saved(model, name) for name in model.peft_config}
@@ -61,7 +61,7 @@ def judge_rest(model: Any, folder: str, before: Versions, told: Collection[str],
         told: the names of those of which their own door has told what became of them.
         is_best: whether it reads its best model: then it gives what it finds in the folder to the active adapter.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = record.uncompiled(model)
     now = versions(model)
     left = {name for name in before if now.get(name) == before[name]} - set(told)
     rest = [name for name in before if name in left or (is_best and name != "default")]
@@ -104,7 +104,7 @@ class _Adapters:
             if self._earlier is not None and {key.removeprefix(prefix) for key in names} <= self._earlier.stored:
                 return  # it came from somewhere else
             self._warn(f"the checkpoint has no files of the adapter {adapter}, which keeps the values that it had")
-        elif not names and (wrong := altered_prompts(self._model, adapter, checkpoint)):
+        elif wrong := sorted(set(altered_prompts(self._model, adapter, checkpoint)) - set(names.values())):
             why = f"{wrong[0]} of the adapter {adapter} was not read, {_WHY}"
             known.findings[""] = Finding("", Verdict.UNREAD, wrong[0], why, True, FOR_INFERENCE)
         known.files += checkpoint.files

@@ -1,7 +1,7 @@
 """Compares an adapter in memory with the folder it was saved to, under the names that peft gives its tensors there."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +25,12 @@ class WithAdapter(Checkpoint):
     Args:
         files: their paths.
         base: as of any checkpoint.
+        adapted: the names of what the adapter brought, or has read in the place of what the model had.
     """
 
-    def __init__(self, files: list[str], base: str) -> None:
+    def __init__(self, files: list[str], base: str, adapted: Collection[str]) -> None:
         super().__init__(None, files, base)
+        self._adapted = adapted
         self._parts = [
             Checkpoint(None, [path for path in files if (Path(path).name in OF_ADAPTERS) is is_adapter])
             for is_adapter in (False, True)
@@ -41,6 +43,10 @@ class WithAdapter(Checkpoint):
     @cached_property
     def tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
         return _both(*(part.tensors for part in self._parts))
+
+    def names_of(self, name: str) -> Iterator[str]:
+        key = PREFIX + name
+        return iter([key]) if name in self._adapted and key in self.tensors else super().names_of(name)
 
 
 def _both(own: dict[str, T], adapter: dict[str, T]) -> dict[str, T]:

@@ -19,7 +19,7 @@ from tiedquiet.proof import names
 from tiedquiet.proof.adapted import names_in_files
 from tiedquiet.proof.files import Checkpoint
 from tiedquiet.proof.reading import read
-from tiedquiet.proof.record import Record, loaded_name, without_wrappers
+from tiedquiet.proof.record import Record, loaded_name, uncompiled, without_wrappers
 from tiedquiet.proof.survey import survey
 from tiedquiet.verdict import Proof
 
@@ -77,7 +77,7 @@ def check(model: Any, path: str) -> Proof:
         return check_adapter(model, adapters, files, path)
     if is_adapter:
         raise CannotCheck(f"{path} holds an adapter, and the model has none; check the folder of its base model")
-    base = model.get_base_model() if adapters and is_peft_s else model
+    base = uncompiled(model.get_base_model()) if adapters and is_peft_s else model
     return _check(base, _OfWrappers(files, getattr(base, "base_model_prefix", ""), around), path, adapters)
 
 
@@ -85,7 +85,7 @@ def _inside(model: Any) -> str | None:
     """The name of the model inside what `torch.compile` or DDP made of it; None for any other."""
     if isinstance(model, _PARALLEL):
         return "module"
-    return "_orig_mod" if hasattr(model, "_orig_mod") else None
+    return "_orig_mod" if isinstance(model, torch.nn.Module) and uncompiled(model) is not model else None
 
 
 def _check(model: Any, checkpoint: Checkpoint, path: str, adapters: list[str]) -> Proof:

@@ -92,7 +92,7 @@ def check_model(part: Part, how: How, kind: Any = None) -> Result:
     if problem:
         problem += f": loaded as {name}, so a head, if there is one, was not checked; name the class with --class"
     files = list(dict.fromkeys(known.files))
-    checkpoint: Checkpoint = WithAdapter(files, getattr(model, "base_model_prefix", ""))
+    checkpoint: Checkpoint = WithAdapter(files, getattr(model, "base_model_prefix", ""), known.adapted)
     undos = [partial(undo, model), partial(undo_anew, model)]
     conversions = getattr(model, "_weight_conversions", None) or ()
     again, settled, fit = _begin_again(part, loader, how, model), None, OfGguf()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tiedquiet.proof.memory import equals
-from tiedquiet.proof.record import stored_name
+from tiedquiet.proof.record import stored_name, uncompiled
 from tiedquiet.proof.survey import survey
 
 PREFIX = "base_model.model."  # which peft and transformers put before the names in an adapter's files
@@ -15,6 +15,7 @@ PREFIX = "base_model.model."  # which peft and transformers put before the names
 def base_of(model: Any) -> tuple[Any, str]:
     """The model that peft's has put its adapters into, and what the names of its tensors have before them in peft's."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model.model
+    base = uncompiled(base)  # which the record of its own load is on
     return base, next(name for name, module in model.named_modules() if module is base) + "."
 
 
@@ -48,15 +49,12 @@ def saved(model: Any, adapter: str) -> dict[str, str]:
     wrapped = {name: tensor for name, tensor in survey(model).state.items() if name not in state}
     wrapped = {name: tensor for name, tensor in wrapped.items() if state.pop(stored_name(name), None) is not None}
     state |= wrapped
-    given = None if is_prompts else state  # prompts are computed
-    found = get_peft_model_state_dict(model, given, adapter_name=adapter, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, state, adapter_name=adapter, save_embedding_layers=False)
     theirs = {stored_name(name): tensor for name, tensor in found.items()}
     by_tensor = {id(tensor): name for name, tensor in theirs.items()}
     by_name = names_in_files(model, adapter)  # for what peft cuts to size
-    if is_prompts:
-        by_name = {
-            key: name for key in by_name for name in theirs if len(by_name) == 1 and equals(state[key], theirs[name])
-        }
+    if is_prompts:  # which are computed
+        by_name = {key: name for key in by_name for name in theirs if equals(state[key], theirs[name])}
     names = {key: by_tensor.get(id(tensor), by_name.get(key, "")) for key, tensor in state.items()}
     return {key: name for key, name in names.items() if name in theirs}
 

@@ -200,6 +200,11 @@ def without_wrappers(name: str) -> str:
     return _OF_TORCH.sub("", name) if "_mod" in name else name
 
 
+def uncompiled(model: Any) -> Any:
+    """The module that `torch.compile` made a model of, or the model. PEFT's hands on the attributes of its base."""
+    return vars(model).get("_modules", {}).get("_orig_mod", model)
+
+
 def stored_name(name: str) -> str:
     """The name that a tensor has in the state dict: the hooks of the second of these take its part out of it."""
     return name.replace(_RECOMPUTED, "")

@@ -1,6 +1,6 @@
 """What is known of a model once its load is over, of the models inside it as well; and what has changed since."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -17,6 +17,8 @@ from tiedquiet.proof.record import Record
 from tiedquiet.proof.stored import Sources, judge_casts, sources_since
 from tiedquiet.proof.survey import Survey, survey, ties
 from tiedquiet.verdict import IN_FILES, WELL, Finding, Proof, Verdict
+
+Objects = Callable[[], dict[int, list[str]]]
 
 _TO_META = "moved to meta, where nothing has values"
 
@@ -91,20 +93,21 @@ def proof_of(model: torch.nn.Module, known: Record) -> Proof:
     known, now = _as_it_is(model, known)
     sources = sources_since(model, known, now)
     judge_casts(known, now, sources)
-    findings = {finding.key: _as_change(model, known, now, finding) for finding in _judge_ties_now(model, known, now)}
-    findings.update(
-        (finding.key, finding) for finding in _judge_since(model, known, now, sources) if finding.key not in findings
-    )
+    objects = cache(partial(by_object, now.state))
+    judged = _judge_ties_now(model, known, now)
+    findings = {finding.key: _as_change(model, known, now, objects, finding) for finding in judged}
+    changed = _judge_since(model, known, now, objects, sources)
+    findings.update((finding.key, finding) for finding in changed if finding.key not in findings)
     stored = len(known.stored - findings.keys())
     return Proof(type(model).__name__, stored, tuple(findings[key] for key in sorted(findings)), known.total)
 
 
-def _as_change(model: torch.nn.Module, known: Record, now: Survey, finding: Finding) -> Finding:
+def _as_change(model: torch.nn.Module, known: Record, now: Survey, objects: Objects, finding: Finding) -> Finding:
     """A finding; one on what was well when the load had ended tells of a change."""
     key, then = finding.key, known.findings.get(finding.key)
     if then is None or then.verdict not in WELL:
         return finding
-    if now.state[key].is_meta and not is_served(model, key):
+    if now.state[key].is_meta and not _is_served(model, key, objects()[id(now.state[key])]):
         return Finding(key, Verdict.UNPROVEN, None, f"it was {then.verdict}, and has since been {_TO_META}", since=True)
     if finding.verdict in WELL:
         return finding
@@ -158,10 +161,12 @@ def _were_tied(known: Record, key: str, source: str) -> bool:
     return (finding := known.findings.get(key)) is not None and finding.source == source
 
 
-def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: Sources) -> Iterator[Finding]:
+def _judge_since(
+    model: torch.nn.Module, known: Record, now: Survey, objects: Objects, sources: Sources
+) -> Iterator[Finding]:
     """Findings on what is seen to have changed since the load."""
     merged = {id(known.tensors[name]()) for name in known.adapted & known.tensors.keys()}  # it may be the head now
-    read_inside, objects = cache(partial(_put_in_and_read, now)), cache(partial(by_object, now.state))
+    read_inside = cache(partial(_put_in_and_read, now))
     for name in sorted(known.stored - known.gone):
         tensor = now.state.get(name)
         if tensor is None:
@@ -169,9 +174,9 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
                 continue  # it has another name since
             is_elsewhere = name in known.tensors and id(known.tensors[name]()) in objects()
             became = "moved to another place in the model" if is_elsewhere else "removed from the model"
-        elif tensor.is_meta and not is_served(model, name):
+        elif tensor.is_meta and not _is_served(model, name, objects()[id(tensor)]):
             became = _TO_META
-        elif is_moved(model, name) or type(tensor) not in ORDINARY:
+        elif tensor.is_meta or is_moved(model, name) or type(tensor) not in ORDINARY:
             continue  # accelerate or FSDP holds the values elsewhere, or has parted them
         elif name in known.tensors and (then := known.tensors[name]()) is not tensor and id(tensor) not in merged:
             # `Module.to` makes other buffers, where it keeps parameters. What takes the place of a parameter may be
@@ -188,6 +193,11 @@ def _judge_since(model: torch.nn.Module, known: Record, now: Survey, sources: So
             continue
         why = f"it was read, and has since been {became}"
         yield Finding(name, Verdict.UNPROVEN, None, why, since=name not in known.lasting)
+
+
+def _is_served(model: torch.nn.Module, name: str, names: Iterable[str]) -> bool:
+    """Whether something puts values in the place of a tensor on meta; PEFT may have put a layer around its own."""
+    return any(is_served(model, own) for own in names if own == name or record.loaded_name(own) == name)
 
 
 def _put_in_and_read(now: Survey) -> set[str]:
