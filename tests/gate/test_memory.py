@@ -1,5 +1,7 @@
 """A config by which memory without end is taken, in what no module registers: `check` says so in one line."""
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +9,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.gate.test_check import check, config_of
-from tests.gate.test_strangers import refused
-from tiedquiet.gate import bounds
+from tiedquiet.gate import bounds, lora
 from tiedquiet.gate.bounds import bounded, roomy
-
-__all__ = ["refused"]
+from tiedquiet.gate.load import How
+from tiedquiet.gate.source import Source
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone counts it")
@@ -27,16 +29,45 @@ def of_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "_MOST_NUMBERS", 10**8)
 
 
-@pytest.mark.usefixtures("of_little")
-def test_tables_of_positions_without_end(tmp_path: Path, refused: Callable[[Path], str]) -> None:
-    """They are computed before they are registered: the process was killed."""
+@pytest.fixture
+def wan(tmp_path: Path) -> Path:
     diffusers = pytest.importorskip("diffusers")
     size = {"num_attention_heads": 1, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 1}
     model = diffusers.WanTransformer3DModel(**size, text_dim=8, freq_dim=8, ffn_dim=8, rope_max_seq_len=32)
     model.save_pretrained(tmp_path / "transformer")
     assert check(tmp_path / "transformer") == 0
-    config_of(tmp_path / "transformer", rope_max_seq_len=10**9)
-    assert SAYS in refused(tmp_path / "transformer")
+    return tmp_path / "transformer"
+
+
+@pytest.mark.usefixtures("of_little")
+def test_tables_of_positions_without_end(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are computed before they are registered: the process was killed."""
+    config_of(wan, rope_max_seq_len=10**9)
+    path = (wan / "diffusion_pytorch_model.safetensors").rename(tmp_path / "one.safetensors")
+    for given in ((path, "--config", str(wan)), (wan,)):
+        capsys.readouterr()
+        assert check(*given) == 2
+        error = capsys.readouterr().err
+        assert SAYS in error
+        assert error.count("\n") == 1
+        shutil.copy(path, wan / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.usefixtures("of_little")
+def test_ranks_without_end(wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a LoRA file, whose metadata says them; its layers are made before its tensors are looked at."""
+    about = {"r": 10**9, "lora_alpha": 2, "target_modules": ["to_q"], "rank_pattern": {}, "alpha_pattern": {}}
+    name = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
+    tensors = {name.format("A"): torch.ones(2, 12), name.format("B"): torch.ones(12, 2)}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in about.items()})}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata)
+    assert check(wan, "--lora", str(tmp_path / "lora.safetensors")) == 1
+    assert SAYS in capsys.readouterr().out
+    config_of(wan, rope_max_seq_len=10**9)
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    result = lora.check_pipeline(Source(str(tmp_path), None), lora.File(Path("x"), tensors, None), How())
+    assert SAYS in result.error
 
 
 @pytest.mark.parametrize(
@@ -84,3 +115,14 @@ def test_nothing_is_limited_where_it_cannot_be_counted(monkeypatch: pytest.Monke
     with roomy(1):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
         nn.Linear(2, 2)
+
+
+@pytest.mark.usefixtures("of_little")
+def test_a_class_of_another_type_takes_no_memory_without_end(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is made to see whether an `Auto` class makes it of this config, and lists as many layers as that says."""
+    pytest.importorskip("transformers.models.hrm_text")
+    config_of(good, architectures=["GPT2Model"], model_type="hrm_text", H_cycles=3 * 10**8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert check(good) == 0
+    assert "of which AutoModel makes HrmTextModel\n" in capsys.readouterr().out
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**6
