@@ -20,7 +20,7 @@ from tiedquiet.gate.source import Source
 
 resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone counts it")
-SAYS = "it takes more memory than there is, or than "
+SAYS = " bytes of memory, the limit for files of this size, or more than there is"
 
 
 @pytest.fixture

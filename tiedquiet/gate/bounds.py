@@ -16,9 +16,8 @@ from tiedquiet.gate.refusal import CannotCheck
 from tiedquiet.gate.source import entries
 
 _Part = TypeVar("_Part")
-_LAYERS = re.compile(
-    r"(?:layers?|depths?|blocks|block_count)(?:_per_\w+)?$"
-)  # how configs end the name of their number
+# How configs end the name of their number.
+_LAYERS = re.compile(r"(?:layers?|depths?|blocks|block_count)(?:_per_\w+)?$")
 _NUMBERS = re.compile(r"^n(?:um)?_|depths?$|blocks$|_per_")  # where a list has numbers; else those of single layers
 _MOST_OF_A_KEY = 100  # letters
 _MOST_PARTS = 100  # each is loaded, also where several are in one folder
@@ -175,7 +174,10 @@ def roomy(stored: int) -> Iterator[None]:
     Linux counts what is the process's own: neither files that are mapped to be read, nor what a GPU has reserved.
 
     Args:
-        stored: how many bytes the files have; 0 where that is not known.
+        stored: how many bytes the files have; 0 where that is not known: then nothing is limited.
+
+    Raises:
+        RuntimeError: it took more.
     """
     most = _BYTES_OF_A_NUMBER * _most_numbers(stored)
     try:
@@ -194,8 +196,8 @@ def roomy(stored: int) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            what = f"than there is, or than {most:,} bytes, as much as a model of its files may take"
-            raise RuntimeError(f"it takes more memory {what}") from error
+            told = f"{most:,} bytes of memory, the limit for files of this size"
+            raise RuntimeError(f"it takes more than {told}, or more than there is") from error
         raise
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hardest))
