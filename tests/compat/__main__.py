@@ -39,8 +39,12 @@ RELEASES = {
 NEWEST = "newest"
 DOORS = [
     "adapters",
+    "adapters_again",
+    "adapters_elsewhere",
+    "adapters_experts",
     "adapters_kinds",
     "adapters_larger",
+    "adapters_prompts",
     "aside",
     "copies",
     "from_pretrained",
