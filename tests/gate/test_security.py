@@ -295,26 +295,27 @@ def test_the_template_of_a_gguf_file_is_not_run(tmp_path: Path, capsys: pytest.C
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("layers", [4 * 10**9, [2 * 10**9], [-1, 20_000]])
 @pytest.mark.parametrize(
     ("kind", "options"), [("llama", []), ("llama", ["--class", "LlamaForCausalLM"]), ("qwen2", [])]
 )
 def test_a_gguf_file_that_asks_for_layers_without_end(
-    kind: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, options: list[str], layers: int | list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The config of the second kind makes a list of all its layers: 32 GB, before a model is made."""
-    write_gguf(tmp_path, kind=kind, block_count=4 * 10**9)
+    write_gguf(tmp_path, kind=kind, block_count=layers)
     assert main(["check", str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert error == f"tiedquiet: {tmp_path}/model.gguf asks for more than 10,000 layers ({kind}.block_count)\n"
 
 
-def write_gguf(folder: Path, template: str = "", kind: str = "llama", **changes: int) -> None:
+def write_gguf(folder: Path, template: str = "", kind: str = "llama", **changes: int | list[int]) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(folder / "model.gguf", kind)
     writer.add_chat_template(template)
     sizes = {"context_length": 16, "embedding_length": 8, "block_count": 1, "feed_forward_length": 16, "head_count": 2}
     for name, size in {**sizes, "head_count_kv": 2, "vocab_size": 32, "rope_dimension_count": 4, **changes}.items():
-        getattr(writer, f"add_{name}")(size)
+        writer.add_array(f"{kind}.{name}", size) if isinstance(size, list) else getattr(writer, f"add_{name}")(size)
     writer.add_layer_norm_rms_eps(1e-5)
     shapes = {"token_embd": (32, 8), "output": (32, 8), "output_norm": (8,)}
     shapes |= {f"blk.0.attn_{name}": (8, 8) for name in ("q", "k", "v", "output")}

@@ -30,7 +30,8 @@ _MOST_OF_A_BYTE = 64
 _BYTES_OF_A_NUMBER = 8  # in float64, as tables are computed
 _MOST_VALUES = 3_000_000  # the largest vocabularies, with scores, types and merges, are half as many
 _BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value of each kind in a GGUF file
-_STRING, _ARRAY, _WHOLE = 8, 9, (0, 1, 2, 3, 4, 5, 10, 11)
+_STRING, _ARRAY = 8, 9
+_WHOLE, _SIGNED = (0, 1, 2, 3, 4, 5, 10, 11), (1, 3, 5, 11)
 _MOST_TENSORS = 250_000  # the published models with the most experts have half as many
 
 
@@ -102,13 +103,22 @@ def check_gguf(path: Path) -> None:
             file.seek(max(length - _MOST_OF_A_KEY, 0), 1)
             key = file.read(min(length, _MOST_OF_A_KEY)).decode(errors="replace")
             kind = _numbers_of(file, "<I")[0]
-            if kind in _WHOLE and _LAYERS.search(key):
-                if int.from_bytes(file.read(_BYTES[kind]), "little") > _MOST_LAYERS:
-                    raise CannotCheck(f"{path} asks for more than {_MOST_LAYERS:,} layers ({key})")
-                file.seek(-_BYTES[kind], 1)
+            if _LAYERS.search(key) and _largest(file, kind) > _MOST_LAYERS:
+                raise CannotCheck(f"{path} asks for more than {_MOST_LAYERS:,} layers ({key})")
             left -= _skip(file, kind, 1, left)
             if left < 0:
                 raise CannotCheck(f"{path} has more than {_MOST_VALUES:,} values in its metadata")
+
+
+def _largest(file: BinaryIO, kind: int) -> int:
+    """The largest of the whole numbers that come next, 0 if none do; the file stays where it is."""
+    start, many = file.tell(), 1
+    if kind == _ARRAY:  # transformers takes one with a single number for that number
+        kind, many = _numbers_of(file, "<IQ")
+    whole = range(min(many, _MOST_LAYERS) if kind in _WHOLE else 0)
+    found = [int.from_bytes(file.read(_BYTES[kind]), "little", signed=kind in _SIGNED) for _ in whole]
+    file.seek(start)
+    return max([0, *found])
 
 
 def _skip(file: BinaryIO, kind: int, many: int, most: int) -> int:
