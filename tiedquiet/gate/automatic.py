@@ -1,12 +1,11 @@
 """What transformers' `Auto` classes make of a checkpoint: they go by its `model_type`, not by the class it names."""
 
-import os
 from contextlib import suppress
 from typing import Any
 
 import torch
 
-from tiedquiet.gate.bounds import bounded, roomy
+from tiedquiet.gate.bounds import bounded, roomy, size_of
 from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.unplaced import left_over
 from tiedquiet.proof import names
@@ -37,8 +36,7 @@ def other_class(model: Any, config: dict[str, Any], checkpoint: Checkpoint) -> t
             return "", False
         auto, other = next((auto, made[0]) for auto, ours, made in makers if kind in ours and made)
         said = f"config.json has the model_type {named}, of which {auto.__name__} makes {other.__name__}"
-        size = sum(os.stat(path).st_size for path in checkpoint.files)
-        with without_hub(True), torch.device("meta"), bounded(), roomy(size):
+        with without_hub(True), torch.device("meta"), bounded(), roomy(size_of(checkpoint.files)):
             built = other(theirs.from_dict(dict(config)))
         placed = names.targets(built, checkpoint.headers, survey(built).state, names.conversions_of(built))
         told = left_over(other.__name__, checkpoint.headers, checkpoint.headers.keys() - set(placed))

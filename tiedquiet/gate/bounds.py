@@ -1,5 +1,6 @@
 """What a config may ask for: to make a model of layers without end takes years before a file is read."""
 
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -211,6 +212,11 @@ def roomy(stored: int) -> Iterator[None]:
         raise
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hardest))
+
+
+def size_of(files: Iterable[str | Path]) -> int:
+    """How many bytes these files have together."""
+    return sum(os.stat(path).st_size for path in files)
 
 
 def _most_numbers(stored: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from tiedquiet.gate import progress
 from tiedquiet.gate.beside import rivals
-from tiedquiet.gate.bounds import bounded
+from tiedquiet.gate.bounds import bounded, size_of
 from tiedquiet.gate.compare import compare
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
@@ -58,7 +58,7 @@ def check_model(part: Part, kind: Any, how: How) -> Result:
             options["variant"] = how.variant
         if how.device != "cpu":
             options["device_map"] = how.device
-        with silent(), bounded(sum(Path(file).stat().st_size for file in files)):
+        with silent(), bounded(size_of(files)):
             model = kind.from_pretrained(folder, **options)
         in_files = _names_in_files(model, checkpoint)
     except Exception as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedquiet.gate import progress
-from tiedquiet.gate.bounds import MOST_LABELS, bounded
+from tiedquiet.gate.bounds import MOST_LABELS, bounded, size_of
 from tiedquiet.gate.components import Part, adapted, folders_of, loader_of
 from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import damage, damage_of, explain, nested
@@ -229,7 +229,7 @@ def _stored(part: Part, how: How) -> int:
     if not all(forms and forms[0].files for forms in kinds):
         return 0  # on the hub, or under a name of its own
     own = [Path(part.source.name, part.source.gguf)] if part.source.gguf else []
-    return sum(path.stat().st_size for path in (*own, *(path for forms in kinds for path in forms[0].files)))
+    return size_of((*own, *(path for forms in kinds for path in forms[0].files)))
 
 
 def _options(part: Part, how: How) -> dict[str, Any]:

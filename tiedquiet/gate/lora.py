@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tiedquiet.gate import classes, components, report
-from tiedquiet.gate.bounds import bounded, check_adapter, roomy
+from tiedquiet.gate.bounds import bounded, check_adapter, roomy, size_of
 from tiedquiet.gate.components import Part
 from tiedquiet.gate.confined import without_hub
 from tiedquiet.gate.diagnosis import explain
@@ -155,7 +155,7 @@ def _empty(part: Part, entry: components.Entry, how: How) -> Any:
     config = part.source.file("config.json", part.name)
     folder = config.parent if config else None
     files = own_files(folder, ".safetensors", ".bin") if folder and part.source.is_local else None
-    stored = 0 if files is None else 1 + sum(path.stat().st_size for path in files)
+    stored = 0 if files is None else 1 + size_of(files)
     with without_hub(not how.trust), init_empty_weights(), bounded(), roomy(stored):
         if classes.is_of_diffusers(kind):
             model = kind.from_config(kind.load_config(folder))
