@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertModel,
     GPT2LMHeadModel,
+    PretrainedConfig,
+    PreTrainedModel,
     Qwen2ForCausalLM,
 )
 
@@ -215,6 +217,32 @@ def test_an_adapter_around_a_base_that_was_compiled(tmp_path: Path, printed: Pri
     assert tiedquiet.check(model, tmp_path / "base").ok
     proof = tiedquiet.check(model, tmp_path / "adapter")
     assert (proof.ok, proof.stored, proof.total) == (True, len(tensors), len(tensors))
+
+
+class Named(PreTrainedModel):
+    """One of its two layers has the name that `torch.compile` gives to what it makes a model of."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._orig_mod, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.post_init()
+
+
+def test_a_layer_that_is_called_as_what_was_compiled(tmp_path: Path, printed: Printed) -> None:
+    Named(PretrainedConfig()).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["_orig_mod", "head"], init_lora_weights=False)
+    peft.get_peft_model(Named.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    printed.records.clear()
+    model = Named.from_pretrained(tmp_path / "base")
+    proof = tiedquiet.check(peft.PeftModel.from_pretrained(model, tmp_path / "adapter"))
+    assert (proof.ok, proof.stored, proof.total) == (True, 8, 8)
+    assert not printed.loud
+    model = Named.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    assert {finding.key for finding in tiedquiet.check(model, tmp_path / "base").findings} == {"head.weight"}
 
 
 class Silent(torch.nn.Linear):

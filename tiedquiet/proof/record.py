@@ -201,8 +201,14 @@ def without_wrappers(name: str) -> str:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that `torch.compile` made a model of, or the model. PEFT's hands on the attributes of its base."""
-    return vars(model).get("_modules", {}).get("_orig_mod", model)
+    """The module that `torch.compile` made a model of, or the model, where it has anything besides one of that name.
+
+    PEFT's hands on the attributes of its base, and so is not asked by `getattr`.
+    """
+    parts = vars(model)
+    modules = parts.get("_modules", {})
+    is_all = modules.keys() == {"_orig_mod"} and not parts["_parameters"] and not parts["_buffers"]
+    return modules["_orig_mod"] if is_all else model
 
 
 def stored_name(name: str) -> str:
